@@ -1,0 +1,1 @@
+"""Checkpoint surgery for low-rank adapters."""

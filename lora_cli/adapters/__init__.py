@@ -1,0 +1,1 @@
+"""What an adapter says: kinds of delta, names, patterns, inits, and one module per file format."""

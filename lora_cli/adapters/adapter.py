@@ -1,0 +1,238 @@
+"""What an adapter says, whatever format it was read from.
+
+An `Adapter` names modules and full tensors in its own spelling; it knows nothing of a base. Factors are references to
+stored tensors: no data is read here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from lora_cli.arithmetic.scale import exact_scale
+from lora_cli.checkpoint.checkpoint import StoredTensor
+
+if TYPE_CHECKING:
+    import torch
+
+    from lora_cli.arithmetic.product import Term
+
+Load = Callable[[StoredTensor], "torch.Tensor"]
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """The number that multiplies a product, and where it came from.
+
+    Attributes:
+        alpha: Numerator; the scale itself where `rank` is None.
+        rank: What alpha is divided by; None for a scale given directly.
+        rslora: Divide by the square root of the rank instead.
+        source: For people: the config field, tensor or option that said so.
+    """
+
+    alpha: float
+    rank: int | None
+    rslora: bool
+    source: str
+
+    def times(self, weight: float = 1.0) -> float:
+        """Return the scale times the user's weight, rounded once from the exact value."""
+        return exact_scale(Fraction(self.alpha), self.rank or 1, weight=weight, rslora=self.rslora)
+
+
+class Delta(Protocol):
+    """The change of one target, before a base is known.
+
+    Kinds that are sums of low-rank terms implement exactly this; the engine stacks the terms of all adapters on one
+    target into one exact product. `shape` is (out, in) in the sense of the module, not of how a base stores it.
+    """
+
+    @property
+    def kind(self) -> str:
+        """Name of the kind, for people."""
+        ...
+
+    @property
+    def scale(self) -> Scale:
+        """What multiplies the product."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the change."""
+        ...
+
+    @property
+    def rank(self) -> int:
+        """Columns that the change takes up in the stacked product."""
+        ...
+
+    @property
+    def tensors(self) -> tuple[StoredTensor, ...]:
+        """The stored tensors that it is made of."""
+        ...
+
+    def term(self, load: Load, weight: float) -> Term:
+        """Read the factors and return them with their scale."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """LoRA on a matrix: ΔW = scale · B·A with A (rank × in) and B (out × rank) (Hu et al. 2021).
+
+    `swapped` says that the file stores A as (in × rank) and B as (rank × out).
+    """
+
+    a: StoredTensor
+    b: StoredTensor
+    scale: Scale
+    swapped: bool = False
+    kind: str = "lora"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the change."""
+        return (self.b.shape[1], self.a.shape[0]) if self.swapped else (self.b.shape[0], self.a.shape[1])
+
+    @property
+    def rank(self) -> int:
+        """Rank as the factors have it."""
+        return self.a.shape[1] if self.swapped else self.a.shape[0]
+
+    @property
+    def tensors(self) -> tuple[StoredTensor, ...]:
+        """A and B."""
+        return (self.a, self.b)
+
+    def term(self, load: Load, weight: float) -> Term:
+        """Read the factors and return them with their scale."""
+        from lora_cli.arithmetic.product import Term
+
+        a, b = load(self.a), load(self.b)
+        if self.swapped:
+            a, b = a.T, b.T
+        return Term(b, a, self.scale.times(weight))
+
+
+@dataclass(frozen=True, slots=True)
+class LowRankBias:
+    """The bias of a LoRA B factor: Δbias = scale · b, a product of rank one with a single column."""
+
+    b: StoredTensor
+    scale: Scale
+    kind: str = "lora-bias"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, 1)."""
+        return (self.b.shape[0], 1)
+
+    @property
+    def rank(self) -> int:
+        """Always one."""
+        return 1
+
+    @property
+    def tensors(self) -> tuple[StoredTensor, ...]:
+        """The bias of B."""
+        return (self.b,)
+
+    def term(self, load: Load, weight: float) -> Term:
+        """Read the vector and return it as a product with one."""
+        from lora_cli.arithmetic.product import Term
+
+        b = load(self.b).reshape(-1, 1)
+        return Term(b, b.new_ones((1, 1)), self.scale.times(weight))
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One tensor that the adapter changes by a delta.
+
+    Attributes:
+        module: Name of the module in the adapter's spelling.
+        parameter: Which of its parameters, `weight` or `bias`.
+        delta: The change.
+    """
+
+    module: str
+    parameter: Literal["weight", "bias"]
+    delta: Delta
+
+    @property
+    def name(self) -> str:
+        """Full name of the parameter in the adapter's spelling."""
+        return f"{self.module}.{self.parameter}"
+
+
+@dataclass(frozen=True, slots=True)
+class Replacement:
+    """One tensor that the adapter holds whole.
+
+    Attributes:
+        name: Full name in the adapter's spelling.
+        tensor: The new content.
+        reason: Why it is in the adapter: a config field.
+        may_be_new: Whether the base may lack it (a head that the fine-tune added).
+    """
+
+    name: str
+    tensor: StoredTensor
+    reason: str
+    may_be_new: bool = False
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What a fine-tune changed.
+
+    Attributes:
+        label: What messages and receipts call it.
+        path: The file or folder.
+        format: Name of the format it was read as.
+        evidence: Why it was taken for that format.
+        targets: Deltas, in file order.
+        replacements: Whole tensors, in file order.
+        unread: Tensors of the file that the format gives no meaning; an error unless the user allows them.
+        skipped: Tensors that need not be applied, each with the reason.
+        config: The config that gives the tensors meaning; empty when there is none.
+        transposed_hint: What the config claims of the base's layout: True for (in, out), None for nothing.
+        orientation: `ba` when the format fixes that A is (rank × in), else None: shapes decide.
+        ignored_fields: Config fields that the user told us to ignore.
+        warnings: What a person should know about it.
+    """
+
+    label: str
+    path: Path
+    format: str
+    evidence: str
+    targets: tuple[Target, ...]
+    replacements: tuple[Replacement, ...] = ()
+    unread: tuple[StoredTensor, ...] = ()
+    skipped: tuple[tuple[StoredTensor, str], ...] = ()
+    config: Mapping[str, Any] = field(default_factory=dict)
+    transposed_hint: bool | None = None
+    orientation: Literal["ba"] | None = None
+    ignored_fields: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def kind(self) -> str:
+        """What a person would call it: LoRA or rsLoRA."""
+        return "rsLoRA" if any(target.delta.scale.rslora for target in self.targets) else "LoRA"
+
+    @property
+    def tensors(self) -> list[StoredTensor]:
+        """Every stored tensor of it."""
+        deltas = [tensor for target in self.targets for tensor in target.delta.tensors]
+        return [*deltas, *(replacement.tensor for replacement in self.replacements)]
+
+    @property
+    def paths(self) -> list[Path]:
+        """Every place that must not be written to while this adapter is an input."""
+        return [self.path, *{tensor.shard.source.path for tensor in self.tensors}]

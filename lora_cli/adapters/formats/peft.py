@@ -1,0 +1,196 @@
+"""PEFT folders: `adapter_config.json` beside `adapter_model.safetensors` (huggingface/peft, `utils/save_and_load.py`).
+
+Keys are `base_model.model.<module>.lora_A.weight` (rank × in), `.lora_B.weight` (out × rank), `.lora_B.bias` (out), and
+whole tensors without infix. The scale is alpha/r, or alpha/√r for rsLoRA (Kalajdzievski 2023), with alpha and r taken
+from the first matching entry of `alpha_pattern` and `rank_pattern`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from lora_cli.adapters.adapter import Adapter, LowRank, LowRankBias, Replacement, Scale, Target
+from lora_cli.adapters.formats.pairs import Pair, check_pairs
+from lora_cli.adapters.patterns import peft_lookup
+from lora_cli.adapters.peft_config import check_fields
+from lora_cli.adapters.source import CONFIG_FILE, AdapterSource, ReadOptions
+from lora_cli.checkpoint.checkpoint import StoredTensor
+from lora_cli.errors import ShapeError, UnsupportedError
+
+NAME = "peft"
+PREFIX = "base_model.model."
+
+_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.(?P<parameter>weight|bias)")
+_SAVED = re.compile(r"(?P<module>.+)\.modules_to_save\.(?P<adapter>[^.]+)\.(?P<parameter>[^.]+)")
+_BASE_LAYER = re.compile(r"(?P<module>.+)\.base_layer\.(?P<parameter>weight|bias)")
+_ORIGINAL = re.compile(r".+\.original_module\.[^.]+")
+_UNSUPPORTED = {
+    "lora_embedding_A": "LoRA on embeddings is not supported",
+    "lora_embedding_B": "LoRA on embeddings is not supported",
+    "lora_magnitude_vector": "DoRA is not supported",
+    "trainable_tokens_delta": "single trained token rows are not supported",
+    "lora_diag": "KaSA is not supported",
+}
+HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+"""Heads that PEFT saves for a task even where the config does not name them."""
+
+
+def detect(source: AdapterSource) -> str | None:
+    """Say why this is a PEFT adapter, or None."""
+    if source.config is not None and "peft_type" in source.config:
+        return f"{CONFIG_FILE} has peft_type"
+    return None
+
+
+def read(source: AdapterSource, options: ReadOptions) -> Adapter:
+    """Read the adapter; see the module for the format.
+
+    Raises:
+        UnsupportedError: Another tuner, or a variant or field that is not supported.
+        NamesError: A factor without its partner.
+        ShapeError: Ranks that disagree.
+    """
+    config = source.config or {}
+    ignored = check_fields(config, file=CONFIG_FILE, ignore=options.ignore_fields)
+    pairs, biases, replacements, skipped = _sort(source, config)
+    check_pairs(pairs, source.shard.name)
+    scales = {module: _scale(module, config, options) for module in pairs}
+    _check_ranks(pairs, config)
+    targets = [Target(module, "weight", LowRank(*pair.both, scales[module])) for module, pair in pairs.items()]
+    targets += [
+        Target(module, "bias", LowRankBias(b, scales[module])) for module, b in biases.items() if module in pairs
+    ]
+    fan = config.get("fan_in_fan_out")
+    return Adapter(
+        label=source.label,
+        path=source.path,
+        format=NAME,
+        evidence=detect(source) or "",
+        targets=tuple(targets),
+        replacements=tuple(replacements),
+        unread=tuple(b for module, b in biases.items() if module not in pairs),
+        skipped=tuple(skipped),
+        config=config,
+        transposed_hint=fan if isinstance(fan, bool) else None,
+        orientation="ba",
+        ignored_fields=ignored,
+        warnings=tuple(_ambiguous_patterns(config, list(pairs))),
+    )
+
+
+def _ambiguous_patterns(config: Mapping[str, Any], modules: list[str]) -> list[str]:
+    """Warn where the order of a pattern's entries matters: PEFT saves them sorted, whatever the trainer's order was."""
+    warnings = []
+    for field in ("rank_pattern", "alpha_pattern"):
+        patterns = config.get(field) or {}
+        for module in modules:
+            values = [value for key, value in patterns.items() if peft_lookup({key: value}, module)]
+            if len(set(map(str, values))) > 1:
+                warnings.append(f"several entries of {field} match {module}; the first one, {values[0]}, is taken")
+                break
+    return warnings
+
+
+def _sort(
+    source: AdapterSource, config: Mapping[str, Any]
+) -> tuple[dict[str, Pair], dict[str, StoredTensor], list[Replacement], list[tuple[StoredTensor, str]]]:
+    pairs: dict[str, Pair] = {}
+    biases: dict[str, StoredTensor] = {}
+    replacements: list[Replacement] = []
+    skipped: list[tuple[StoredTensor, str]] = []
+    adapter_names: set[str] = set()
+    for key, tensor in source.tensors.items():
+        name = key.removeprefix(PREFIX)
+        _refuse_unsupported(name, tensor, source)
+        if match := _FACTOR.fullmatch(name):
+            adapter_names.add(match["adapter"] or "default")
+            if match["parameter"] == "weight":
+                pairs.setdefault(match["module"], Pair()).put(match["side"], tensor)
+            else:
+                biases[match["module"]] = tensor
+        elif _ORIGINAL.fullmatch(name):
+            skipped.append((tensor, "a copy of the base's own tensor"))
+        else:
+            replacements.append(_replacement(name, tensor, config))
+    if len(adapter_names) > 1:
+        raise UnsupportedError(
+            "The file holds several adapters",
+            file=source.shard.name,
+            found=", ".join(sorted(adapter_names)),
+            hint="save each of them on its own",
+        )
+    return pairs, biases, replacements, skipped
+
+
+def _refuse_unsupported(name: str, tensor: StoredTensor, source: AdapterSource) -> None:
+    parts = name.split(".")
+    reason = next((_UNSUPPORTED[part] for part in parts if part in _UNSUPPORTED), None)
+    if ".base_layer.lora_" in name:
+        reason = "nested LoRA (several expert parameters of one module) is not supported"
+    elif reason is None and any(part in ("lora_A", "lora_B") for part in parts) and len(tensor.shape) > 2:
+        reason = "LoRA on convolutions and expert stacks is not supported"
+    if reason:
+        raise UnsupportedError(reason, file=source.shard.name, tensor=tensor.key, found=f"shape {list(tensor.shape)}")
+
+
+def _replacement(name: str, tensor: StoredTensor, config: Mapping[str, Any]) -> Replacement:
+    if match := _SAVED.fullmatch(name) or _BASE_LAYER.fullmatch(name):
+        name = f"{match['module']}.{match['parameter']}"
+    module, _, parameter = name.rpartition(".")
+    saved = config.get("modules_to_save") or ()
+    if any(_is_part(module, str(entry)) for entry in saved):
+        return Replacement(name, tensor, "modules_to_save", may_be_new=True)
+    if parameter == "bias" and config.get("bias") in ("all", "lora_only"):
+        return Replacement(name, tensor, f"bias = {config['bias']}")
+    head = any(_is_part(module, entry) for entry in HEADS.get(str(config.get("task_type")), ()))
+    reason = (
+        f"head of task_type {config['task_type']}" if head else "in the file whole, though the config names it nowhere"
+    )
+    return Replacement(name, tensor, reason, may_be_new=head)
+
+
+def _is_part(module: str, entry: str) -> bool:
+    """Whether `module` is the saved module `entry`, or lies inside it, counted in whole dotted parts."""
+    return f".{entry}." in f".{module}."
+
+
+def _config_value(config: Mapping[str, Any], patterns: str, field: str, module: str) -> tuple[Any, str] | None:
+    found = peft_lookup(config.get(patterns) or {}, module)
+    if found is not None:
+        return found[1], f"{patterns}[{found[0]!r}]"
+    return (config[field], field) if field in config else None
+
+
+def _scale(module: str, config: Mapping[str, Any], options: ReadOptions) -> Scale:
+    if options.scale is not None:
+        return Scale(options.scale, None, False, "--scale")
+    rank, rank_source = _config_value(config, "rank_pattern", "r", module) or (8, "PEFT's default r")
+    alpha, alpha_source = _config_value(config, "alpha_pattern", "lora_alpha", module) or (
+        8,
+        "PEFT's default lora_alpha",
+    )
+    if options.alpha is not None:
+        alpha, alpha_source = options.alpha, "--alpha"
+    rslora = bool(config.get("use_rslora"))
+    root = "√" if rslora else ""
+    return Scale(float(alpha), int(rank), rslora, f"{alpha_source} / {root}{rank_source}")
+
+
+def _check_ranks(pairs: Mapping[str, Pair], config: Mapping[str, Any]) -> None:
+    wrong = []
+    for module, pair in pairs.items():
+        a, b = pair.both
+        if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1] or 0 in a.shape + b.shape:
+            wrong.append(f"{module}: A is {list(a.shape)}, B is {list(b.shape)}")
+            continue
+        said = _config_value(config, "rank_pattern", "r", module)
+        if said is not None and said[0] != a.shape[0]:
+            wrong.append(f"{module}: the factors have rank {a.shape[0]}, {said[1]} says {said[0]}")
+    if wrong:
+        raise ShapeError("Ranks do not agree", file=CONFIG_FILE, details=wrong)

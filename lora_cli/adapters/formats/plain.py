@@ -1,0 +1,135 @@
+"""Plain safetensors files of factors: pairs `X.lora_A[.weight]`/`X.lora_B[.weight]`, or `X.A`/`X.B`.
+
+Both layouts occur in the wild: A (rank × in) with B (out × rank), and A (in × rank) with B (rank × out). Which one it
+is, the base's shapes decide later. The scale comes from a config beside the file, from header metadata, or from the
+user; it is never assumed.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from lora_cli.adapters.adapter import Adapter, LowRank, Scale, Target
+from lora_cli.adapters.formats.pairs import Pair, check_pairs
+from lora_cli.adapters.source import CONFIG_FILE, AdapterSource, ReadOptions
+from lora_cli.errors import MalformedFileError, ShapeError, UsageError
+
+NAME = "plain"
+
+_FACTOR = re.compile(r"(?P<module>.+)\.(?:lora_)?(?P<side>[AB])(?:\.(?:default|weight|default\.weight))?")
+_PREFIX = "base_model.model."
+_ALPHA_NAMES = ("lora_alpha", "alpha")
+_SCALE_NAMES = ("scale", "scaling")
+_RANK_NAMES = ("r", "rank")
+
+
+def detect(source: AdapterSource) -> str | None:
+    """Say why this is a plain file of factors, or None."""
+    count = sum(1 for key in source.tensors if _FACTOR.fullmatch(key))
+    return f"{count} tensors are named as factors (X.lora_A/X.lora_B or X.A/X.B)" if count else None
+
+
+def read(source: AdapterSource, options: ReadOptions) -> Adapter:
+    """Read the adapter; see the module for the format.
+
+    Raises:
+        NamesError: A factor without its partner.
+        ShapeError: Factors that share no rank.
+        UsageError: Nothing says what the scale is.
+    """
+    pairs: dict[str, Pair] = {}
+    unread = []
+    for key, tensor in source.tensors.items():
+        match = _FACTOR.fullmatch(key)
+        if match:
+            pairs.setdefault(match["module"].removeprefix(_PREFIX), Pair()).put(match["side"], tensor)
+        else:
+            unread.append(tensor)
+    check_pairs(pairs, source.shard.name)
+    targets = []
+    wrong = []
+    for module, pair in pairs.items():
+        swapped = _swapped(pair)
+        if swapped is None:
+            a, b = pair.both
+            wrong.append(f"{module}: A is {list(a.shape)}, B is {list(b.shape)}")
+            continue
+        rank = pair.both[0].shape[1 if swapped else 0]
+        targets.append(Target(module, "weight", LowRank(*pair.both, _scale(rank, source, options), swapped)))
+    if wrong:
+        raise ShapeError("Factors share no rank", file=source.shard.name, details=wrong)
+    return Adapter(
+        label=source.label,
+        path=source.path,
+        format=NAME,
+        evidence=detect(source) or "",
+        targets=tuple(targets),
+        unread=tuple(unread),
+        config=source.config or {},
+    )
+
+
+def _swapped(pair: Pair) -> bool | None:
+    """Whether A is (in × rank): None when the factors share no rank, False when both readings would do.
+
+    With both dimensions shared (A is n × m and B is m × n) the smaller one is the rank.
+    """
+    a, b = pair.both
+    if len(a.shape) != 2 or len(b.shape) != 2 or 0 in a.shape + b.shape:
+        return None
+    straight, swapped = a.shape[0] == b.shape[1], a.shape[1] == b.shape[0]
+    if straight and swapped:
+        return a.shape[1] < a.shape[0]
+    return swapped if straight or swapped else None
+
+
+def _scale(rank: int, source: AdapterSource, options: ReadOptions) -> Scale:
+    if options.scale is not None:
+        return Scale(options.scale, None, False, "--scale")
+    rslora = False
+    if options.alpha is not None:
+        return Scale(options.alpha, rank, rslora, "--alpha / rank of the factors")
+    for where, said in (
+        (CONFIG_FILE, source.config or {}),
+        ("header metadata", source.shard.header.metadata or {}),
+    ):
+        rslora = said.get("use_rslora") in (True, "true", "True")
+        scale, alpha = _number(said, _SCALE_NAMES, where), _number(said, _ALPHA_NAMES, where)
+        if alpha is not None:
+            _check_rank(rank, said, where)
+            return Scale(alpha[1], rank, rslora, f"{alpha[0]} of {where} / rank of the factors")
+        if scale is not None:
+            return Scale(scale[1], None, False, f"{scale[0]} of {where}")
+    raise UsageError(
+        "Nothing says how strong this adapter is",
+        file=source.shard.name,
+        hint="give --alpha A (scale is alpha / rank) or --scale S",
+    )
+
+
+def _number(said: Mapping[str, Any], names: tuple[str, ...], where: str) -> tuple[str, float] | None:
+    name = next((name for name in names if said.get(name) is not None), None)
+    if name is None:
+        return None
+    try:
+        value = float(said[name])
+    except (TypeError, ValueError):
+        value = math.nan
+    if not math.isfinite(value):
+        raise MalformedFileError("A scale is not a number", file=where, tensor=name, found=repr(said[name])[:60])
+    return name, value
+
+
+def _check_rank(rank: int, said: Mapping[str, Any], where: str) -> None:
+    found = _number(said, _RANK_NAMES, where)
+    if found is not None and found[1] != rank:
+        raise ShapeError(
+            "Ranks do not agree",
+            file=where,
+            tensor=found[0],
+            expected=f"{rank}, the rank of the factors",
+            found=found[1],
+        )

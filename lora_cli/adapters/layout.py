@@ -1,0 +1,59 @@
+"""Which way round a base stores a matrix: (out × in) as torch's Linear does, or (in × out) as GPT-2's Conv1D.
+
+Shapes decide. Where the base is square they cannot; then, in this order: what the user said, what the architecture in
+the base's config says, how the adapter's other matrices lie, what the adapter's config claims.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from importlib import resources
+from typing import Any, Literal
+
+import yaml
+
+from lora_cli.adapters.adapter import Adapter, Target
+
+Orientation = Literal["ba", "ab"]
+
+
+def fits(delta: tuple[int, int], base: tuple[int, ...]) -> set[bool]:
+    """The values of `transposed` with which a delta of (out, in) has the base's shape."""
+    return {transposed for transposed in (False, True) if tuple(reversed(delta) if transposed else delta) == base}
+
+
+def settle_square(
+    target: Target,
+    adapter: Adapter,
+    others: set[bool],
+    base_config: Mapping[str, Any],
+    said: Orientation | None,
+) -> bool | None:
+    """Decide `transposed` for a square base; None when nothing decides.
+
+    Args:
+        target: The target in question.
+        adapter: Its adapter.
+        others: How the adapter's matrices lie that are not square.
+        base_config: The base's `config.json`.
+        said: `--orientation`: `ba` for a base stored (out × in), `ab` for (in × out).
+    """
+    if said is not None:
+        return said == "ab"
+    model_type = base_config.get("model_type")
+    if isinstance(model_type, str):
+        leaf = target.module.rpartition(".")[2]
+        return leaf in _conv1d_modules().get(model_type, ())
+    if len(others) == 1:
+        return next(iter(others))
+    if adapter.orientation is not None:
+        return bool(adapter.transposed_hint)
+    return None
+
+
+@lru_cache(maxsize=1)
+def _conv1d_modules() -> Mapping[str, tuple[str, ...]]:
+    """Model type → last name parts of the modules that store (in × out)."""
+    text = (resources.files("lora_cli") / "data" / "conv1d.yaml").read_text("utf-8")
+    return {name: tuple(modules) for name, modules in yaml.safe_load(text).items()}

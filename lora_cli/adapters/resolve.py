@@ -1,0 +1,199 @@
+"""Which base tensor each name of an adapter means.
+
+The base's own keys are the only truth: a spelling counts when it turns every name of the adapter into one of them. One
+rewrite is chosen for the whole adapter; a name is mapped, or it is unmapped and stands in the error with the keys
+nearest to it. Underscores are never turned into dots.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import resources
+from itertools import islice
+from typing import Any
+
+import yaml
+
+from lora_cli.adapters.names import Chain, First, Identity, Mapper, Prefix, Subtree
+from lora_cli.errors import NamesError, UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class Unmapped:
+    """A name that no base key answers to, with the nearest keys."""
+
+    name: str
+    nearest: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """What became of the names of one adapter.
+
+    Attributes:
+        rewrite: The common rewrite, from adapter spelling to base spelling, for people.
+        keys: Adapter name → base key.
+        unmapped: Names without a key.
+    """
+
+    rewrite: str
+    keys: Mapping[str, str]
+    unmapped: tuple[Unmapped, ...]
+
+
+def parse_maps(maps: Iterable[str]) -> tuple[Subtree, ...]:
+    """Parse `--map OLD=NEW`: the adapter's module OLD, and all below it, is the base's NEW.
+
+    Raises:
+        UsageError: There is no `=`, or a side is empty.
+    """
+    leaves = []
+    for text in maps:
+        old, equals, new = text.partition("=")
+        if not (equals and old and new):
+            raise UsageError("A --map needs two names", found=text, expected="OLD=NEW")
+        leaves.append(Subtree(old.removesuffix(".*"), new.removesuffix(".*")))
+    return tuple(leaves)
+
+
+def resolve(
+    names: Sequence[str],
+    base_keys: Iterable[str],
+    *,
+    maps: Sequence[Subtree] = (),
+    file: str = "",
+) -> Resolution:
+    """Find the base key of each name.
+
+    Args:
+        names: Full parameter names in the adapter's spelling, such as `model.layers.0.q_proj.weight`.
+        base_keys: Keys of the base, wrapped ones already folded.
+        maps: What the user said with `--map`; these decide for the names they concern.
+        file: The adapter's label, for messages.
+
+    Raises:
+        NamesError: Two rewrites fit and disagree, two names mean one key, or one name could mean two keys.
+    """
+    keys = set(base_keys)
+    told = {name: new for name in names if (new := First(tuple(maps))(name)) is not None}
+    rest = [name for name in names if name not in told]
+    chosen, found = _choose(rest, keys, file)
+    for name, new in told.items():
+        key = _key_of(new, keys)
+        if key is not None:
+            found[name] = key
+    _refuse_doubles(found, file)
+    lost = [name for name in names if name not in found]
+    described = "; ".join([*(str(leaf) for leaf in maps), str(chosen)])
+    return Resolution(described, found, tuple(Unmapped(name, nearest(name, keys)) for name in lost))
+
+
+def nearest(name: str, keys: Iterable[str]) -> tuple[str, ...]:
+    """Return up to three keys that look like `name`; those with the same ending come first."""
+    tail = ".".join(name.split(".")[-2:])
+    same_end = [key for key in keys if key.endswith(tail)]
+    return tuple(difflib.get_close_matches(name, same_end or list(islice(keys, 5000)), n=3, cutoff=0.3))
+
+
+def _choose(names: Sequence[str], keys: set[str], file: str) -> tuple[Mapper, dict[str, str]]:
+    """Take the rewrite that fits most names; names as they are win over any other that fits as many."""
+    best: list[tuple[Mapper, dict[str, str]]] = []
+    most = -1
+    sample = names[:: max(1, len(names) // 64)]
+    for rewrite in _rewrites():
+        if best and not _apply(rewrite, sample, keys):
+            continue  # most rewrites concern none of the names; do not try them on all
+        found = _apply(rewrite, names, keys)
+        if len(found) > most:
+            most, best = len(found), []
+        if len(found) == most and all(found != other for _, other in best):
+            best.append((rewrite, found))
+        if isinstance(rewrite, Identity) and len(found) == len(names):
+            break
+    if most > 0 and len(best) > 1 and not isinstance(best[0][0], Identity):
+        raise NamesError(
+            "The adapter's names fit the base in two ways",
+            file=file,
+            details=[
+                f"{rewrite}: {name} is {key}" for rewrite, found in best[:2] for name, key in islice(found.items(), 2)
+            ],
+            hint="say which with --map OLD=NEW",
+        )
+    return best[0] if most > 0 else (Identity(), {})
+
+
+def _apply(rewrite: Mapper, names: Sequence[str], keys: set[str]) -> dict[str, str]:
+    found = {}
+    for name in names:
+        new = rewrite(name)
+        key = _key_of(name if new is None else new, keys)
+        if key is not None:
+            found[name] = key
+    return found
+
+
+def _key_of(name: str, keys: set[str]) -> str | None:
+    """The key itself; or, for bare matrices saved under their own name, the key without `.weight`."""
+    bare = name.removesuffix(".weight")
+    if name in keys and bare != name and bare in keys:
+        raise NamesError("One name could mean two tensors of the base", tensor=name, found=f"{name} and {bare}")
+    if name in keys:
+        return name
+    return bare if bare in keys else None
+
+
+def _refuse_doubles(found: Mapping[str, str], file: str) -> None:
+    seen: dict[str, str] = {}
+    doubles = []
+    for name, key in found.items():
+        if key in seen:
+            doubles.append(f"{seen[key]} and {name} are both {key}")
+        seen[key] = name
+    if doubles:
+        raise NamesError("Two names of the adapter mean one tensor of the base", file=file, details=doubles)
+
+
+def tied_to(name: str) -> str | None:
+    """The name under which a checkpoint stores what a model also reaches as `name`, where that is known."""
+    for alias, stored in _table()["tied"]:
+        if name == alias or name.endswith(f".{alias}"):
+            return name.removesuffix(alias) + str(stored)
+    return None
+
+
+@lru_cache(maxsize=1)
+def _table() -> Mapping[str, Any]:
+    table: Mapping[str, Any] = yaml.safe_load((resources.files("lora_cli") / "data" / "names.yaml").read_text("utf-8"))
+    return table
+
+
+@lru_cache(maxsize=1)
+def _rewrites() -> tuple[Mapper, ...]:
+    """Every rewrite from adapter to base spelling, simplest first."""
+    table = _table()
+    wrappers = [Identity(), *_both_ways(table["wrappers"])]
+    spellings = [Identity(), *_both_ways(table["backbones"]), *_families(table["families"])]
+    pairs = [(wrapper, spelling) for wrapper in wrappers for spelling in spellings]
+    pairs.sort(key=lambda pair: sum(not isinstance(step, Identity) for step in pair))
+    return tuple(_chain(wrapper, spelling) for wrapper, spelling in pairs)
+
+
+def _chain(*steps: Mapper) -> Mapper:
+    real = tuple(step for step in steps if not isinstance(step, Identity))
+    return Identity() if not real else real[0] if len(real) == 1 else Chain(real)
+
+
+def _both_ways(prefixes: Iterable[str]) -> Iterator[Mapper]:
+    for prefix in prefixes:
+        yield Prefix(prefix, "")
+        yield Prefix("", prefix)
+
+
+def _families(families: Iterable[Mapping[str, Sequence[Sequence[str]]]]) -> Iterator[Mapper]:
+    for family in families:
+        there = First(tuple(Prefix(old, new) for old, new in family["rules"]))
+        yield there
+        yield there.inverse

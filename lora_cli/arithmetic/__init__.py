@@ -1,0 +1,4 @@
+"""Pure tensor mathematics, no files: the scale, the exact product, the single rounding, the ordered line.
+
+Nothing is imported here, so that `lora_cli.arithmetic.scale` can be used before torch is loaded.
+"""

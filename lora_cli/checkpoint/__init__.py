@@ -1,0 +1,1 @@
+"""Tensors on disk: strict header parser, shards and index, positioned reads, durable writes, the Hub."""

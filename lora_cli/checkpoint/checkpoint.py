@@ -1,0 +1,323 @@
+"""A checkpoint as it lies on disk: named tensors in one safetensors file, or in a folder of shards.
+
+Opening reads headers only. Shard names come from the index but are looked up in the folder's own listing, so no name
+from a file ever becomes a path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from lora_cli.checkpoint import strict_json
+from lora_cli.checkpoint.dtypes import DType
+from lora_cli.checkpoint.header import Header, TensorInfo, parse_header, read_header_length
+from lora_cli.checkpoint.index import INDEX_LIMIT, Index, parse_index
+from lora_cli.checkpoint.source import SourceFile, look_at, read_whole
+from lora_cli.errors import MalformedFileError, UnsafeInputError, UnsupportedError, UsageError
+
+CONFIG_LIMIT = 16 << 20
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+ADAPTER_FILE = "adapter_model.safetensors"
+CONVERT_HINT = (
+    'convert it: python -c "import sys, torch; from safetensors.torch import save_file; '
+    'save_file(torch.load(sys.argv[1], weights_only=True), sys.argv[2])" IN.bin OUT.safetensors'
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One safetensors file and its parsed header."""
+
+    source: SourceFile
+    header: Header
+
+    @property
+    def name(self) -> str:
+        """File name within the checkpoint."""
+        return self.source.name
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor where it lies: a reference, no data."""
+
+    shard: Shard
+    info: TensorInfo
+
+    @property
+    def key(self) -> str:
+        """Its name."""
+        return self.info.name
+
+    @property
+    def dtype(self) -> DType:
+        """Its storage type."""
+        return self.info.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+        return self.info.shape
+
+    @property
+    def nbytes(self) -> int:
+        """Its length in bytes."""
+        return self.info.end - self.info.begin
+
+    @property
+    def offset(self) -> int:
+        """Where its first byte is in the file."""
+        return self.shard.header.data_start + self.info.begin
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Named tensors in one file or a folder of shards.
+
+    Attributes:
+        path: The file or folder.
+        label: What messages and receipts call it; never a path of this machine.
+        folder: The folder of side files, or None for a bare file.
+        shards: The safetensors files, in name order.
+        index: The parsed index, if there is one.
+        warnings: What a person should know about it.
+    """
+
+    path: Path
+    label: str
+    folder: Path | None
+    shards: tuple[Shard, ...]
+    index: Index | None = None
+    warnings: tuple[str, ...] = ()
+    links_inside: Path | None = field(default=None, repr=False)
+
+    @cached_property
+    def tensors(self) -> Mapping[str, StoredTensor]:
+        """Every tensor by its name, in shard and byte order."""
+        return {info.name: StoredTensor(shard, info) for shard in self.shards for info in shard.header.tensors}
+
+    @cached_property
+    def config(self) -> Mapping[str, Any]:
+        """The model's `config.json`; empty when there is none."""
+        path = self.folder / "config.json" if self.folder else None
+        if path is None or not path.exists():
+            return {}
+        return read_config(path)
+
+    @property
+    def data_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(shard.source.size - shard.header.data_start for shard in self.shards)
+
+    @property
+    def paths(self) -> list[Path]:
+        """Every place that must not be written to while this checkpoint is an input."""
+        return [self.path, *(shard.source.path for shard in self.shards)]
+
+
+def read_config(path: Path) -> Mapping[str, Any]:
+    """Read a JSON object such as `config.json`.
+
+    Raises:
+        MalformedFileError: It is not one.
+    """
+    document = strict_json.loads(
+        read_whole(path, limit=CONFIG_LIMIT), file=path.name, limit=CONFIG_LIMIT, what="config"
+    )
+    if not isinstance(document, dict):
+        raise MalformedFileError("The config is not a JSON object", file=path.name)
+    return document
+
+
+def open_shard(path: Path, *, name: str | None = None) -> Shard:
+    """Read the header of one safetensors file."""
+    source = look_at(path, name)
+    with source.open() as reader:
+        first = reader.read(0, min(16, source.size))
+        length = read_header_length(first, source.size, file=source.name)
+        raw = reader.read(8, length)
+    return Shard(source, parse_header(raw, source.size, file=source.name))
+
+
+def open_checkpoint(path: Path, *, label: str | None = None, links_inside: Path | None = None) -> Checkpoint:
+    """Open a checkpoint from a `.safetensors` file or a folder, reading headers only.
+
+    Args:
+        path: The file or folder.
+        label: What to call it; the last part of the path if not given.
+        links_inside: A folder in which the targets of symbolic links may lie (a Hub cache).
+
+    Raises:
+        UsageError: Nothing is there, or it holds no checkpoint.
+        MalformedFileError: A header or the index is broken, or a shard is missing.
+        UnsafeInputError: Pickles, links that lead outside, a tensor in two shards.
+    """
+    label = label or path.resolve().name
+    if not path.exists():
+        raise UsageError("The path does not exist", file=path)
+    if path.is_dir():
+        return _open_folder(path, label, links_inside or _hub_cache_of(path))
+    refuse_pickle(path)
+    return Checkpoint(path, label, None, (open_shard(path),))
+
+
+def refuse_pickle(path: Path) -> None:
+    """Raise UnsafeInputError for a file that would have to be unpickled."""
+    if path.suffix in PICKLES:
+        raise UnsafeInputError("Pickled weights can run code when they are read", file=path.name, hint=CONVERT_HINT)
+
+
+def _open_folder(folder: Path, label: str, links_inside: Path | None) -> Checkpoint:
+    listing = {entry.name: entry for entry in folder.iterdir()}
+    weights = sorted(name for name in listing if name.endswith(".safetensors") and name != ADAPTER_FILE)
+    indexes = sorted(name for name in listing if name.endswith(".safetensors.index.json"))
+    if len(indexes) > 1:
+        raise UnsupportedError(
+            "The folder holds several checkpoints",
+            file=label,
+            found=", ".join(indexes),
+            hint="name one file of them",
+        )
+    for name in (*weights, *indexes):
+        _check_link(listing[name], folder, links_inside)
+    if indexes:
+        index = parse_index(read_whole(listing[indexes[0]], limit=INDEX_LIMIT), name=indexes[0])
+        return _open_sharded(folder, label, listing, index, weights, links_inside)
+    return _open_only_file(folder, label, listing, weights, links_inside)
+
+
+def _open_only_file(
+    folder: Path, label: str, listing: Mapping[str, Path], weights: list[str], links_inside: Path | None
+) -> Checkpoint:
+    chosen = "model.safetensors" if "model.safetensors" in weights else (weights[0] if len(weights) == 1 else None)
+    if chosen is None:
+        _refuse_folder(label, listing, weights)
+    assert chosen is not None  # noqa: S101 (_refuse_folder never returns)
+    unused = [name for name in weights if name != chosen]
+    return Checkpoint(
+        folder,
+        label,
+        folder,
+        (open_shard(listing[chosen]),),
+        warnings=_unused_warning(unused),
+        links_inside=links_inside,
+    )
+
+
+def _refuse_folder(label: str, listing: Mapping[str, Path], weights: list[str]) -> None:
+    if weights:
+        raise MalformedFileError(
+            "The folder holds several safetensors files and no index",
+            file=label,
+            found=", ".join(weights[:8]),
+            hint="add model.safetensors.index.json, or name one file",
+        )
+    pickles = sorted(name for name in listing if name.endswith(PICKLES))
+    if pickles:
+        raise UnsafeInputError(
+            "The folder holds only pickled weights, which can run code when they are read",
+            file=label,
+            found=", ".join(pickles[:8]),
+            hint=CONVERT_HINT,
+        )
+    adapter = ADAPTER_FILE in listing or "adapter_config.json" in listing
+    raise UsageError(
+        "The folder is an adapter, not a checkpoint" if adapter else "The folder holds no safetensors checkpoint",
+        file=label,
+        hint="give the base checkpoint first, then the adapter" if adapter else None,
+    )
+
+
+def _open_sharded(
+    folder: Path,
+    label: str,
+    listing: Mapping[str, Path],
+    index: Index,
+    weights: list[str],
+    links_inside: Path | None,
+) -> Checkpoint:
+    names = sorted(set(index.weight_map.values()))
+    missing = [name for name in names if name not in listing]
+    if missing:
+        raise MalformedFileError(
+            f"{len(missing)} of {len(names)} shards are missing",
+            file=label,
+            details=missing,
+            hint="download the checkpoint again; it is not complete",
+        )
+    if "model.safetensors" in weights and "model.safetensors" not in names:
+        raise MalformedFileError(
+            "The folder holds both an index and a single model.safetensors that the index does not name",
+            file=label,
+            hint="remove one of them, or name the file that you mean",
+        )
+    shards = tuple(open_shard(listing[name]) for name in names)
+    warnings = _check_index(index, shards)
+    unused = [name for name in weights if name not in names]
+    warnings += _unused_warning(unused)
+    return Checkpoint(folder, label, folder, shards, index, warnings, links_inside)
+
+
+def _check_index(index: Index, shards: tuple[Shard, ...]) -> tuple[str, ...]:
+    """Hold the index against the headers; what the index does not list stays, with a warning."""
+    where: dict[str, str] = {}
+    for shard in shards:
+        for info in shard.header.tensors:
+            if info.name in where:
+                raise UnsafeInputError(
+                    "A tensor is in two shards",
+                    file=index.name,
+                    tensor=info.name,
+                    found=f"{where[info.name]} and {shard.name}",
+                )
+            where[info.name] = shard.name
+    wrong = [
+        f"{key}: the index says {shard}, found in {where.get(key, 'no shard')}"
+        for key, shard in index.weight_map.items()
+        if where.get(key) != shard
+    ]
+    if wrong:
+        raise MalformedFileError(
+            f"{len(wrong)} tensors are not in the shard that the index names", file=index.name, details=wrong
+        )
+    warnings = []
+    unlisted = [key for key in where if key not in index.weight_map]
+    if unlisted:
+        warnings.append(
+            f"{index.name} does not list {len(unlisted)} tensors that the shards hold ({', '.join(unlisted[:3])}"
+            f"{', …' if len(unlisted) > 3 else ''}); they are kept"
+        )
+    real = sum(shard.source.size - shard.header.data_start for shard in shards)
+    if index.total_size is not None and index.total_size != real:
+        warnings.append(f"{index.name} says total_size {index.total_size!r}; the tensors have {real} bytes")
+    return tuple(warnings)
+
+
+def _unused_warning(names: list[str]) -> tuple[str, ...]:
+    return (f"not part of the checkpoint, left out: {', '.join(names)}",) if names else ()
+
+
+def _hub_cache_of(folder: Path) -> Path | None:
+    """The repository's folder when `folder` is a snapshot in a Hub cache, whose files are links to `blobs`."""
+    parent = folder.resolve().parent
+    return parent.parent if parent.name == "snapshots" and (parent.parent / "blobs").is_dir() else None
+
+
+def _check_link(path: Path, folder: Path, links_inside: Path | None) -> None:
+    if not path.is_symlink():
+        return
+    try:
+        real = path.resolve(strict=True)
+    except (OSError, RuntimeError) as error:
+        raise MalformedFileError("A symbolic link leads nowhere", file=path.name) from error
+    allowed = [folder.resolve(), *([links_inside.resolve()] if links_inside else [])]
+    if not any(root in real.parents for root in allowed):
+        raise UnsafeInputError(
+            "A symbolic link leads out of the checkpoint's folder",
+            file=path.name,
+            hint="name the folder that really holds the files, or copy them",
+        )

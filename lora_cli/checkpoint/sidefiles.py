@@ -1,0 +1,98 @@
+"""Which small files travel with a checkpoint, and which do not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_cli.errors import MalformedFileError
+
+if TYPE_CHECKING:
+    from lora_cli.checkpoint.checkpoint import Checkpoint
+
+SIDE_FILE_LIMIT = 64 << 20
+"""Longest side file that is copied; the largest tokenizers have 30 MB."""
+
+_SUFFIXES = {
+    *(".json", ".txt", ".md", ".model", ".jinja", ".py", ".yaml", ".yml"),
+    *(".tiktoken", ".spm", ".vocab", ".bpe", ".tok", ".jsonl"),
+}
+_BARE_NAMES = ("license", "licence", "notice", "copying", "use_policy")
+_ADAPTER_FILES = {"adapter_config.json", "trainer_state.json"}
+
+
+@dataclass(frozen=True, slots=True)
+class SideFile:
+    """A file that is written beside the tensors.
+
+    Attributes:
+        name: Relative name with forward slashes.
+        source: Where it is copied from, or None when `data` holds it.
+        size: Length in bytes.
+        data: Its bytes when it was changed or made new.
+    """
+
+    name: str
+    source: Path | None
+    size: int
+    data: bytes | None = None
+
+    def read(self) -> bytes:
+        """Return its bytes."""
+        if self.data is not None:
+            return self.data
+        assert self.source is not None  # noqa: S101 (either of the two is always set)
+        data = self.source.read_bytes()
+        if len(data) != self.size:
+            raise MalformedFileError("The file changed while it was read", file=self.name)
+        return data
+
+
+def side_files(checkpoint: Checkpoint) -> tuple[list[SideFile], list[str]]:
+    """Return the files that belong beside a copy of `checkpoint`, and the names of those that are left out.
+
+    Config, generation config, tokenizer, chat template, licence and card are taken, also one folder deep (the pooling
+    config of a sentence encoder). Weights, pickles, adapter configs, receipts, hidden and very large files are not.
+    """
+    taken: list[SideFile] = []
+    left: list[str] = []
+    if checkpoint.folder is None:
+        return taken, left
+    root = checkpoint.folder
+    own = {shard.name for shard in checkpoint.shards} | ({checkpoint.index.name} if checkpoint.index else set())
+    allowed = [root.resolve(), *([checkpoint.links_inside.resolve()] if checkpoint.links_inside else [])]
+    for path in sorted([*root.glob("*"), *root.glob("*/*")]):
+        name = path.relative_to(root).as_posix()
+        if name in own or path.is_dir() or name.startswith("."):
+            continue
+        inside = not path.is_symlink() or any(real in path.resolve().parents for real in allowed)
+        if inside and path.is_file() and belongs(path) and path.stat().st_size <= SIDE_FILE_LIMIT:
+            taken.append(SideFile(name, path, path.stat().st_size))
+        else:
+            left.append(name)
+    return taken, left
+
+
+def belongs(path: Path) -> bool:
+    """Whether a file of this name is one that belongs beside a checkpoint's tensors."""
+    name = path.name.lower()
+    if name in _ADAPTER_FILES or name.endswith(".index.json") or name.startswith("lora_"):
+        return False
+    return path.suffix.lower() in _SUFFIXES or name.startswith(_BARE_NAMES)
+
+
+def with_dtype(config: Mapping[str, Any], torch_name: str) -> bytes:
+    """Return the bytes of a model's config that says its weights are of another type, at every level that says so."""
+
+    def repaired(value: object) -> object:
+        if not isinstance(value, dict):
+            return value
+        return {
+            name: torch_name if name in ("dtype", "torch_dtype") and isinstance(item, str) else repaired(item)
+            for name, item in value.items()
+        }
+
+    return (json.dumps(repaired(dict(config)), indent=2, ensure_ascii=False) + "\n").encode()

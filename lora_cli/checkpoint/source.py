@@ -1,0 +1,171 @@
+"""Reading input files: regular files only, by position, into buffers the caller owns.
+
+No memory maps: a mapped file that shrinks kills the process, and page faults cost more than the copies they save.
+A file that changes while it is read is an error, never a mixture.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from lora_cli.errors import MalformedFileError, UnsafeInputError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+class Identity(NamedTuple):
+    """What must stay the same between the first and the last read of a file."""
+
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """A regular file as it was when it was first looked at.
+
+    Attributes:
+        path: Where it is on this machine.
+        name: What messages and receipts call it.
+        identity: Device, inode, size and time of the last change.
+    """
+
+    path: Path
+    name: str
+    identity: Identity
+
+    @property
+    def size(self) -> int:
+        """Length in bytes."""
+        return self.identity.size
+
+    @contextmanager
+    def open(self) -> Iterator[Reader]:
+        """Open for positioned reads; on leaving without an error, check that the file is still the same.
+
+        Raises:
+            MalformedFileError: The file changed since it was first looked at.
+        """
+        reader = Reader(self)
+        try:
+            reader.check_unchanged()
+            yield reader
+            reader.check_unchanged()
+        finally:
+            reader.close()
+
+
+class Reader:
+    """Positioned reads from one open file; safe to share between threads."""
+
+    def __init__(self, source: SourceFile) -> None:
+        self.source = source
+        self.descriptor = _open_regular(source.path, source.name)
+
+    def close(self) -> None:
+        """Give the descriptor back."""
+        os.close(self.descriptor)
+
+    def check_unchanged(self) -> None:
+        """Raise MalformedFileError if the file is not the one that was planned with."""
+        if _identity(os.fstat(self.descriptor)) != self.source.identity:
+            raise MalformedFileError(
+                "The file changed while it was read",
+                file=self.source.name,
+                hint="wait until nothing writes to it, then run again",
+            )
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Return exactly `length` bytes from `offset`."""
+        buffer = bytearray(length)
+        self.read_into(offset, memoryview(buffer))
+        return bytes(buffer)
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` from `offset`.
+
+        Raises:
+            MalformedFileError: The file ends before that, or the device cannot read it.
+        """
+        done = 0
+        while done < len(buffer):
+            try:
+                count = os.preadv(self.descriptor, [buffer[done:]], offset + done)
+            except OSError as error:
+                raise MalformedFileError(
+                    f"The file cannot be read at byte {offset + done}: {error.strerror}",
+                    file=self.source.name,
+                ) from error
+            if count == 0:
+                raise MalformedFileError(
+                    "The file ended while it was read",
+                    file=self.source.name,
+                    expected=f"{offset + len(buffer)} bytes",
+                    found=f"{offset + done} bytes",
+                )
+            done += count
+
+
+def look_at(path: Path, name: str | None = None) -> SourceFile:
+    """Look at a regular file without keeping it open.
+
+    Raises:
+        UsageError: It does not exist.
+        UnsafeInputError: It is a device, pipe or socket.
+        MalformedFileError: It is a folder, or may not be read.
+    """
+    name = name or path.name
+    descriptor = _open_regular(path, name)
+    try:
+        return SourceFile(path, name, _identity(os.fstat(descriptor)))
+    finally:
+        os.close(descriptor)
+
+
+def read_whole(path: Path, *, limit: int, name: str | None = None) -> bytes:
+    """Return the bytes of a small file.
+
+    Raises:
+        MalformedFileError: It is longer than `limit` bytes.
+    """
+    source = look_at(path, name)
+    if source.size > limit:
+        raise MalformedFileError(
+            "The file is too large to be what its name says",
+            file=source.name,
+            expected=f"at most {limit} bytes",
+            found=f"{source.size} bytes",
+        )
+    with source.open() as reader:
+        return reader.read(0, source.size)
+
+
+def _identity(status: os.stat_result) -> Identity:
+    return Identity(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+def _open_regular(path: Path, name: str) -> int:
+    # O_NONBLOCK: opening a pipe must not wait for somebody to write into it.
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UsageError("The file does not exist", file=name) from error
+    except OSError as error:
+        if path.is_socket():
+            raise UnsafeInputError("Not a regular file", file=name) from error
+        raise MalformedFileError(f"The file cannot be opened: {error.strerror}", file=name) from error
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        return descriptor
+    os.close(descriptor)
+    if stat.S_ISDIR(mode):
+        raise MalformedFileError("A folder stands where a file is expected", file=name)
+    raise UnsafeInputError("Not a regular file", file=name, hint="copy its content to a regular file first")

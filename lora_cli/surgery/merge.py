@@ -1,0 +1,193 @@
+"""Merge: apply adapters to a checkpoint, as files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_cli.checkpoint.staging import check_apart, check_target, free_bytes
+from lora_cli.errors import UsageError
+from lora_cli.progress import SILENT, Progress
+from lora_cli.surgery.plan import AdapterUse, LedgerEntry, Plan
+from lora_cli.surgery.planning import PlanOptions, plan
+from lora_cli.surgery.receipt import make_receipt, written_by_us
+from lora_cli.surgery.results import Reference, measured, open_adapters, open_base
+from lora_cli.surgery.workers import default_threads
+
+DEFAULT_MEMORY = 256 << 20
+"""Bytes that buffers and factors may take while tensors are computed."""
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """What a merge wrote.
+
+    Attributes:
+        out: The output.
+        tensors: Output tensors by what happened to them: total, edited, copied, added, dropped.
+        ledger: Adapter tensors by what became of them: applied, replaced, added, ignored.
+        entries: The same, one by one.
+        adapters: How each adapter was used.
+        files: Names of the files written.
+        left_out: Files of the base's folder that were not taken along.
+        warnings: What a person should look at.
+        bytes_written: Bytes of all output files.
+        seconds: Wall time.
+        peak_rss_bytes: Most memory that the process had.
+    """
+
+    out: str
+    tensors: dict[str, int]
+    ledger: dict[str, int]
+    entries: tuple[LedgerEntry, ...]
+    adapters: tuple[AdapterUse, ...]
+    files: tuple[str, ...]
+    left_out: tuple[str, ...]
+    warnings: tuple[str, ...]
+    bytes_written: int
+    seconds: float
+    peak_rss_bytes: int
+
+
+def plan_merge(
+    base: Reference,
+    adapters: Sequence[Reference] = (),
+    options: PlanOptions | None = None,
+    *,
+    progress: Progress = SILENT,
+) -> Plan:
+    """Plan a merge from headers, writing nothing.
+
+    Args:
+        base: A `.safetensors` file, a folder, or a Hub id. May be a wrapped checkpoint that carries its own factors,
+            which are then adapter 0.
+        adapters: PEFT folders, plain safetensors files of factors, or Hub ids.
+        options: Weights, output type, and how names and files are read.
+        progress: Hears of downloads and warnings.
+
+    Raises:
+        LoraCliError: Anything that does not fit; see the error classes.
+    """
+    options = options or PlanOptions()
+    opened = open_base(base, progress)
+    return plan(opened, open_adapters(adapters, options.read, progress), options)
+
+
+def merge(
+    base: Reference,
+    adapters: Sequence[Reference] = (),
+    out: Reference = "",
+    options: PlanOptions | None = None,
+    *,
+    force: bool = False,
+    threads: int | None = None,
+    memory: int = DEFAULT_MEMORY,
+    progress: Progress = SILENT,
+    on_plan: Callable[[Plan], None] | None = None,
+) -> MergeResult:
+    """Write base + Σ weight·adapter to `out`; inputs are never touched, and the output is complete or absent.
+
+    The bytes are the same on every machine, whatever `threads` and `memory` are.
+
+    Args:
+        base: As for `plan_merge`.
+        adapters: As for `plan_merge`.
+        out: A folder that is absent or empty, or a `.safetensors` file for a base of one file.
+        options: As for `plan_merge`.
+        force: Replace `out` where a receipt says that lora-cli wrote all of it.
+        threads: Units of work at once; all cores by default.
+        memory: Bytes that buffers and factors may take.
+        progress: Hears of every step.
+        on_plan: Is given the plan before torch is loaded and anything is written.
+
+    Raises:
+        LoraCliError: Anything that does not fit; see the error classes.
+    """
+    with measured() as run:
+        made = plan_merge(base, adapters, options, progress=progress)
+        target = Path(out)
+        check_output(made, target, force=force)
+        if on_plan:
+            on_plan(made)
+        receipt = make_receipt(
+            target, "merge", receipt_content(made, options or PlanOptions()), output_names(made, target)
+        )
+        # torch is loaded only here, after the plan is on the screen.
+        from lora_cli.surgery.engine import settle_budget
+        from lora_cli.surgery.execute import execute
+
+        written = execute(
+            made,
+            target,
+            settle_budget(made, memory=memory, threads=threads or default_threads()),
+            extra_files=[receipt],
+            may_replace=written_by_us(target) if force else lambda: False,
+            progress=progress,
+        )
+    return MergeResult(
+        out=str(out),
+        tensors=made.counts(),
+        ledger=made.ledger_counts(),
+        entries=made.ledger,
+        adapters=made.adapters,
+        files=(*output_names(made, target), receipt.name),
+        left_out=made.left_out,
+        warnings=made.warnings,
+        bytes_written=written + receipt.size,
+        seconds=run.seconds,
+        peak_rss_bytes=run.peak_rss_bytes,
+    )
+
+
+def check_output(made: Plan, target: Path, *, force: bool) -> None:
+    """Refuse an output that cannot be written, before any work.
+
+    Raises:
+        UsageError: No output given, or a single file asked for a checkpoint of several.
+        OutputExistsError: Something is there, or it is an input.
+    """
+    if not str(target) or str(target) == ".":
+        raise UsageError("No output given", hint="say where with -o OUT")
+    folder = target.suffix != ".safetensors"
+    if not folder and len(made.files) != 1:
+        raise UsageError(
+            f"The base has {len(made.files)} shards and cannot become one file",
+            file=target,
+            hint="name a folder with -o",
+        )
+    check_apart(target, made.inputs)
+    check_target(target, folder=folder, may_replace=written_by_us(target) if force else lambda: False)
+
+
+def output_names(made: Plan, target: Path) -> tuple[str, ...]:
+    """Names of every file that a plan writes for `target`, without the receipt."""
+    if target.suffix == ".safetensors":
+        return (target.name,)
+    return (*(file.name for file in made.files), *(side.name for side in made.side_files))
+
+
+def receipt_content(made: Plan, options: PlanOptions) -> dict[str, Any]:
+    """What a receipt says of a plan: inputs by label, scales with their sources, rewrites and options."""
+    said = made.as_dict()
+    return {
+        "base": {"label": made.base},
+        "adapters": said["adapters"],
+        "options": {
+            "dtype": options.dtype,
+            "map": list(options.maps),
+            "allow_unmapped": options.allow_unmapped,
+            "orientation": options.orientation,
+            "ignore_field": list(options.read.ignore_fields),
+        },
+        "tensors": said["tensors"],
+        "ledger": said["ledger"],
+        "edited": [edit.key for edit in made.edits if edit.operation not in ("keep", "rename")],
+    }
+
+
+def fits_on_disk(made: Plan, target: Path) -> tuple[int, bool]:
+    """Free bytes where `target` will be, and whether the plan's output fits."""
+    free = free_bytes(target)
+    return free, free >= made.bytes_to_write

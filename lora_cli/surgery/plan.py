@@ -1,0 +1,277 @@
+"""The plan: what will be done to every output byte, as a value.
+
+A plan is made from headers only. `--dry-run` prints it, the engine executes it, verify compares with it: there is no
+second implementation of what an operation does.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from lora_cli.adapters.adapter import Delta
+from lora_cli.checkpoint.checkpoint import Shard, StoredTensor
+from lora_cli.checkpoint.dtypes import DType
+from lora_cli.checkpoint.header import Header
+from lora_cli.checkpoint.sidefiles import SideFile
+
+Operation = Literal["keep", "rename", "cast", "add", "subtract", "replace", "append"]
+Outcome = Literal["applied", "replaced", "added", "ignored"]
+
+
+@dataclass(frozen=True, slots=True)
+class Contribution:
+    """One delta of one adapter on one tensor.
+
+    Attributes:
+        adapter: Position of the adapter on the command line, from 0.
+        name: Module in the adapter's spelling.
+        delta: The change.
+        weight: The user's weight.
+        transposed: The base stores the matrix as (in × out).
+    """
+
+    adapter: int
+    name: str
+    delta: Delta
+    weight: float
+    transposed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """What happens to one tensor of the output.
+
+    Attributes:
+        key: Its name in the output.
+        operation: `keep` its bytes, `rename` it, `cast` it, `add` or `subtract` deltas, `replace` it by an adapter's
+            tensor, or `append` a tensor that the base lacks.
+        source: Where its numbers come from: the base, or the adapter for replace and append.
+        dtype: Its storage type in the output.
+        shape: Its shape.
+        begin: First byte within the output's data section.
+        end: One past the last.
+        terms: Deltas that are summed in one exact product.
+    """
+
+    key: str
+    operation: Operation
+    source: StoredTensor
+    dtype: DType
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+    terms: tuple[Contribution, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the output."""
+        return self.end - self.begin
+
+    @property
+    def copies(self) -> bool:
+        """Whether the output's bytes are the source's bytes."""
+        return not self.terms and self.dtype == self.source.dtype
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """(rows, columns) as which the engine sees the tensor."""
+        rows = self.shape[0] if self.shape else 1
+        elements = 1
+        for size in self.shape:
+            elements *= size
+        return rows, elements // rows if rows else 0
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """One safetensors file of the output.
+
+    Attributes:
+        name: File name.
+        header: Its header; the base's own bytes when no name, type or shape changed.
+        edits: Its tensors in byte order.
+        base: The shard of the base that it takes the place of.
+    """
+
+    name: str
+    header: Header
+    edits: tuple[Edit, ...]
+    base: Shard
+
+    @property
+    def size(self) -> int:
+        """Length in bytes."""
+        return self.header.file_bytes
+
+    @property
+    def untouched(self) -> bool:
+        """Whether the file is the base's file, byte for byte."""
+        return self.header is self.base.header and all(edit.operation == "keep" for edit in self.edits)
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerEntry:
+    """What became of one adapter tensor.
+
+    Attributes:
+        adapter: The adapter's label.
+        tensor: Name of the tensor in the adapter's file.
+        outcome: Applied as part of a delta, replaced a base tensor, added as a new one, or ignored.
+        key: The tensor of the output that it went into.
+        reason: Why, where that is not plain.
+    """
+
+    adapter: str
+    tensor: str
+    outcome: Outcome
+    key: str | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterUse:
+    """How one adapter is used.
+
+    Attributes:
+        label: What it is called.
+        format: The format it was read as.
+        kind: LoRA, rsLoRA.
+        weight: The user's weight.
+        rewrite: How its names became the base's names.
+        scales: Each distinct scale with its source and the number of modules that have it.
+    """
+
+    label: str
+    format: str
+    kind: str
+    weight: float
+    rewrite: str
+    scales: tuple[tuple[float, str, int], ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that an operation will write.
+
+    Attributes:
+        operation: `merge` or `unmerge`.
+        base: Label of the input checkpoint.
+        files: The safetensors files.
+        side_files: Small files, the index among them.
+        left_out: Names of files of the base's folder that are not written.
+        adapters: How each adapter is used.
+        ledger: What becomes of every adapter tensor.
+        dropped: Base tensors that the output lacks (the factors that a wrapped checkpoint carried).
+        inputs: Every place that must not be written to.
+        warnings: What a person should look at.
+    """
+
+    operation: Literal["merge", "unmerge"]
+    base: str
+    files: tuple[OutputFile, ...]
+    side_files: tuple[SideFile, ...]
+    left_out: tuple[str, ...]
+    adapters: tuple[AdapterUse, ...]
+    ledger: tuple[LedgerEntry, ...]
+    dropped: tuple[str, ...]
+    inputs: tuple[Path, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def edits(self) -> Iterable[Edit]:
+        """Every edit, in file and byte order."""
+        return (edit for file in self.files for edit in file.edits)
+
+    @property
+    def bytes_to_write(self) -> int:
+        """Bytes of all output files."""
+        return sum(file.size for file in self.files) + sum(side.size for side in self.side_files)
+
+    @property
+    def bytes_to_read(self) -> int:
+        """Bytes of base and adapter tensors that are read."""
+        factors = {id(tensor): tensor.nbytes for e in self.edits for t in e.terms for tensor in t.delta.tensors}
+        return sum(edit.source.nbytes for edit in self.edits) + sum(factors.values())
+
+    def counts(self) -> dict[str, int]:
+        """Tensors by what happens to them: total, edited, copied, added, dropped."""
+        operations = Counter(edit.operation for edit in self.edits)
+        copied = operations["keep"] + operations["rename"]
+        return {
+            "total": sum(operations.values()),
+            "edited": sum(operations.values()) - copied - operations["append"],
+            "copied": copied,
+            "added": operations["append"],
+            "dropped": len(self.dropped),
+        }
+
+    def ledger_counts(self) -> dict[str, int]:
+        """Adapter tensors by what became of them."""
+        outcomes = Counter(entry.outcome for entry in self.ledger)
+        return {name: outcomes[name] for name in ("applied", "replaced", "added", "ignored")}
+
+    def as_dict(self) -> dict[str, Any]:
+        """The plan as plain values, for printing as JSON; no path of this machine is in it."""
+        return {
+            "operation": self.operation,
+            "base": self.base,
+            "tensors": self.counts(),
+            "ledger": self.ledger_counts(),
+            "bytes_to_read": self.bytes_to_read,
+            "bytes_to_write": self.bytes_to_write,
+            "adapters": [
+                {
+                    "label": use.label,
+                    "format": use.format,
+                    "kind": use.kind,
+                    "weight": use.weight,
+                    "rewrite": use.rewrite,
+                    "scales": [{"scale": s, "source": why, "modules": n} for s, why, n in use.scales],
+                }
+                for use in self.adapters
+            ],
+            "files": [
+                {
+                    "name": file.name,
+                    "bytes": file.size,
+                    "header_bytes": file.header.data_start,
+                    "untouched": file.untouched,
+                    "edits": [_edit_dict(edit) for edit in file.edits],
+                }
+                for file in self.files
+            ],
+            "side_files": [
+                {"name": side.name, "bytes": side.size, "changed": side.data is not None} for side in self.side_files
+            ],
+            "left_out": list(self.left_out),
+            "dropped": list(self.dropped),
+            "warnings": list(self.warnings),
+        }
+
+
+def _edit_dict(edit: Edit) -> dict[str, Any]:
+    return {
+        "key": edit.key,
+        "operation": edit.operation,
+        "source": {"file": edit.source.shard.name, "key": edit.source.key, "dtype": edit.source.dtype.name},
+        "dtype": edit.dtype.name,
+        "shape": list(edit.shape),
+        "begin": edit.begin,
+        "end": edit.end,
+        "terms": [
+            {
+                "adapter": term.adapter,
+                "module": term.name,
+                "kind": term.delta.kind,
+                "rank": term.delta.rank,
+                "scale": term.delta.scale.times(term.weight),
+                "scale_source": term.delta.scale.source,
+                "transposed": term.transposed,
+            }
+            for term in edit.terms
+        ],
+    }

@@ -1,0 +1,84 @@
+"""Proving which weights an approximate unmerge recovers exactly.
+
+A merge with a fixed delta never changes the order of values, so the base values that merge to one result lie side by
+side. A candidate is proved when it merges to what is there and neither of its neighbours does.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from lora_cli.arithmetic.floats import BITS
+from lora_cli.arithmetic.ordered import neighbours
+from lora_cli.progress import Progress
+from lora_cli.surgery.engine import Budget, Unit, Workshop, units_of
+from lora_cli.surgery.plan import Edit, Plan
+from lora_cli.surgery.unmerge import Undecided
+from lora_cli.surgery.workers import run_units
+
+
+@dataclass
+class _Count:
+    elements: int = 0
+    exact: int = 0
+    impossible: int = 0
+
+
+def prove(plan: Plan, budget: Budget, progress: Progress) -> Iterator[Undecided]:
+    """Count, for each tensor that an unmerge computes, the weights that are proved, in plan order."""
+    edits = [edit for edit in plan.edits if edit.terms]
+    progress.begin("prove", sum(edit.nbytes for edit in edits))
+    counts: defaultdict[str, _Count] = defaultdict(_Count)
+    units = (unit for number, file in enumerate(plan.files) for unit in units_of(number, file) if unit.edit)
+
+    def work(unit: Unit, workshop: Workshop) -> _Count:
+        edit = unit.edit
+        assert edit is not None  # noqa: S101 (filtered above)
+        return _count(edit, unit, workshop) if edit.terms else _Count()
+
+    for unit, count in run_units(units, work, lambda: Workshop(budget.strip_bytes), budget.threads):
+        if unit.edit and unit.edit.terms:
+            progress.advance(unit.nbytes)
+            total = counts[unit.edit.key]
+            total.elements += count.elements
+            total.exact += count.exact
+            total.impossible += count.impossible
+    for edit in edits:
+        total = counts[edit.key]
+        undecided = total.elements - total.exact - total.impossible
+        yield Undecided(edit.key, total.elements, total.exact, undecided, total.impossible)
+
+
+def _count(edit: Edit, unit: Unit, workshop: Workshop) -> _Count:
+    count = _Count()
+
+    def observe(merged: torch.Tensor, candidate: torch.Tensor, delta: torch.Tensor) -> None:
+        below, above = neighbours(candidate)
+        low, hit, high = (_bits(_merged(value, delta)) == _bits(merged) for value in (below, candidate, above))
+        # At the ends of the line a value is its own neighbour, which proves nothing against it.
+        low &= _bits(below) != _bits(candidate)
+        high &= _bits(above) != _bits(candidate)
+        count.elements += merged.numel()
+        count.exact += int((hit & ~low & ~high).sum())
+        count.impossible += int((~(low | hit | high)).sum())
+
+    for _ in workshop.pieces(edit, unit.begin, unit.end, observe):
+        pass
+    return count
+
+
+def _merged(value: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    """What merging would make of a value; `TileKernel.merge` without its check, since neighbours may overflow.
+
+    `0 - delta` has no negative zero, so that subtracting it leaves a value's own bits where the delta is zero.
+    """
+    return (value.to(delta.dtype) - (0.0 - delta)).to(value.dtype)
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    # A tile of a wider piece is strided; a view as integers of the same width keeps that.
+    return tensor.view(BITS[tensor.dtype])

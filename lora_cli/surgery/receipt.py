@@ -1,0 +1,72 @@
+"""The receipt beside an output: what it was made of. It has no clock and no path of any machine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lora_cli.checkpoint.checkpoint import read_config
+from lora_cli.checkpoint.sidefiles import SideFile
+from lora_cli.errors import LoraCliError
+from lora_cli.version import __version__
+
+SCHEMA = "lora-cli/receipt/1"
+
+
+def receipt_path(out: Path, operation: str) -> Path:
+    """Where the receipt of an output is: in its folder, or beside its file as `NAME.lora_OPERATION.json`."""
+    if out.suffix == ".safetensors":
+        return out.with_name(f"{out.stem}.lora_{operation}.json")
+    return out / f"lora_{operation}.json"
+
+
+def make_receipt(out: Path, operation: str, content: Mapping[str, Any], files: Iterable[str]) -> SideFile:
+    """Return the receipt of an output as a file to be written last.
+
+    Args:
+        out: The output.
+        operation: Name of the command.
+        content: What it was made of.
+        files: Names of every other file of the output.
+    """
+    name = receipt_path(out, operation).name
+    document = {
+        "schema": SCHEMA,
+        "operation": operation,
+        "tool": {"name": "lora-cli", "version": __version__},
+        **content,
+        "files": sorted([*files, name]),
+    }
+    data = (json.dumps(document, indent=2, sort_keys=True, ensure_ascii=True, allow_nan=False) + "\n").encode()
+    return SideFile(name, None, len(data), data)
+
+
+def find_receipt(path: Path) -> Mapping[str, Any] | None:
+    """Read the receipt of a checkpoint or adapter that lora-cli wrote, or None."""
+    for operation in ("merge", "unmerge", "inject"):
+        place = receipt_path(path, operation)
+        if place.is_file():
+            try:
+                document = read_config(place)
+            except LoraCliError:
+                return None
+            return document if document.get("schema") == SCHEMA else None
+    return None
+
+
+def written_by_us(out: Path) -> Callable[[], bool]:
+    """Return a check that `out` holds nothing but what a receipt lists: the only thing that `--force` replaces."""
+
+    def check() -> bool:
+        receipt = find_receipt(out)
+        listed = receipt.get("files") if receipt else None
+        if not isinstance(listed, list):
+            return False
+        if out.is_dir():
+            present = {path.relative_to(out).as_posix() for path in out.rglob("*") if not path.is_dir()}
+            return present <= set(listed)
+        return out.name in listed
+
+    return check

@@ -1,0 +1,58 @@
+"""What operations have in common: how inputs are opened, and how a run is measured."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora_cli.adapters.adapter import Adapter
+from lora_cli.adapters.formats import open_adapter
+from lora_cli.adapters.source import ReadOptions
+from lora_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from lora_cli.checkpoint.hub import locate
+from lora_cli.progress import SILENT, Progress
+
+Reference = str | Path
+"""A local path or a Hub id, as users write it."""
+
+
+def open_base(reference: Reference, progress: Progress = SILENT) -> Checkpoint:
+    """Open a checkpoint from a path or a Hub id."""
+    place = locate(str(reference), role="checkpoint", progress=progress)
+    checkpoint = open_checkpoint(place.path, label=place.label, links_inside=place.links_inside)
+    for warning in checkpoint.warnings:
+        progress.warn(f"{checkpoint.label}: {warning}")
+    return checkpoint
+
+
+def open_adapters(references: Iterable[Reference], options: ReadOptions, progress: Progress = SILENT) -> list[Adapter]:
+    """Open adapters from paths or Hub ids."""
+    adapters = []
+    for reference in references:
+        place = locate(str(reference), role="adapter", progress=progress)
+        adapters.append(open_adapter(place.path, options, label=place.label))
+    return adapters
+
+
+@dataclass
+class Measured:
+    """How long a run took and how much memory it had at its peak."""
+
+    seconds: float = 0.0
+    peak_rss_bytes: int = 0
+
+
+@contextmanager
+def measured() -> Iterator[Measured]:
+    """Measure what happens inside; the numbers are there after leaving."""
+    result = Measured()
+    start = time.monotonic()
+    yield result
+    result.seconds = round(time.monotonic() - start, 3)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    result.peak_rss_bytes = peak if sys.platform == "darwin" else peak * 1024

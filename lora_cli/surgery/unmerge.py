@@ -1,0 +1,161 @@
+"""Unmerge: take adapters out of a merged checkpoint again.
+
+Here by subtraction: what the merge rounded away is lost, but for most weights only one value can have been there, and
+that is proved for each of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora_cli.errors import UsageError, WrongInputError
+from lora_cli.progress import SILENT, Progress
+from lora_cli.surgery.merge import DEFAULT_MEMORY, check_output, output_names, receipt_content
+from lora_cli.surgery.plan import Plan
+from lora_cli.surgery.planning import PlanOptions, plan
+from lora_cli.surgery.receipt import make_receipt, written_by_us
+from lora_cli.surgery.results import Reference, measured, open_adapters, open_base
+from lora_cli.surgery.workers import default_threads
+
+
+@dataclass(frozen=True)
+class Undecided:
+    """A tensor whose base is not known for every weight.
+
+    Attributes:
+        key: Its name.
+        elements: Weights in it.
+        exact: Weights for which only one base value merges to what is there: these are proved.
+        undecided: Weights that may differ from the base by a step or so, because several base values merge to the same.
+        impossible: Weights that no base value merges to: a sign of another adapter, scale or tool.
+    """
+
+    key: str
+    elements: int
+    exact: int
+    undecided: int
+    impossible: int
+
+
+@dataclass(frozen=True)
+class UnmergeResult:
+    """What an unmerge wrote.
+
+    Attributes:
+        out: The output.
+        exact: Whether every byte of the base is proved.
+        files: Names of the files written.
+        tensors: Output tensors by what happened to them.
+        undecided: The tensors that are not proved in full.
+        kept: Tensors that the adapter had replaced: their base values are not in the merged file, so they stay.
+        warnings: What a person should look at.
+        bytes_written: Bytes of all output files.
+        seconds: Wall time.
+        peak_rss_bytes: Most memory that the process had.
+    """
+
+    out: str
+    exact: bool
+    files: tuple[str, ...]
+    tensors: dict[str, int]
+    undecided: tuple[Undecided, ...]
+    kept: tuple[str, ...]
+    warnings: tuple[str, ...]
+    bytes_written: int
+    seconds: float
+    peak_rss_bytes: int
+
+
+def unmerge(
+    merged: Reference,
+    adapters: Sequence[Reference] = (),
+    out: Reference = "",
+    options: PlanOptions | None = None,
+    *,
+    approximate: bool = False,
+    force: bool = False,
+    threads: int | None = None,
+    memory: int = DEFAULT_MEMORY,
+    progress: Progress = SILENT,
+    on_plan: Callable[[Plan], None] | None = None,
+) -> UnmergeResult:
+    """Write merged - Σ weight·adapter to `out`, with a proof per weight of whether that is the base.
+
+    Args:
+        merged: The merged checkpoint.
+        adapters: The adapters that were merged into it.
+        out: A folder that is absent or empty, or a `.safetensors` file for a checkpoint of one file.
+        options: The weights and the rest, as they were in the merge.
+        approximate: Must be True: the caller says that a base with undecided weights will do.
+        force: Replace `out` where a receipt says that lora-cli wrote all of it.
+        threads: Units of work at once; all cores by default.
+        memory: Bytes that buffers and factors may take.
+        progress: Hears of every step.
+        on_plan: Is given the plan before anything is written.
+
+    Raises:
+        WrongInputError: `approximate` is False: without an undo file the base cannot be recovered bit for bit.
+        LoraCliError: Inputs that do not fit together.
+    """
+    if not approximate:
+        raise WrongInputError(
+            "There is no undo file, so the base cannot be recovered bit for bit",
+            file=merged,
+            hint="--approximate subtracts the adapter, proves most weights and counts the rest",
+        )
+    if not adapters:
+        raise UsageError(
+            "Name the adapter that was merged", hint="lora-cli unmerge MERGED ADAPTER -o OUT --approximate"
+        )
+    options = options or PlanOptions()
+    with measured() as run:
+        checkpoint = open_base(merged, progress)
+        opened = open_adapters(adapters, options.read, progress)
+        kept = {replacement.name for adapter in opened for replacement in adapter.replacements}
+        made = plan(checkpoint, opened, options, operation="unmerge")
+        target = Path(out)
+        check_output(made, target, force=force)
+        if on_plan:
+            on_plan(made)
+        stays = tuple(entry.key for entry in made.ledger if entry.outcome == "replaced" and entry.key)
+        for name in stays:
+            progress.warn(f"{name}: the adapter replaced it whole; its base values are lost, the merged ones stay")
+        receipt = make_receipt(target, "unmerge", receipt_content(made, options), output_names(made, target))
+        from lora_cli.surgery.engine import settle_budget
+        from lora_cli.surgery.execute import execute
+        from lora_cli.surgery.proof import prove
+
+        budget = settle_budget(made, memory=memory, threads=threads or default_threads())
+        written = execute(
+            made,
+            target,
+            budget,
+            extra_files=[receipt],
+            may_replace=written_by_us(target) if force else lambda: False,
+            progress=progress,
+        )
+        undecided = tuple(proof for proof in prove(made, budget, progress) if proof.exact < proof.elements)
+    _warn_impossible(undecided, progress)
+    return UnmergeResult(
+        out=str(out),
+        exact=not undecided and not kept,
+        files=(*output_names(made, target), receipt.name),
+        tensors=made.counts(),
+        undecided=undecided,
+        kept=stays,
+        warnings=made.warnings,
+        bytes_written=written + receipt.size,
+        seconds=run.seconds,
+        peak_rss_bytes=run.peak_rss_bytes,
+    )
+
+
+def _warn_impossible(undecided: Sequence[Undecided], progress: Progress) -> None:
+    impossible = sum(proof.impossible for proof in undecided)
+    if impossible:
+        progress.warn(
+            f"{impossible} weights cannot come from a lora-cli merge of this adapter at this weight: "
+            "another adapter, another scale, or a tool that rounds differently"
+        )

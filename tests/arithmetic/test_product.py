@@ -1,0 +1,328 @@
+"""The exact product: the same bits however it is cut, and as near to the true product as it says."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from fractions import Fraction
+from typing import Literal
+
+import pytest
+import reference
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from patterns import DTYPES, awkward, gaussian, same_bits, to_fractions, to_reference
+from torch import Tensor
+
+from lora_cli.arithmetic.product import ExactProduct, Term, grid_bits, prepare
+from lora_cli.errors import NumericError, ShapeError
+
+ALL = slice(None)
+Slices = Literal[1, 2]
+both = pytest.mark.parametrize("slices", [1, 2])
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def gaussian_term(seed: int, out: int, rank: int, width: int, scale: float = 0.7) -> Term:
+    return Term(gaussian(seed, out, rank, std=0.1), gaussian(seed + 1, rank, width, std=0.3), scale)
+
+
+def exact(out: int, rank: int, width: int, slices: Slices, seed: int = 0) -> ExactProduct:
+    return prepare([gaussian_term(seed, out, rank, width)], slices=slices)
+
+
+def whole(product: ExactProduct, **options: bool) -> Tensor:
+    return product.tile(ALL, ALL, **options)
+
+
+def test_grid_bits_leave_room_for_k_products() -> None:
+    assert [grid_bits(k) for k in (1, 16, 17, 64, 256, 1000, 1024)] == [26, 24, 24, 23, 22, 21, 21]
+    assert grid_bits(0) == 26
+    for k in range(1, 5000):
+        assert k * 4 ** grid_bits(k) <= 2**53 < k * 4 ** (grid_bits(k) + 1)
+
+
+# Independence: of tiles, threads, order and layout.
+
+
+@both
+def test_tiles_of_every_height_and_width_hold_the_same_bits(slices: Slices) -> None:
+    product = exact(37, 5, 29, slices)
+    expected = whole(product)
+    for height in range(1, 38):
+        tiles = [product.tile(slice(top, top + height), ALL) for top in range(0, 37, height)]
+        assert same_bits(torch.cat(tiles), expected)
+    for width in range(1, 30):
+        tiles = [product.tile(ALL, slice(left, left + width)) for left in range(0, 29, width)]
+        assert same_bits(torch.cat(tiles, 1), expected)
+    assert same_bits(product.tile(slice(3, 30, 4), slice(1, 29, 3)), expected[3:30:4, 1:29:3])
+
+
+@both
+@pytest.mark.parametrize("rank", [3, 16, 100])
+def test_threads_do_not_show(slices: Slices, rank: int, two_threads: None) -> None:
+    product = exact(515, rank, 513, slices)
+    on_two = whole(product)
+    prepared_on_two = product.tile(slice(100, 400), ALL)
+    torch.set_num_threads(1)
+    assert same_bits(whole(product), on_two)
+    assert same_bits(whole(exact(515, rank, 513, slices))[100:400], prepared_on_two)
+
+
+@both
+def test_the_order_of_k_and_of_terms_does_not_show(slices: Slices) -> None:
+    terms = [
+        gaussian_term(seed, 33, rank, 47, scale) for seed, rank, scale in ((0, 7, 2.0), (2, 1, -0.3), (4, 16, 1e-3))
+    ]
+    expected = whole(prepare(terms, slices=slices))
+    assert same_bits(whole(prepare(terms[::-1], slices=slices)), expected)
+    for seed in range(20):
+        order = torch.randperm(16, generator=torch.Generator().manual_seed(seed))
+        shuffled = Term(terms[2].b[:, order], terms[2].a[order], terms[2].scale)
+        assert same_bits(whole(prepare([terms[1], shuffled, terms[0]], slices=slices)), expected)
+
+
+@both
+def test_a_transposed_layout_holds_the_same_bits(slices: Slices) -> None:
+    product = exact(37, 9, 53, slices)
+    expected = whole(product)
+    turned = whole(product, transposed=True)
+    assert turned.is_contiguous()
+    assert same_bits(turned, expected.t())
+    part = product.tile(slice(5, 40), slice(2, 30), transposed=True)
+    assert same_bits(part, expected[2:30, 5:40].t())
+
+
+def loop_over_k(product: ExactProduct) -> Tensor:
+    """Add up rank by rank, as no library does."""
+    left, right = product._left, product._right
+    total = torch.zeros(product.shape, dtype=torch.float64)
+    for k in range(product.rank):
+        total += left.hi[:, k : k + 1] * right.hi[k]
+    for b, a in ((left.hi, right.lo), (left.lo, right.hi)):
+        if b is not None and a is not None:
+            part = torch.zeros(product.shape, dtype=torch.float64)
+            for k in range(product.rank):
+                part += b[:, k : k + 1] * a[k]
+            total += part
+    return total
+
+
+@both
+def test_a_plain_loop_over_k_gives_the_same_bits(slices: Slices) -> None:
+    for rank in (1, 2, 3, 8, 16, 17, 64, 129, 333, 1000):
+        product = exact(40, rank, 65, slices, seed=rank)
+        assert torch.equal(whole(product), loop_over_k(product))
+
+
+def test_every_rank_up_to_1000_is_exact() -> None:
+    for rank in range(1, 1001):
+        product = exact(9, rank, 11, 1, seed=rank)
+        left, right = product._left.hi, product._right.hi
+        assert torch.equal(whole(product), left.flip(1).contiguous() @ right.flip(0).contiguous())
+        assert torch.equal(whole(product), (left.unsqueeze(1) * right.t()).sum(-1))
+
+
+def test_a_float32_product_would_depend_on_the_order() -> None:
+    term = gaussian_term(0, 65, 64, 65)
+    order = torch.arange(63, -1, -1)
+    assert not torch.equal(term.b @ term.a, term.b[:, order] @ term.a[order])
+
+
+@both
+def test_the_opposite_scale_gives_the_opposite_product(slices: Slices) -> None:
+    term = gaussian_term(0, 12, 5, 13)
+    opposite = Term(term.b, term.a, -term.scale)
+    assert torch.equal(whole(prepare([opposite], slices=slices)), -whole(prepare([term], slices=slices)))
+
+
+# Truth: against rationals.
+
+
+def is_lonely(entries: Tensor) -> bool:
+    """Whether all that a row holds is subnormal in float64: such a row is refused."""
+    return 0 < float(entries.abs().max()) < 1e-300
+
+
+@both
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_equals_the_reference_and_keeps_its_bound(slices: Slices, data: st.DataObject) -> None:
+    rng = random.Random(data.draw(st.integers(0, 2**32)))
+    out, width = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 6))
+    terms = []
+    for rank in data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=3)):
+        b_type, a_type = (DTYPES[data.draw(st.sampled_from(sorted(DTYPES)))] for _ in range(2))
+        span = data.draw(st.sampled_from([0, 3, 30, 120]))
+        scale = data.draw(st.sampled_from([1.0, -0.3, 2.0**-20, 1e10, 0.0, 1 / 3]))
+        terms.append(Term(awkward(rng, out, rank, b_type, span), awkward(rng, rank, width, a_type, span), scale))
+    if any(is_lonely(row) for term in terms for row in (*term.b.double(), *term.a.t().double())):
+        return
+    product = prepare(terms, slices=slices)
+    rational = to_reference(terms)
+    tile = whole(product)
+    assert to_fractions(tile) == reference.product(rational, slices)
+    bound = to_fractions(product.error_bound(ALL, ALL))
+    true = reference.true_product(rational)
+    for row in zip(to_fractions(tile), true, bound, strict=True):
+        assert all(abs(value - truth) <= limit for value, truth, limit in zip(*row, strict=True))
+
+
+def frobenius_error(term: Term, slices: Slices) -> float:
+    """Against the exact rational product, of a few rows and columns."""
+    true = reference.true_product(to_reference([term]))
+    tile = to_fractions(whole(prepare([term], slices=slices)))
+    pairs = [(x, y) for row in zip(tile, true, strict=True) for x, y in zip(*row, strict=True)]
+    return float(sum((x - y) ** 2 for x, y in pairs) / sum(y**2 for _, y in pairs)) ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("rank", "slices", "at_most"),
+    [(16, 1, 1e-7), (64, 1, 3e-7), (1000, 1, 1.2e-6), (16, 2, 4e-15), (64, 2, 3e-14), (1000, 2, 6e-13)],
+)
+def test_gaussian_factors_lose_little(rank: int, slices: Slices, at_most: float) -> None:
+    assert frobenius_error(gaussian_term(rank, 12, rank, 12), slices) < at_most
+
+
+@both
+def test_large_beside_small_keeps_its_accuracy(slices: Slices) -> None:
+    """A ~ 1, B ~ 1e-7 stacked with the reverse: without balancing, half of the product would be lost."""
+    small, large = 1e-7, 1.0
+    b = torch.cat([gaussian(0, 12, 4, std=small), gaussian(1, 12, 4, std=large)], 1)
+    a = torch.cat([gaussian(2, 4, 12, std=large), gaussian(3, 4, 12, std=small)])
+    at_most = 2e-7 if slices == 1 else 1e-14
+    assert frobenius_error(Term(b, a, 1.0), slices) < at_most
+
+
+def test_a_dead_rank_does_not_widen_the_grids() -> None:
+    term = gaussian_term(0, 6, 4, 7)
+    expected = whole(prepare([term, Term(torch.zeros(6, 1), torch.zeros(1, 7), 1.0)], slices=1))
+    for b, a in ((0.0, 1e30), (1e30, 0.0)):
+        dead = Term(torch.full((6, 1), b), torch.full((1, 7), a), 1.0)
+        assert torch.equal(whole(prepare([term, dead], slices=1)), expected)
+
+
+# Edges.
+
+
+@both
+def test_nothing_times_anything_is_exactly_zero(slices: Slices) -> None:
+    zeros = [
+        Term(torch.zeros(3, 2), gaussian(0, 2, 4), 1.0),
+        Term(gaussian(0, 3, 2), torch.zeros(2, 4), -1.0),
+        Term(gaussian(0, 3, 2), gaussian(1, 2, 4), 0.0),
+        Term(torch.zeros(3, 0), torch.zeros(0, 4), 1.0),
+    ]
+    for terms in ([term] for term in zeros):
+        product = prepare(terms, slices=slices)
+        stale = torch.full((3, 4), 7.0, dtype=torch.float64)
+        assert torch.equal(product.tile(ALL, ALL, out=stale), torch.zeros(3, 4, dtype=torch.float64))
+        assert float(product.error_bound(ALL, ALL).max()) < 1e-300
+    partly = gaussian_term(0, 3, 2, 4)
+    partly.b[1] = 0
+    partly.a[:, 2] = 0
+    tile = whole(prepare([partly, zeros[3]], slices=slices))
+    assert not tile[1].any()
+    assert not tile[:, 2].any()
+    assert int((tile != 0).sum()) == 6
+
+
+@both
+@pytest.mark.parametrize(("out", "width"), [(0, 4), (4, 0), (0, 0)])
+def test_an_empty_target_has_an_empty_product(slices: Slices, out: int, width: int) -> None:
+    product = prepare([Term(torch.zeros(out, 2), torch.zeros(2, width), 1.0)], slices=slices)
+    assert whole(product).shape == product.shape == (out, width)
+
+
+@both
+def test_a_bias_is_a_column_times_one(slices: Slices) -> None:
+    column = gaussian(0, 9, 1)
+    tile = whole(prepare([Term(column, torch.ones(1, 1), 0.5)], slices=slices))
+    assert torch.equal(tile, column.double() * 0.5)
+
+
+@both
+def test_buffers_are_used_and_inputs_left_alone(slices: Slices) -> None:
+    term = Term(gaussian(0, 6, 3, dtype=torch.float64), gaussian(1, 3, 8, dtype=torch.float64), 2.0)
+    before = term.b.clone(), term.a.clone()
+    product = prepare([term], slices=slices)
+    assert (product.shape, product.rank, product.slices) == ((6, 8), 3, slices)
+    out, scratch = torch.empty(2, 3, dtype=torch.float64), torch.empty(2, 3, dtype=torch.float64)
+    assert product.tile(slice(1, 3), slice(0, 3), out=out, scratch=scratch) is out
+    assert same_bits(out, whole(product)[1:3, 0:3])
+    assert torch.equal(term.b, before[0])
+    assert torch.equal(term.a, before[1])
+    for bad in (torch.empty(3, 2, dtype=torch.float64), torch.empty(2, 3)):
+        with pytest.raises(ShapeError, match="buffer"):
+            product.tile(slice(1, 3), slice(0, 3), out=bad)
+
+
+def test_factors_that_require_gradients_are_taken_as_numbers() -> None:
+    term = gaussian_term(0, 4, 2, 3)
+    product = prepare([Term(term.b.requires_grad_(), term.a.requires_grad_(), 1.0)], slices=1)
+    assert not whole(product).requires_grad
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float8_e5m2])
+def test_refuses_factors_that_are_not_finite(value: float, dtype: torch.dtype) -> None:
+    for where in ("B", "A"):
+        factors = {"B": torch.zeros(4, 2), "A": torch.zeros(2, 5)}
+        factors[where][1, 1] = value
+        factors[where][0, 0] = value
+        with pytest.raises(NumericError, match=f"factor {where}") as caught:
+            prepare([Term(factors["B"].to(dtype), factors["A"].to(dtype), 0.0)], slices=1)
+        assert caught.value.found is not None
+        assert caught.value.found.startswith("2 of")
+    with pytest.raises(NumericError, match="scale"):
+        prepare([Term(torch.zeros(4, 2), torch.zeros(2, 5), value)], slices=1)
+
+
+@both
+def test_refuses_what_float64_cannot_hold(slices: Slices) -> None:
+    def term(b: float, a: float, scale: float = 1.0) -> Term:
+        matrix = torch.full((2, 1), b, dtype=torch.float64)
+        return Term(matrix, torch.full((1, 2), a, dtype=torch.float64), scale)
+
+    with pytest.raises(NumericError, match="overflows when it is scaled"):
+        prepare([term(1e300, 1.0, 1e10)], slices=slices)
+    with pytest.raises(NumericError, match="may exceed"):
+        prepare([term(1e200, 1e200)], slices=slices)
+    with pytest.raises(NumericError, match="too small"):
+        prepare([term(1e-200, 1e-200)], slices=slices)
+    lonely = term(1.0, 1.0)
+    lonely.b[1] = 1e-305
+    with pytest.raises(NumericError, match="too small"):
+        prepare([lonely], slices=slices)
+    # Far apart, yet with a product in the middle: balancing makes them alike.
+    for extreme in (term(1e300, 1e-300), term(1e-300, 1e300), term(2.0**1023, 2.0**-1074)):
+        rational = to_reference([extreme])
+        assert to_fractions(whole(prepare([extreme], slices=slices))) == reference.product(rational, slices)
+
+
+@both
+def test_what_float32_holds_is_never_too_small(slices: Slices) -> None:
+    least = torch.full((3, 2), 2.0**-149)
+    terms = [Term(least, least.t(), 1e-3), Term(torch.full((3, 1), 2.0**127), torch.full((1, 3), 2.0**127), 1.0)]
+    for one in terms:
+        assert to_fractions(whole(prepare([one], slices=slices)))[0][0] > Fraction(0)
+    assert bool((whole(prepare(terms, slices=slices)) > 0).all())
+
+
+def test_refuses_shapes_that_do_not_fit() -> None:
+    with pytest.raises(ShapeError, match="at least one"):
+        prepare([], slices=1)
+    with pytest.raises(ShapeError, match="do not fit"):
+        prepare([Term(torch.zeros(4, 2), torch.zeros(3, 5), 1.0)], slices=1)
+    with pytest.raises(ShapeError, match="do not fit"):
+        prepare([Term(torch.zeros(4), torch.zeros(4, 5), 1.0)], slices=1)
+    with pytest.raises(ShapeError, match="differ"):
+        prepare([gaussian_term(0, 4, 2, 5), gaussian_term(0, 4, 2, 6)], slices=1)
