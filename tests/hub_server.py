@@ -11,9 +11,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import socket
 import sys
 import threading
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -48,9 +50,9 @@ class Fault:
 
     path: str
     status: int
-    headers: Mapping[str, str] = field(default_factory=dict)
-    times: int = 1_000_000
-    body: bytes = b""
+    headers: Mapping[str, str]
+    times: int
+    body: bytes
 
 
 @dataclass
@@ -82,7 +84,7 @@ class HubServer:
         self.requests: list[Request] = []
         self.faults: list[Fault] = []
         self.cut: set[str] = set()
-        self._server: ThreadingHTTPServer | None = None
+        self._server: _Server | None = None
 
     @property
     def endpoint(self) -> str:
@@ -92,12 +94,14 @@ class HubServer:
     def start(self) -> None:
         handler = type("Handler", (_Handler,), {"hub": self})
         self._server = _Server(("127.0.0.1", 0), handler)
+        self._server.connections = []
         threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
 
     def stop(self) -> None:
         if self._server is not None:
             self._server.shutdown()
             self._server.server_close()
+            self._server.hang_up()
         self._server = None
 
     def publish(self, repo: str, content: Path | Mapping[str, Content], *, branch: str = "main") -> str:
@@ -120,10 +124,17 @@ class HubServer:
         for path in sorted(folder.glob("*/*")):
             self.publish(path.relative_to(folder).as_posix(), path)
 
-    def fail(self, path: str, status: int, *, times: int = 1_000_000, body: bytes = b"", **headers: str) -> None:
-        """Answer requests whose path matches the regular expression `path` with `status`."""
-        named = {name.replace("_", "-"): value for name, value in headers.items()}
-        self.faults.append(Fault(path, status, named, times, body))
+    def fail(
+        self,
+        path: str,
+        status: int,
+        headers: Mapping[str, str] | None = None,
+        *,
+        times: int = 1_000_000,
+        body: bytes = b"",
+    ) -> None:
+        """Answer requests in whose path the regular expression `path` is found with `status`."""
+        self.faults.append(Fault(path, status, headers or {}, times, body))
 
     def fetched(self) -> list[str]:
         """Return the names of the files whose bytes were asked for, sorted."""
@@ -152,6 +163,19 @@ def _git_id(content: Content) -> str:
 
 
 class _Server(ThreadingHTTPServer):
+    connections: list[socket.socket]
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        connection, address = super().get_request()
+        self.connections.append(connection)
+        return connection, address
+
+    def hang_up(self) -> None:
+        """End the connections that clients keep open, as a server does that goes down."""
+        for connection in self.connections:
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
     def handle_error(self, request: object, client_address: object) -> None:
         # A client that goes away, or tries TLS, is part of some tests; anything else is a fault of this server.
         if not isinstance(sys.exception(), ConnectionError):
@@ -161,11 +185,12 @@ class _Server(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     hub: HubServer
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else each answer waits for a delayed acknowledgement
 
-    def do_GET(self) -> None:  # noqa: N802 (the base class calls it so)
+    def do_GET(self) -> None:
         self._answer()
 
-    def do_HEAD(self) -> None:  # noqa: N802
+    def do_HEAD(self) -> None:
         self._answer()
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002
@@ -236,7 +261,7 @@ class _Handler(BaseHTTPRequestHandler):
                 "_id": "0" * 24,
                 "id": repo,
                 "modelId": repo,
-                "author": repo.split("/")[0],
+                "author": repo.partition("/")[0],
                 "sha": commit,
                 "lastModified": "2025-01-01T00:00:00.000Z",
                 "createdAt": "2025-01-01T00:00:00.000Z",
@@ -291,9 +316,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _redirect(self, repo: str, commit: str, name: str, data: Content) -> None:
         # "localhost" is another host than the endpoint's 127.0.0.1, as the Hub's file store is.
-        port = self.server.server_address[1]
+        store = self.hub.endpoint.replace("127.0.0.1", "localhost")
         headers = {
-            "Location": f"http://localhost:{port}/cdn/{repo}/{commit}/{name}?{SIGNATURE}",
+            "Location": f"{store}/cdn/{repo}/{commit}/{name}?{SIGNATURE}",
             "X-Repo-Commit": commit,
             "X-Linked-Size": str(_size(data)),
             "X-Linked-Etag": f'"{_sha256(data)}"',

@@ -41,7 +41,7 @@ class Identity:
         return self
 
     def __str__(self) -> str:
-        return "names as they are"
+        return "as they are"
 
 
 @dataclass(frozen=True, slots=True)

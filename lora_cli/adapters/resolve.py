@@ -92,10 +92,10 @@ def resolve(
 
 
 def nearest(name: str, keys: Iterable[str]) -> tuple[str, ...]:
-    """Return up to three keys that look like `name`; those with the same ending come first."""
+    """Return up to two keys that look like `name`; those with the same ending come first."""
     tail = ".".join(name.split(".")[-2:])
     same_end = [key for key in keys if key.endswith(tail)]
-    return tuple(difflib.get_close_matches(name, same_end or list(islice(keys, 5000)), n=3, cutoff=0.3))
+    return tuple(difflib.get_close_matches(name, same_end or list(islice(keys, 5000)), n=2, cutoff=0.4))
 
 
 def _choose(names: Sequence[str], keys: set[str], file: str) -> tuple[Mapper, dict[str, str]]:

@@ -149,18 +149,21 @@ def _fetch(wanted: _Wanted, progress: Progress) -> Location:
     def get(name: str) -> Path:
         return Path(api.hf_hub_download(repo, name, revision=commit))
 
+    beside = [name for name, size in sizes.items() if _travels(name, size, wanted.role)]
+    large = [name for name in beside if name.endswith(".undo")]
     # Without bars: one for each config would bury the one that counts.
     with calls(), ThreadPoolExecutor(8) as pool:
-        list(pool.map(get, [name for name, size in sizes.items() if _travels(name, size, wanted.role)]))
+        list(pool.map(get, [name for name in beside if name not in large]))
         shards = _shards(get(chosen)) if chosen.endswith(_INDEX_SUFFIX) else [chosen]
-        missing = [name for name in shards if not isinstance(try_to_load_from_cache(repo, name, revision=commit), str)]
+        large += shards
+        missing = [name for name in large if not isinstance(try_to_load_from_cache(repo, name, revision=commit), str)]
     if absent := [name for name in shards if name not in sizes]:
         raise MalformedFileError("The index names shards that are not there", file=wanted, details=absent)
     volume = max(1e5, sum(sizes[name] for name in missing)) / 1e6
     progress.note(f"{repo}@{commit}: {f'fetching {volume:,.1f} MB' if missing else 'the weights are in the cache'}")
     # One after the other: the client splits a large file by itself, and an interrupt stops at once.
     with calls(bars=listening):
-        snapshot = {get(name).parent for name in shards}.pop()
+        snapshot = {get(name).parent for name in large}.pop()
     _remember(snapshot, wanted.revision)
     return _location(snapshot, wanted)
 
@@ -185,7 +188,7 @@ def _from_cache(wanted: _Wanted) -> Location:
         f"{wanted} is {state} in the Hub's cache, and HF_HUB_OFFLINE is set",
         details=absent,
         hint=f"with a network, run `HF_HUB_OFFLINE=0 hf download {wanted.repo} --revision {wanted.revision}`",
-    )
+    ) from None
 
 
 def _location(snapshot: Path, wanted: _Wanted) -> Location:
@@ -232,7 +235,8 @@ def _refuse(names: Iterable[str], wanted: _Wanted) -> NoReturn:
     if pickles:
         what = "The repository holds only pickled weights, which can run code when they are read"
         raise UnsafeInputError(what, file=wanted, found=", ".join(pickles[:8]), hint=CONVERT_HINT)
-    raise HubError("The repository has no safetensors file at its root", file=wanted)
+    hint = "name a repository or revision that has the weights as safetensors"
+    raise HubError("The repository has no safetensors file at its root", file=wanted, hint=hint)
 
 
 def _travels(name: str, size: int, role: Role) -> bool:

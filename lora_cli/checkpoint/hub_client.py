@@ -132,6 +132,7 @@ def _translated(error: Exception, name: str, repo: str) -> LoraCliError:
             f"{name} lacks a file that it lists",
             "run again; if that does not help, tell its owner",
         ),
+        (isinstance(error, UnicodeError), "The token cannot be sent", "run `hf auth login`, or correct HF_TOKEN"),
         (status == 401, "The Hub does not accept the token", "run `hf auth login`, or correct HF_TOKEN"),
         (status == 403, f"The token may not read {name}", f"look at {page} and at the rights of the token"),
         (

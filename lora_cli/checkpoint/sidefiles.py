@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,10 @@ _SUFFIXES = {
     *(".tiktoken", ".spm", ".vocab", ".bpe", ".tok", ".jsonl"),
 }
 _BARE_NAMES = ("license", "licence", "notice", "copying", "use_policy")
+_TOKENIZER_FILES = {
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja"),
+}
 _ADAPTER_FILES = {"adapter_config.json", "trainer_state.json"}
 
 
@@ -82,6 +86,19 @@ def belongs(path: Path) -> bool:
     if name in _ADAPTER_FILES or name.endswith(".index.json") or name.startswith("lora_"):
         return False
     return path.suffix.lower() in _SUFFIXES or name.startswith(_BARE_NAMES)
+
+
+def tokenizer_files(folder: Path, present: Sequence[SideFile]) -> list[SideFile]:
+    """Return the tokenizer files of an adapter's folder that are not, byte for byte, among `present`."""
+    if not folder.is_dir():
+        return []
+    known = {side.name: side for side in present}
+    found = [SideFile(path.name, path, path.stat().st_size) for path in sorted(folder.iterdir()) if _is_tokenizer(path)]
+    return [side for side in found if side.name not in known or known[side.name].read() != side.read()]
+
+
+def _is_tokenizer(path: Path) -> bool:
+    return path.name in _TOKENIZER_FILES and path.is_file() and path.stat().st_size <= SIDE_FILE_LIMIT
 
 
 def with_dtype(config: Mapping[str, Any], torch_name: str) -> bytes:

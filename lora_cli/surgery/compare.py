@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from lora_cli.arithmetic.ordered import ulp, ulp_distances
 from lora_cli.arithmetic.rounding import MERGEABLE
 from lora_cli.checkpoint.checkpoint import StoredTensor
-from lora_cli.surgery.engine import UNIT_BYTES, Budget, Piece, Workshop, open_readers, raw_bytes, torch_dtype
+from lora_cli.surgery.budget import UNIT_BYTES, Budget
+from lora_cli.surgery.engine import Piece, Workshop, open_readers, raw_bytes, torch_dtype
 from lora_cli.surgery.plan import Edit, Plan
 from lora_cli.surgery.workers import run_units
 

@@ -19,68 +19,15 @@ from lora_cli.arithmetic.rounding import TileKernel, cast, check_flush_to_zero, 
 from lora_cli.checkpoint.checkpoint import StoredTensor
 from lora_cli.checkpoint.dtypes import DType
 from lora_cli.checkpoint.source import Reader, SourceFile
-from lora_cli.errors import LoraCliError, UsageError
-from lora_cli.surgery.plan import Contribution, Edit, OutputFile, Plan
-
-TILE_ELEMENTS = 1 << 16
-TILE_COLUMNS = 2048
-"""A tile has at most so many elements and columns: its buffers stay in a core's own cache."""
-
-STRIP_BYTES = 4 << 20
-"""Most bytes that one read takes."""
-
-UNIT_BYTES = 64 << 20
-"""Tensors and runs of copied bytes longer than this are cut into several units of work."""
-
-_LEAST_STRIP = 64 << 10
-_TILE_BYTES = TILE_ELEMENTS * (8 + 8 + 8)
+from lora_cli.errors import LoraCliError
+from lora_cli.surgery.budget import TILE_COLUMNS, TILE_ELEMENTS, UNIT_BYTES
+from lora_cli.surgery.plan import Contribution, Edit, OutputFile
 
 
 def torch_dtype(dtype: DType) -> torch.dtype:
     """Torch's type for a storage type."""
     found: torch.dtype = getattr(torch, str(dtype.torch_name))
     return found
-
-
-@dataclass(frozen=True, slots=True)
-class Budget:
-    """How much may be in flight.
-
-    Attributes:
-        threads: Units that run at once.
-        strip_bytes: Bytes of one piece.
-        peak_bytes: Most bytes that buffers and prepared factors take, all threads together.
-    """
-
-    threads: int
-    strip_bytes: int
-    peak_bytes: int
-
-
-def settle_budget(plan: Plan, *, memory: int, threads: int) -> Budget:
-    """Find how many threads and how long pieces fit in `memory` bytes, with three pieces in each thread.
-
-    Raises:
-        UsageError: Not even one thread with the shortest piece fits; says what would.
-    """
-    factors = max((_factor_bytes(edit) for edit in plan.edits), default=0)
-    fixed = _TILE_BYTES + factors
-    least = fixed + 3 * _LEAST_STRIP
-    if memory < least:
-        raise UsageError(
-            "The memory budget is too small for one tile",
-            expected=f"--memory {-(-least // (1 << 20))}MiB or more",
-            found=f"{memory} bytes",
-        )
-    threads = max(1, min(threads, memory // least))
-    strip = min(STRIP_BYTES, (memory // threads - fixed) // 3)
-    return Budget(threads, strip, threads * (fixed + 3 * strip))
-
-
-def _factor_bytes(edit: Edit) -> int:
-    """Bytes that preparing the factors of one tensor takes at its height: as stored, in float64, and on their grids."""
-    elements = sum(term.delta.rank * sum(term.delta.shape) for term in edit.terms)
-    return elements * 8 * 5
 
 
 @dataclass(frozen=True, slots=True)

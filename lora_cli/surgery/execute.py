@@ -13,7 +13,8 @@ from lora_cli.checkpoint.sidefiles import SideFile
 from lora_cli.checkpoint.staging import StagedFile, Staging, check_apart, check_space
 from lora_cli.errors import WriteError
 from lora_cli.progress import SILENT, Progress
-from lora_cli.surgery.engine import Budget, Unit, Workshop, raw_bytes, units_of
+from lora_cli.surgery.budget import Budget
+from lora_cli.surgery.engine import Unit, Workshop, raw_bytes, units_of
 from lora_cli.surgery.plan import OutputFile, Plan
 from lora_cli.surgery.workers import run_units
 

@@ -18,7 +18,8 @@ from lora_cli.checkpoint.hub import Location, locate
 from lora_cli.checkpoint.quantised import method, quantised
 from lora_cli.errors import LoraCliError
 from lora_cli.progress import SILENT, Progress
-from lora_cli.surgery.planning import PlanOptions, plan
+from lora_cli.surgery.placing import PlanOptions
+from lora_cli.surgery.planning import plan
 from lora_cli.surgery.receipt import find_receipt
 from lora_cli.surgery.results import Reference, open_base
 

@@ -10,14 +10,13 @@ from typing import Any
 from lora_cli.checkpoint.staging import check_apart, check_target, free_bytes
 from lora_cli.errors import UsageError
 from lora_cli.progress import SILENT, Progress
+from lora_cli.surgery.budget import DEFAULT_MEMORY, settle_budget
+from lora_cli.surgery.placing import PlanOptions
 from lora_cli.surgery.plan import AdapterUse, LedgerEntry, Plan
-from lora_cli.surgery.planning import PlanOptions, plan
+from lora_cli.surgery.planning import plan
 from lora_cli.surgery.receipt import make_receipt, written_by_us
 from lora_cli.surgery.results import Reference, measured, open_adapters, open_base
 from lora_cli.surgery.workers import default_threads
-
-DEFAULT_MEMORY = 256 << 20
-"""Bytes that buffers and factors may take while tensors are computed."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,6 @@ def merge(
             target, "merge", receipt_content(made, options or PlanOptions()), output_names(made, target)
         )
         # torch is loaded only here, after the plan is on the screen.
-        from lora_cli.surgery.engine import settle_budget
         from lora_cli.surgery.execute import execute
 
         written = execute(

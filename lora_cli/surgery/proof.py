@@ -15,7 +15,8 @@ import torch
 from lora_cli.arithmetic.floats import BITS
 from lora_cli.arithmetic.ordered import neighbours
 from lora_cli.progress import Progress
-from lora_cli.surgery.engine import Budget, Unit, Workshop, units_of
+from lora_cli.surgery.budget import Budget
+from lora_cli.surgery.engine import Unit, Workshop, units_of
 from lora_cli.surgery.plan import Edit, Plan
 from lora_cli.surgery.unmerge import Undecided
 from lora_cli.surgery.workers import run_units

@@ -12,9 +12,11 @@ from pathlib import Path
 
 from lora_cli.errors import UsageError, WrongInputError
 from lora_cli.progress import SILENT, Progress
-from lora_cli.surgery.merge import DEFAULT_MEMORY, check_output, output_names, receipt_content
+from lora_cli.surgery.budget import DEFAULT_MEMORY, settle_budget
+from lora_cli.surgery.merge import check_output, output_names, receipt_content
+from lora_cli.surgery.placing import PlanOptions
 from lora_cli.surgery.plan import Plan
-from lora_cli.surgery.planning import PlanOptions, plan
+from lora_cli.surgery.planning import plan
 from lora_cli.surgery.receipt import make_receipt, written_by_us
 from lora_cli.surgery.results import Reference, measured, open_adapters, open_base
 from lora_cli.surgery.workers import default_threads
@@ -68,6 +70,31 @@ class UnmergeResult:
     peak_rss_bytes: int
 
 
+def plan_unmerge(
+    merged: Reference,
+    adapters: Sequence[Reference] = (),
+    options: PlanOptions | None = None,
+    *,
+    approximate: bool = False,
+    progress: Progress = SILENT,
+) -> Plan:
+    """Plan an unmerge from headers, writing nothing. Arguments and errors are those of `unmerge`."""
+    if not approximate:
+        raise WrongInputError(
+            "There is no undo file, so the base cannot be recovered bit for bit",
+            file=merged,
+            hint="--approximate subtracts the adapter, proves most weights and counts the rest",
+        )
+    if not adapters:
+        raise UsageError(
+            "Name the adapter that was merged", hint="lora-cli unmerge MERGED ADAPTER -o OUT --approximate"
+        )
+    options = options or PlanOptions()
+    return plan(
+        open_base(merged, progress), open_adapters(adapters, options.read, progress), options, operation="unmerge"
+    )
+
+
 def unmerge(
     merged: Reference,
     adapters: Sequence[Reference] = (),
@@ -99,22 +126,9 @@ def unmerge(
         WrongInputError: `approximate` is False: without an undo file the base cannot be recovered bit for bit.
         LoraCliError: Inputs that do not fit together.
     """
-    if not approximate:
-        raise WrongInputError(
-            "There is no undo file, so the base cannot be recovered bit for bit",
-            file=merged,
-            hint="--approximate subtracts the adapter, proves most weights and counts the rest",
-        )
-    if not adapters:
-        raise UsageError(
-            "Name the adapter that was merged", hint="lora-cli unmerge MERGED ADAPTER -o OUT --approximate"
-        )
     options = options or PlanOptions()
     with measured() as run:
-        checkpoint = open_base(merged, progress)
-        opened = open_adapters(adapters, options.read, progress)
-        kept = {replacement.name for adapter in opened for replacement in adapter.replacements}
-        made = plan(checkpoint, opened, options, operation="unmerge")
+        made = plan_unmerge(merged, adapters, options, approximate=approximate, progress=progress)
         target = Path(out)
         check_output(made, target, force=force)
         if on_plan:
@@ -123,7 +137,6 @@ def unmerge(
         for name in stays:
             progress.warn(f"{name}: the adapter replaced it whole; its base values are lost, the merged ones stay")
         receipt = make_receipt(target, "unmerge", receipt_content(made, options), output_names(made, target))
-        from lora_cli.surgery.engine import settle_budget
         from lora_cli.surgery.execute import execute
         from lora_cli.surgery.proof import prove
 
@@ -140,7 +153,7 @@ def unmerge(
     _warn_impossible(undecided, progress)
     return UnmergeResult(
         out=str(out),
-        exact=not undecided and not kept,
+        exact=not undecided and not any(entry.outcome in ("replaced", "added") for entry in made.ledger),
         files=(*output_names(made, target), receipt.name),
         tensors=made.counts(),
         undecided=undecided,

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from lora_cli.checkpoint.checkpoint import Checkpoint, StoredTensor
 from lora_cli.errors import UsageError
 from lora_cli.progress import SILENT, Progress
-from lora_cli.surgery.merge import DEFAULT_MEMORY
+from lora_cli.surgery.budget import DEFAULT_MEMORY, settle_budget
+from lora_cli.surgery.placing import PlanOptions
 from lora_cli.surgery.plan import Plan
-from lora_cli.surgery.planning import PlanOptions, plan
+from lora_cli.surgery.planning import plan
 from lora_cli.surgery.results import Reference, measured, open_adapters, open_base
 from lora_cli.surgery.workers import default_threads
 
@@ -142,7 +143,6 @@ def _compare_values(
     progress: Progress,
 ) -> list[Difference]:
     from lora_cli.surgery.compare import compare_plan
-    from lora_cli.surgery.engine import settle_budget
 
     budget = settle_budget(made, memory=memory, threads=threads or default_threads())
     progress.begin("verify", sum(edit.nbytes for edit in made.edits if edit.key in keys))

@@ -172,7 +172,7 @@ def test_every_difference_on_the_list_is_shown_by_a_case() -> None:
             shown |= {known for known in ONLY_UPSTREAM_READS if caught.value.message.startswith(known)}
     too_long = container("{}" + " " * HEADER_LIMIT)
     assert upstream(too_long) == {}
-    with pytest.raises(LoraCliError, match="^The header is too long"):
+    with pytest.raises(LoraCliError, match=r"^The header is too long"):
         read(too_long)
     assert shown | {"The header is too long"} == set(ONLY_UPSTREAM_READS)
 

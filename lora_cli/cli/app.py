@@ -1,0 +1,157 @@
+"""The program `lora-cli`: its commands, its exit codes, and what happens when something goes wrong."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType
+from typing import Annotated
+
+import typer
+
+from lora_cli.cli import inspect, merge, unmerge, verify
+from lora_cli.cli.options import CURRENT, GLOBAL, DebugOption, JsonOption, QuietOption, VerboseOption
+from lora_cli.cli.output import ClosedPipe, Output
+from lora_cli.errors import Interrupted, LoraCliError, UsageError, WriteError
+from lora_cli.version import __version__
+
+HELP = """Checkpoint surgery for low-rank adapters: merge them into checkpoints, take them out, compare, inspect and
+prepare them, on files.
+
+BASE and MERGED are a .safetensors file, a folder, or a Hub id (owner/name, owner/name@revision).
+ADAPTER is a PEFT folder, a .safetensors file of factors, or a Hub id."""
+
+app = typer.Typer(
+    name="lora-cli",
+    help=HELP,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Example:\n\n  lora-cli merge base/ adapter/ -o merged/",
+)
+for module in (inspect, merge, verify, unmerge):
+    module.register(app)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"lora-cli {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _before(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+    json_: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+    debug: DebugOption = False,
+) -> None:
+    GLOBAL.json, GLOBAL.quiet, GLOBAL.verbose, GLOBAL.debug = json_, quiet, verbose, debug
+    CURRENT[0] = GLOBAL
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the program with these arguments and return its exit code."""
+    CURRENT[0] = Output(json=_wants_json(arguments))
+    stop = _Stop()
+    try:
+        code = app(list(arguments) or ["--help"], prog_name="lora-cli", standalone_mode=False)
+    except ClosedPipe:
+        _silence_stdout()
+        return 141
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
+    except Exception as error:  # noqa: BLE001 (the last line of defence)
+        return _failed(_as_ours(error))
+    if stop.signal:
+        return _failed(Interrupted(stop.signal))
+    return code if isinstance(code, int) else 0
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    # Names from files may hold what the terminal's encoding lacks.
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    code = run(sys.argv[1:])
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _silence_stdout()
+        code = code or 141
+    except OSError:
+        _silence_stdout()
+        code = code or WriteError.exit_code
+    sys.exit(code)
+
+
+class _Stop:
+    """Makes the signals that ask a program to stop unwind it, so that nothing is left behind; the second one kills."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            try:
+                signal.signal(number, self)
+            except ValueError:  # not the main thread: whoever runs us there handles signals
+                return
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)
+        raise KeyboardInterrupt
+
+
+def _failed(error: LoraCliError) -> int:
+    try:
+        CURRENT[0].error(error)
+    except (ClosedPipe, OSError):
+        _silence_stdout()
+    return error.exit_code
+
+
+def _usage(error: typer.TyperException) -> UsageError:
+    message = getattr(error, "format_message", lambda: str(error))()
+    context = getattr(error, "ctx", None)
+    path = context.command_path if context is not None else "lora-cli"
+    return UsageError(message.strip().rstrip(".") or "No command given", hint=f"{path} --help")
+
+
+def _as_ours(error: Exception) -> LoraCliError:
+    """The error in our own words, whoever raised it."""
+    if isinstance(error, LoraCliError):
+        return error
+    if isinstance(error, typer.TyperException):
+        return _usage(error)
+    if isinstance(error, OSError) and error.filename is None:
+        # Files are opened on the floors below, which raise errors of ours: this is stdout.
+        return WriteError(f"The result cannot be shown: {error.strerror}")
+    wrapped = LoraCliError(
+        "Internal error; nothing was written",
+        found=f"{type(error).__name__}: {error}",
+        hint="run again with --debug and report what it prints",
+    )
+    wrapped.__cause__ = error
+    return wrapped
+
+
+def _wants_json(arguments: Sequence[str]) -> bool:
+    """Whether `--json` was asked for, when the arguments could not be parsed."""
+    before = list(arguments)[: arguments.index("--")] if "--" in arguments else arguments
+    return "--json" in before
+
+
+def _silence_stdout() -> None:
+    """Keep the interpreter from complaining about a stdout that nobody reads."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""`lora-cli inspect`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lora_cli.cli import options as opt
+from lora_cli.cli.draw import facts, grid, line
+from lora_cli.cli.output import Output
+from lora_cli.cli.text import count, number, size
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from lora_cli.surgery.inspect import InspectResult, ModuleInfo, TensorInfo
+
+ROWS = 40
+"""Modules or tensors that are listed for people; JSON has all of them."""
+
+SCALES = 6
+"""Different scales that are listed for people."""
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the program."""
+    opt.command(app, "inspect", "lora-cli inspect adapter/ --base base/")(inspect)
+
+
+def inspect(
+    output: Output,
+    path: Annotated[str, typer.Argument(metavar="PATH", help="An adapter or a checkpoint: file, folder or Hub id.")],
+    base: Annotated[
+        str | None, typer.Option("--base", metavar="BASE", help="Show the base key that each module resolves to.")
+    ] = None,
+    alpha: opt.AlphaOption = None,
+    scale: opt.ScaleOption = None,
+    map_: opt.MapOption = None,
+    allow_unmapped: opt.UnmappedOption = False,
+    orientation: opt.OrientationOption = None,
+    ignore_field: opt.IgnoreFieldOption = None,
+) -> None:
+    """Say what a file, folder or Hub id holds, from headers only.
+
+    For an adapter: format, kind, and rank, alpha, scale and its source per module. For a checkpoint: architecture,
+    shards, types, and what is quantised, tied or wrapped.
+    """
+    from lora_cli.surgery import inspect as surgery
+    from lora_cli.surgery.placing import PlanOptions
+
+    options = PlanOptions(
+        maps=tuple(map_ or ()),
+        allow_unmapped=allow_unmapped,
+        orientation=orientation,
+        read=opt.read_options(alpha, scale, ignore_field),
+    )
+    result = surgery.inspect(path, base=base, options=options, progress=output.progress())
+    for warning in result.warnings:
+        output.warn(warning)
+    output.result(result, "inspect", lambda: view(result, everything=output.verbose))
+
+
+def view(result: InspectResult, *, everything: bool) -> Iterator[RenderableType]:
+    """What was found, for people."""
+    yield line((f"{result.kind} ", "bold"), (result.label, "bold cyan"))
+    dtypes = ", ".join(f"{name} ({amount:,})" for name, amount in result.dtypes.items())
+    yield facts(
+        [
+            ("format", f"{result.format}: {result.evidence}"),
+            ("kind", result.adapter_kind),
+            ("made for", result.base),
+            ("architecture", result.architecture),
+            ("parameters", f"{result.parameters:,} ({size(result.bytes)})"),
+            ("types", dtypes),
+            ("shards", _shards(result)),
+            ("tied", None if result.tied is None else "head and embedding" if result.tied else "no"),
+            (
+                "quantised",
+                f"{result.quantised}, {count(result.quantised_tensors, 'tensor')}" if result.quantised else None,
+            ),
+            ("wrapped", f"{count(len(result.wrapped), 'module')} with factors beside" if result.wrapped else None),
+            ("receipt", _receipt(result)),
+        ]
+    )
+    rows = ROWS if not everything else max(len(result.modules), len(result.tensors))
+    if result.modules:
+        yield from _modules(result, rows)
+    elif result.tensors:
+        yield line()
+        heads = ["tensor", "type", "shape", *(["shard"] if len(result.shards) > 1 else [])]
+        yield grid(heads, [_tensor_row(tensor)[: len(heads)] for tensor in result.tensors[:rows]])
+    hidden = max(len(result.modules), len(result.tensors)) - rows
+    if hidden > 0:
+        yield line(f"… and {hidden:,} more (-v or --json lists all)", style="dim")
+
+
+def _tensor_row(tensor: TensorInfo) -> list[object]:
+    return [tensor.key, tensor.dtype, _shape(tensor.shape), tensor.shard.removesuffix(".safetensors")]
+
+
+def _modules(result: InspectResult, rows: int) -> Iterator[RenderableType]:
+    scales = Counter((m.scale, m.scale_source) for m in result.modules if m.scale is not None)
+    said = [
+        f"{number(scale)} = {source}, {count(n, 'module')}"
+        for (scale, source), n in scales.items()
+        if scale is not None
+    ]
+    resolved = [module for module in result.modules if module.key]
+    renamed = any(module.key not in (module.module, f"{module.module}.weight") for module in resolved)
+    yield facts(
+        [
+            *(("scale", words) for words in said[:SCALES]),
+            ("", f"and {len(said) - SCALES} more scales" if len(said) > SCALES else None),
+            ("base", f"{len(resolved)} of {count(len(result.modules), 'name')} found" if resolved else None),
+        ]
+    )
+    yield line()
+    heads = ["module", "rank", "alpha", "scale", "shape", "type", *(["base key"] if renamed else [])]
+    yield grid(heads, [_module_row(module)[: len(heads)] for module in result.modules[:rows]], right=(1, 2, 3))
+
+
+def _module_row(module: ModuleInfo) -> list[object]:
+    return [
+        module.module if module.scale is not None else f"{module.module}: {module.kind}",
+        module.rank,
+        None if module.alpha is None else number(module.alpha),
+        None if module.scale is None else number(module.scale),
+        _shape(module.shape),
+        module.dtype,
+        module.key,
+    ]
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return "×".join(map(str, shape)) or "scalar"
+
+
+def _shards(result: InspectResult) -> str | None:
+    if not result.shards:
+        return None
+    return f"{len(result.shards)}: {result.shards[0]}" + (" …" if len(result.shards) > 1 else "")
+
+
+def _receipt(result: InspectResult) -> str | None:
+    if not result.receipt:
+        return None
+    adapters = result.receipt.get("adapters")
+    names = (
+        [str(item.get("label")) for item in adapters if isinstance(item, dict)] if isinstance(adapters, list) else []
+    )
+    base = result.receipt.get("base")
+    label = base.get("label") if isinstance(base, dict) else None
+    return f"{result.receipt.get('operation')} of {label} + {', '.join(names)}"

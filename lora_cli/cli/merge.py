@@ -1,0 +1,111 @@
+"""`lora-cli merge`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from lora_cli.cli import options as opt
+from lora_cli.cli.draw import facts, line
+from lora_cli.cli.output import Output
+from lora_cli.cli.planned import DryRun, dry_run, ledger_words, summary, use_words
+from lora_cli.cli.text import count, duration, size
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from lora_cli.surgery.merge import MergeResult
+
+DtypeOption = Annotated[
+    Literal["keep", "bf16", "fp16", "fp32"], typer.Option("--dtype", help="Floating type of the output.")
+]
+TokenizerOption = Annotated[
+    Literal["base", "adapter"],
+    typer.Option("--tokenizer", help="Whose tokenizer files to write, where they differ."),
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the program."""
+    opt.command(app, "merge", "lora-cli merge base/ adapter/ -o merged/ --weight 0.8")(merge)
+
+
+def merge(
+    output: Output,
+    base: Annotated[str, typer.Argument(metavar="BASE", help="Checkpoint: file, folder or Hub id.")],
+    adapters: Annotated[
+        list[str] | None, typer.Argument(metavar="ADAPTER", help="Adapters: PEFT folders, factor files, Hub ids.")
+    ] = None,
+    out: opt.OutOption = "",
+    weight: opt.WeightOption = None,
+    alpha: opt.AlphaOption = None,
+    scale: opt.ScaleOption = None,
+    dtype: DtypeOption = "keep",
+    dry: opt.DryRunOption = False,
+    force: opt.ForceOption = False,
+    map_: opt.MapOption = None,
+    allow_unmapped: opt.UnmappedOption = False,
+    orientation: opt.OrientationOption = None,
+    ignore_field: opt.IgnoreFieldOption = None,
+    tokenizer: TokenizerOption = "base",
+    threads: opt.ThreadsOption = None,
+    memory: opt.MemoryOption = "256MiB",
+) -> None:
+    """Apply adapters to a checkpoint.
+
+    Every adapter tensor is applied or the merge is refused; tensors that no adapter changes keep their bytes. The
+    result is the same on every machine. BASE may be a wrapped checkpoint that carries its own factors (see inject).
+    """
+    from lora_cli.surgery import merge as surgery
+    from lora_cli.surgery.placing import PlanOptions
+
+    options = PlanOptions(
+        weights=tuple(weight or ()),
+        dtype=dtype,
+        maps=tuple(map_ or ()),
+        allow_unmapped=allow_unmapped,
+        tokenizer=tokenizer,
+        orientation=orientation,
+        read=opt.read_options(alpha, scale, ignore_field),
+    )
+    budget = opt.memory_bytes(memory)
+    if dry:
+        plan = surgery.plan_merge(base, adapters or (), options, progress=output.progress())
+        if out:
+            surgery.check_output(plan, Path(out), force=force)
+        planned = DryRun(plan, out, threads, budget)
+        output.result(planned, "plan", lambda: dry_run(planned))
+        return
+    result = surgery.merge(
+        base,
+        adapters or (),
+        out,
+        options,
+        force=force,
+        threads=threads,
+        memory=budget,
+        progress=output.progress(),
+        on_plan=lambda plan: output.show(summary(plan)),
+    )
+    for warning in result.warnings:
+        output.warn(warning)
+    output.result(result, "merge", lambda: view(result))
+
+
+def view(result: MergeResult) -> Iterator[RenderableType]:
+    """What a merge did, for people."""
+    tensors = result.tensors
+    parts = [f"{tensors[name]:,} {name}" for name in ("edited", "copied", "added", "dropped") if tensors[name]]
+    yield line(("merged ", "bold green"), (result.out, "bold"))
+    yield facts(
+        [
+            ("tensors", ", ".join(parts)),
+            *(("adapter", use_words(use)) for use in result.adapters),
+            ("ledger", ledger_words(result.ledger)),
+            ("written", f"{size(result.bytes_written)} in {count(len(result.files), 'file')}"),
+            ("took", f"{duration(result.seconds)}, peak memory {size(result.peak_rss_bytes)}"),
+        ]
+    )

@@ -1,0 +1,158 @@
+"""Options that several commands share, and the decorator that makes a function a command."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from functools import wraps
+from typing import Annotated, Any, Literal
+
+import typer
+
+from lora_cli.adapters.source import ReadOptions
+from lora_cli.cli.output import Output
+from lora_cli.cli.text import parse_size
+from lora_cli.errors import UsageError
+
+GLOBAL = Output()
+"""What was said before the command's name."""
+
+CURRENT: list[Output] = [GLOBAL]
+"""The output of the command that runs, for `main` to show its error in the same way."""
+
+_SHOWN = "How it is shown"
+
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print one JSON document on stdout, also on failure.", rich_help_panel=_SHOWN)
+]
+QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="Print errors only.", rich_help_panel=_SHOWN)]
+VerboseOption = Annotated[
+    bool, typer.Option("-v", "--verbose", help="A line per file instead of a progress bar.", rich_help_panel=_SHOWN)
+]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Print a traceback with an error.", rich_help_panel=_SHOWN)]
+
+_COMMON = {"json_": JsonOption, "quiet": QuietOption, "verbose": VerboseOption, "debug": DebugOption}
+
+_NAMES = "When names or files need help"
+_RUN = "How it runs"
+
+OutOption = Annotated[
+    str,
+    typer.Option(
+        "-o", "--out", metavar="OUT", help="Folder (absent or empty), or a .safetensors file for one-file bases."
+    ),
+]
+WeightOption = Annotated[
+    list[float] | None,
+    typer.Option("--weight", metavar="W", help="Strength of each adapter, once per adapter in order. [default: 1]"),
+]
+AlphaOption = Annotated[
+    float | None,
+    typer.Option("--alpha", metavar="A", help="Alpha; the scale is alpha / rank. For adapters without a config."),
+]
+ScaleOption = Annotated[
+    float | None, typer.Option("--scale", metavar="S", help="The scale itself, instead of alpha / rank.")
+]
+MapOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--map", metavar="OLD=NEW", help="The adapter's module OLD is the base's NEW. Repeat.", rich_help_panel=_NAMES
+    ),
+]
+UnmappedOption = Annotated[
+    bool,
+    typer.Option("--allow-unmapped", help="Leave out adapter tensors that match nothing.", rich_help_panel=_NAMES),
+]
+OrientationOption = Annotated[
+    Literal["ba", "ab"] | None,
+    typer.Option(
+        "--orientation",
+        help="How square matrices of the base are stored: ba for (out × in), ab for (in × out).",
+        rich_help_panel=_NAMES,
+    ),
+]
+IgnoreFieldOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--ignore-field",
+        metavar="NAME",
+        help="Config field that is set and may be ignored. Repeat.",
+        rich_help_panel=_NAMES,
+    ),
+]
+ForceOption = Annotated[bool, typer.Option("--force", help="Replace OUT where lora-cli itself wrote all of it.")]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")]
+ThreadsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--threads", metavar="N", min=1, help="Units of work at once. [default: all cores]", rich_help_panel=_RUN
+    ),
+]
+MemoryOption = Annotated[
+    str,
+    typer.Option("--memory", metavar="SIZE", help="Bound on buffers in flight.", rich_help_panel=_RUN),
+]
+
+
+def command(app: typer.Typer, name: str, example: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register a function `f(output, …)` as a command, with the common options and an example in its help."""
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        @wraps(function)
+        def run(**given: Any) -> None:
+            said = {option: given.pop(option) for option in _COMMON}
+            output = Output(
+                json=said["json_"] or GLOBAL.json,
+                quiet=said["quiet"] or GLOBAL.quiet,
+                verbose=said["verbose"] or GLOBAL.verbose,
+                debug=said["debug"] or GLOBAL.debug,
+            )
+            CURRENT[0] = output
+            function(output, **given)
+
+        signature = inspect.signature(function, eval_str=True)
+        own = [parameter for parameter in signature.parameters.values() if parameter.name != "output"]
+        common = [
+            inspect.Parameter(option, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation)
+            for option, annotation in _COMMON.items()
+        ]
+        parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
+        # Typer reads a command's options from its signature.
+        vars(run)["__signature__"] = signature.replace(parameters=[*parameters, *common])
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in [*own, *common]}
+        app.command(name, help=_paragraphs(function.__doc__ or ""), epilog=f"Example:\n\n  {example}")(run)
+        return function
+
+    return register
+
+
+def _paragraphs(doc: str) -> str:
+    """A docstring with one line per paragraph: the terminal breaks lines where it likes."""
+    return "\n\n".join(" ".join(part.split()) for part in inspect.cleandoc(doc).split("\n\n"))
+
+
+def read_options(alpha: float | None, scale: float | None, ignore_field: list[str] | None = None) -> ReadOptions:
+    """Check and collect what the user says about reading adapters.
+
+    Raises:
+        UsageError: Both a scale and an alpha, or one that is no finite number.
+    """
+    if alpha is not None and scale is not None:
+        raise UsageError("--alpha and --scale exclude each other", hint="give one of them")
+    for name, value in (("--alpha", alpha), ("--scale", scale)):
+        if value is not None and not math.isfinite(value):
+            raise UsageError(f"{name} must be a finite number", found=value)
+    return ReadOptions(alpha, scale, tuple(ignore_field or ()))
+
+
+def memory_bytes(text: str) -> int:
+    """Parse `--memory`.
+
+    Raises:
+        UsageError: It is no size.
+    """
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise UsageError(f"--memory is no size: {error}", found=text, expected="such as 256MiB or 1GB") from error

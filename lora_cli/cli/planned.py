@@ -1,0 +1,107 @@
+"""How a plan looks to a person, before the work and on `--dry-run`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_cli.checkpoint.staging import free_bytes
+from lora_cli.cli.draw import facts, grid, line
+from lora_cli.cli.text import count, number, size
+from lora_cli.surgery.budget import settle_budget
+from lora_cli.surgery.plan import AdapterUse, Plan
+from lora_cli.surgery.workers import default_threads
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+_COPIES = ("keep", "rename")
+
+
+class DryRun:
+    """A plan with what it would need of the machine."""
+
+    def __init__(self, plan: Plan, out: str, threads: int | None, memory: int) -> None:
+        self.plan = plan
+        self.out = out
+        budget = settle_budget(plan, memory=memory, threads=threads or default_threads())
+        self.threads = budget.threads
+        self.buffers = budget.peak_bytes
+        self.free = free_bytes(Path(out)) if out else None
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the output fits on its disk; None when no output was named."""
+        return None if self.free is None else self.free >= self.plan.bytes_to_write
+
+    def as_dict(self) -> dict[str, Any]:
+        """The plan and its needs as plain values."""
+        return {
+            **self.plan.as_dict(),
+            "threads": self.threads,
+            "buffer_bytes": self.buffers,
+            "free_disk_bytes": self.free,
+            "fits": self.fits,
+        }
+
+
+def summary(plan: Plan) -> Iterator[RenderableType]:
+    """A few lines that say what is going to happen."""
+    tensors = plan.counts()
+    changing = [count(tensors["edited"], "tensor") + " change", f"{tensors['copied']:,} copied"]
+    changing += [f"{tensors['added']:,} added"] if tensors["added"] else []
+    changing += [f"{tensors['dropped']:,} dropped"] if tensors["dropped"] else []
+    yield line((f"plan: {plan.operation} ", "bold"), plan.base)
+    shards = count(len(plan.files), "file")
+    yield facts(
+        [
+            ("tensors", ", ".join(changing)),
+            *(("adapter", use_words(use)) for use in plan.adapters),
+            *(("names", use.rewrite) for use in plan.adapters[:1]),
+            ("ledger", ledger_words(plan.ledger_counts())),
+            ("writes", f"{size(plan.bytes_to_write)} in {shards} and {count(len(plan.side_files), 'side file')}"),
+            ("left out", ", ".join(plan.left_out)),
+        ]
+    )
+
+
+def dry_run(planned: DryRun) -> Iterator[RenderableType]:
+    """The whole plan, tensor by tensor, and what it needs."""
+    plan = planned.plan
+    yield from summary(plan)
+    needs = [
+        ("reads", size(plan.bytes_to_read)),
+        ("buffers", f"{size(planned.buffers)} on {count(planned.threads, 'thread')}"),
+    ]
+    if planned.free is not None:
+        verdict = "it fits" if planned.fits else "it does not fit"
+        needs.append(("free disk", f"{size(planned.free)}: {verdict}"))
+    yield facts(needs)
+    rows = [
+        (
+            edit.key,
+            edit.operation,
+            "×".join(map(str, edit.shape)),
+            edit.dtype.name,
+            ", ".join(f"{number(term.delta.scale.times(term.weight))} (rank {term.delta.rank})" for term in edit.terms),
+        )
+        for edit in plan.edits
+        if edit.operation not in _COPIES
+    ]
+    yield line()
+    yield grid(("tensor", "edit", "shape", "type", "scale"), rows)
+    yield line("nothing was written", style="dim")
+
+
+def use_words(use: AdapterUse) -> str:
+    """What one adapter is and how strongly it is applied."""
+    scales = [f"scale {number(scale)} = {source}" for scale, source, _ in use.scales[:3]]
+    more = [f"{len(use.scales) - 3} more scales"] if len(use.scales) > 3 else []
+    weight = [f"weight {number(use.weight)}"] if use.weight != 1 else []
+    return f"{use.label} ({use.kind}, {use.format}): " + "; ".join([*weight, *scales, *more])
+
+
+def ledger_words(ledger: dict[str, int]) -> str:
+    """What became of the adapter's tensors: 28 applied, 2 added."""
+    return ", ".join(f"{amount:,} {outcome}" for outcome, amount in ledger.items() if amount) + " (adapter tensors)"

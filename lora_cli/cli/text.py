@@ -1,0 +1,80 @@
+"""Text for people: what came from a file is made harmless here, and numbers are made short."""
+
+from __future__ import annotations
+
+import unicodedata
+
+LONGEST = 300
+"""Characters of one name that are shown; JSON has the whole."""
+
+_INVISIBLE = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
+_COMBINING = {"Mn", "Me", "Mc"}
+
+
+def shown(value: object, limit: int = LONGEST) -> str:
+    """Return `value` as text that cannot steer a terminal: control, format and direction characters as escapes.
+
+    Idempotent. Combining characters are kept, but not more than four on one another.
+    """
+    text = str(value)
+    if text.isascii() and text.isprintable():
+        return text if len(text) <= limit else f"{text[: limit - 1]}…"
+    out: list[str] = []
+    stacked = 0
+    for character in text[: limit + 1]:
+        category = unicodedata.category(character)
+        stacked = stacked + 1 if category in _COMBINING else 0
+        harmless = category not in _INVISIBLE and stacked <= 4
+        out.append(character if harmless else _escaped(character))
+    joined = "".join(out)
+    return joined if len(joined) <= limit else f"{joined[: limit - 1]}…"
+
+
+def _escaped(character: str) -> str:
+    return (
+        character.encode("ascii", "backslashreplace").decode() if ord(character) > 126 else f"\\x{ord(character):02x}"
+    )
+
+
+def size(count: float) -> str:
+    """Bytes for people, in powers of ten as disks and the Hub count: 2.5 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+def number(value: float) -> str:
+    """A number of a person's length: 2, 0.353553, 1e-07."""
+    return f"{value:g}"
+
+
+def count(amount: int, noun: str) -> str:
+    """An amount with its noun: 1 tensor, 14 tensors."""
+    return f"{amount:,} {noun}" if amount == 1 else f"{amount:,} {noun}s"
+
+
+def duration(seconds: float) -> str:
+    """A time for people: 0.3 s, 2 min 5 s."""
+    return f"{seconds:.1f} s" if seconds < 60 else f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
+
+
+def parse_size(text: str) -> int:
+    """Parse `256MiB`, `1GB`, `4096`: GB is 10^9, GiB is 2^30.
+
+    Raises:
+        ValueError: It is no positive size.
+    """
+    digits = text.strip().rstrip("BbKkMmGgTtIi")
+    unit = text.strip()[len(digits) :].lower()
+    factors = {"": 1, "b": 1}
+    for power, letter in enumerate("kmgt", start=1):
+        factors[f"{letter}b"] = factors[letter] = 1000**power
+        factors[f"{letter}ib"] = 1024**power
+    if unit not in factors:
+        raise ValueError(f"unknown unit {unit!r}; use MB, MiB, GB or GiB")
+    amount = float(digits)
+    if not 0 < amount < 1e15:
+        raise ValueError("must be more than 0")
+    return int(amount * factors[unit])

@@ -1,0 +1,119 @@
+"""`lora-cli unmerge`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lora_cli.cli import options as opt
+from lora_cli.cli.draw import facts, grid, line
+from lora_cli.cli.output import Output
+from lora_cli.cli.planned import DryRun, dry_run, summary
+from lora_cli.cli.text import count, duration, size
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from lora_cli.surgery.unmerge import UnmergeResult
+
+ROWS = 12
+"""Tensors that are listed for people; JSON has all of them."""
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the program."""
+    opt.command(app, "unmerge", "lora-cli unmerge merged/ adapter/ -o base/ --approximate")(unmerge)
+
+
+def unmerge(
+    output: Output,
+    merged: Annotated[str, typer.Argument(metavar="MERGED", help="The merged checkpoint.")],
+    adapters: Annotated[
+        list[str] | None, typer.Argument(metavar="ADAPTER", help="The adapters that were merged into it.")
+    ] = None,
+    out: opt.OutOption = "",
+    approximate: Annotated[
+        bool, typer.Option("--approximate", help="Subtract, prove what can be proved, and count the rest.")
+    ] = False,
+    weight: opt.WeightOption = None,
+    alpha: opt.AlphaOption = None,
+    scale: opt.ScaleOption = None,
+    dry: opt.DryRunOption = False,
+    force: opt.ForceOption = False,
+    map_: opt.MapOption = None,
+    allow_unmapped: opt.UnmappedOption = False,
+    orientation: opt.OrientationOption = None,
+    ignore_field: opt.IgnoreFieldOption = None,
+    threads: opt.ThreadsOption = None,
+    memory: opt.MemoryOption = "256MiB",
+) -> None:
+    """Take adapters out of a merged checkpoint again.
+
+    With --approximate the adapter is subtracted: most weights are proved to be the base's own, and the others are
+    counted, tensor by tensor. Name the adapters and weights of the merge.
+    """
+    from lora_cli.surgery import unmerge as surgery
+    from lora_cli.surgery.merge import check_output
+    from lora_cli.surgery.placing import PlanOptions
+
+    options = PlanOptions(
+        weights=tuple(weight or ()),
+        maps=tuple(map_ or ()),
+        allow_unmapped=allow_unmapped,
+        orientation=orientation,
+        read=opt.read_options(alpha, scale, ignore_field),
+    )
+    budget = opt.memory_bytes(memory)
+    if dry:
+        plan = surgery.plan_unmerge(
+            merged, adapters or (), options, approximate=approximate, progress=output.progress()
+        )
+        if out:
+            check_output(plan, Path(out), force=force)
+        planned = DryRun(plan, out, threads, budget)
+        output.result(planned, "plan", lambda: dry_run(planned))
+        return
+    result = surgery.unmerge(
+        merged,
+        adapters or (),
+        out,
+        options,
+        approximate=approximate,
+        force=force,
+        threads=threads,
+        memory=budget,
+        progress=output.progress(),
+        on_plan=lambda plan: output.show(summary(plan)),
+    )
+    for warning in result.warnings:
+        output.warn(warning)
+    output.result(result, "unmerge", lambda: view(result))
+
+
+def view(result: UnmergeResult) -> Iterator[RenderableType]:
+    """What an unmerge did, for people."""
+    yield line(("unmerged ", "bold green"), (result.out, "bold"), "" if result.exact else " (approximate)")
+    total = sum(tensor.elements for tensor in result.undecided)
+    exact = sum(tensor.exact for tensor in result.undecided)
+    if total:
+        yield facts(
+            [("proved", f"{exact / total:.2%} of the weights in {count(len(result.undecided), 'edited tensor')}")]
+        )
+        worst = sorted(result.undecided, key=lambda tensor: tensor.exact / tensor.elements)[:ROWS]
+        rows = [
+            (t.key, f"{t.exact / t.elements:.2%}", f"{t.undecided:,}", f"{t.impossible:,}" if t.impossible else "")
+            for t in worst
+        ]
+        yield grid(("tensor", "proved", "may differ", "impossible"), rows, right=(1, 2, 3))
+        if len(result.undecided) > ROWS:
+            yield line(f"… and {len(result.undecided) - ROWS} better ones (--json lists all)", style="dim")
+    yield facts(
+        [
+            ("kept", ", ".join(result.kept)),
+            ("written", f"{size(result.bytes_written)} in {count(len(result.files), 'file')}"),
+            ("took", f"{duration(result.seconds)}, peak memory {size(result.peak_rss_bytes)}"),
+        ]
+    )
