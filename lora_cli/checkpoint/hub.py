@@ -54,8 +54,7 @@ class Location:
         path: The file or folder.
         label: Its name in messages and receipts: `owner/name@commit`, or the last part of a local path.
         hub: Whether it came from the Hub.
-        links_inside: A folder in which symbolic links may lead: the whole Hub cache, where clients from 2.0 on keep
-            what repositories share beside the repositories.
+        links_inside: Where symbolic links may lead: the whole Hub cache, since its repositories share blobs.
     """
 
     path: Path

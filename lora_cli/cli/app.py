@@ -52,6 +52,8 @@ def _before(
     verbose: VerboseOption = False,
     debug: DebugOption = False,
 ) -> None:
+    # The document that `--json` promises is due even when the rest of the line cannot be parsed.
+    json_ = json_ or CURRENT[0].json
     GLOBAL.json, GLOBAL.quiet, GLOBAL.verbose, GLOBAL.debug = json_, quiet, verbose, debug
     CURRENT[0] = GLOBAL
 

@@ -148,6 +148,7 @@ def test_a_local_path_wins(
     hub_server.publish("owner/name", SINGLE)
     assert locate(reference, role="checkpoint") == Location(Path(reference), label, hub=False, links_inside=None)
     assert not hub_server.requests
+    (here / "hf:" / "owner" / "name").mkdir(parents=True)
     assert locate("hf://owner/name", role="checkpoint").hub
 
 
