@@ -302,9 +302,9 @@ def _unused_warning(names: list[str]) -> tuple[str, ...]:
 
 
 def _hub_cache_of(folder: Path) -> Path | None:
-    """The repository's folder when `folder` is a snapshot in a Hub cache, whose files are links to `blobs`."""
+    """The whole cache when `folder` is a snapshot in a Hub cache; its files are links to blobs, its own or shared ones."""
     parent = folder.resolve().parent
-    return parent.parent if parent.name == "snapshots" and (parent.parent / "blobs").is_dir() else None
+    return parent.parent.parent if parent.name == "snapshots" and (parent.parent / "blobs").is_dir() else None
 
 
 def _check_link(path: Path, folder: Path, links_inside: Path | None) -> None:

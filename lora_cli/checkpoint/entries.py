@@ -24,7 +24,7 @@ _DTYPE_FORM = re.compile(r"[A-Z]{1,4}[0-9]{1,3}(_[A-Z0-9]{1,16})?")
 _FIELDS = ("dtype", "shape", "data_offsets")
 _INT = {int}
 _SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = 200
+_SHORT.maxstring = 200
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,7 +51,7 @@ def is_model_id(text: str) -> bool:
 
     with suppress(ValueError):
         validate_repo_id(text)
-        return text.isascii() and text.count("/") == 1
+        return text.isascii()  # older clients let other letters through
     return False
 
 

@@ -60,6 +60,6 @@ def settle_budget(plan: Plan, *, memory: int, threads: int) -> Budget:
 
 
 def _factor_bytes(edit: Edit) -> int:
-    """Bytes that preparing the factors of one tensor takes at its height: as stored, in float64, and on their grids."""
+    """Bytes that the factors of one tensor take at their height: as stored, in float64, and on their grids; or made."""
     elements = sum(term.delta.rank * sum(term.delta.shape) for term in edit.terms)
-    return elements * 8 * 5
+    return elements * 8 * 5 + (edit.fresh.working_bytes if edit.fresh is not None else 0)

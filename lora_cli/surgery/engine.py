@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from lora_cli.adapters.adapter import Load
+from lora_cli.adapters.inits import FreshTensor
 from lora_cli.arithmetic.product import ExactProduct, Term, prepare
 from lora_cli.arithmetic.rounding import TileKernel, cast, check_flush_to_zero, slices_for, work_dtype
 from lora_cli.checkpoint.checkpoint import StoredTensor
@@ -86,7 +87,8 @@ def _copy_units(number: int, copy: tuple[SourceFile, int, int, int] | None) -> I
 def _row_units(number: int, edit: Edit) -> Iterator[Unit]:
     rows, columns = edit.matrix
     row_bytes = columns * edit.dtype.bits // 8
-    step = max(1, UNIT_BYTES // max(1, row_bytes))
+    # A fresh tensor is one unit: some inits must make all of it to make any of it.
+    step = max(1, rows if edit.fresh is not None else UNIT_BYTES // max(1, row_bytes))
     for begin in range(0, rows, step):
         end = min(begin + step, rows)
         yield Unit(number, edit, begin, end, None, 0, (end - begin) * row_bytes)
@@ -132,6 +134,9 @@ class Workshop:
             NumericError: Numbers that must not be merged; the message names the tensor.
             MalformedFileError: An input changed or ends early.
         """
+        if edit.fresh is not None:
+            yield from _made(edit, edit.fresh, begin, end)
+            return
         with _named(edit.key), open_readers() as readers:
             product = self._product(edit, readers) if edit.terms else None
             reader = readers.of(edit.source)
@@ -206,6 +211,14 @@ def open_readers() -> Iterator[Readers]:
     """Open files as they are asked for; close them all at the end, checking that they are unchanged."""
     with ExitStack() as stack:
         yield Readers(stack)
+
+
+def _made(edit: Edit, fresh: FreshTensor, begin: int, end: int) -> Iterator[Piece]:
+    """The pieces of a tensor that is made from a rule: what it was made from is itself."""
+    columns = edit.matrix[1]
+    for offset, data in fresh.blocks(begin * columns, end * columns):
+        result = torch.from_numpy(data).view(torch_dtype(edit.dtype))
+        yield Piece(offset, result, result)
 
 
 def _terms(contributions: Sequence[Contribution], load: Load) -> list[Term]:

@@ -129,14 +129,14 @@ def inspect(
         LoraCliError: What opening it raises.
     """
     options = options or PlanOptions()
-    place = _locate(reference, progress)
-    if _is_adapter(place.path):
+    place = locate_any(reference, progress)
+    if is_adapter(place.path):
         return _inspect_adapter(place, base, options, progress)
     return _inspect_checkpoint(place)
 
 
-def _locate(reference: Reference, progress: Progress) -> Location:
-    """Find it; on the Hub only its own listing says whether it is an adapter."""
+def locate_any(reference: Reference, progress: Progress) -> Location:
+    """Find an adapter or a checkpoint; on the Hub only its own listing says which it is."""
     if Path(reference).exists():
         return locate(str(reference), role="checkpoint", progress=progress)
     try:
@@ -145,7 +145,8 @@ def _locate(reference: Reference, progress: Progress) -> Location:
         return locate(str(reference), role="checkpoint", progress=progress)
 
 
-def _is_adapter(path: Path) -> bool:
+def is_adapter(path: Path) -> bool:
+    """Whether a local path holds an adapter, by the files of a folder or the names in a file's header."""
     if path.is_dir():
         return (path / CONFIG_FILE).exists() or (path / ADAPTER_FILE).exists()
     if path.suffix != ".safetensors":

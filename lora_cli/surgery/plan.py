@@ -10,13 +10,16 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lora_cli.adapters.adapter import Delta
 from lora_cli.checkpoint.checkpoint import Shard, StoredTensor
 from lora_cli.checkpoint.dtypes import DType
 from lora_cli.checkpoint.header import Header
 from lora_cli.checkpoint.sidefiles import SideFile
+
+if TYPE_CHECKING:
+    from lora_cli.adapters.inits import FreshTensor
 
 Operation = Literal["keep", "rename", "cast", "add", "subtract", "replace", "append"]
 Outcome = Literal["applied", "replaced", "added", "ignored"]
@@ -49,7 +52,8 @@ class Edit:
         key: Its name in the output.
         operation: `keep` its bytes, `rename` it, `cast` it, `add` or `subtract` deltas, `replace` it by an adapter's
             tensor, or `append` a tensor that the base lacks.
-        source: Where its numbers come from: the base, or the adapter for replace and append.
+        origin: Where its numbers come from: the base, or the adapter for replace and append; an appended factor of a
+            new adapter is made from a rule and stored nowhere.
         dtype: Its storage type in the output.
         shape: Its shape.
         begin: First byte within the output's data section.
@@ -59,12 +63,23 @@ class Edit:
 
     key: str
     operation: Operation
-    source: StoredTensor
+    origin: StoredTensor | FreshTensor
     dtype: DType
     shape: tuple[int, ...]
     begin: int
     end: int
     terms: tuple[Contribution, ...] = ()
+
+    @property
+    def source(self) -> StoredTensor:
+        """The stored tensor that its numbers come from; only where `fresh` is None."""
+        assert isinstance(self.origin, StoredTensor)  # noqa: S101 (who asks has looked at `fresh` or `copies`)
+        return self.origin
+
+    @property
+    def fresh(self) -> FreshTensor | None:
+        """The rule that its numbers are made from, for a tensor that is stored nowhere."""
+        return None if isinstance(self.origin, StoredTensor) else self.origin
 
     @property
     def nbytes(self) -> int:
@@ -74,7 +89,7 @@ class Edit:
     @property
     def copies(self) -> bool:
         """Whether the output's bytes are the source's bytes."""
-        return not self.terms and self.dtype == self.source.dtype
+        return self.fresh is None and not self.terms and self.dtype == self.source.dtype
 
     @property
     def matrix(self) -> tuple[int, int]:
@@ -94,13 +109,19 @@ class OutputFile:
         name: File name.
         header: Its header; the base's own bytes when no name, type or shape changed.
         edits: Its tensors in byte order.
-        base: The shard of the base that it takes the place of.
+        replaces: The shard of the base that it takes the place of; None for a new adapter's file.
     """
 
     name: str
     header: Header
     edits: tuple[Edit, ...]
-    base: Shard
+    replaces: Shard | None
+
+    @property
+    def base(self) -> Shard:
+        """The shard of the base that it takes the place of; only where there is one."""
+        assert self.replaces is not None  # noqa: S101 (every file of a checkpoint has one)
+        return self.replaces
 
     @property
     def size(self) -> int:
@@ -110,7 +131,9 @@ class OutputFile:
     @property
     def untouched(self) -> bool:
         """Whether the file is the base's file, byte for byte."""
-        return self.header is self.base.header and all(edit.operation == "keep" for edit in self.edits)
+        if self.replaces is None or self.header is not self.replaces.header:
+            return False
+        return all(edit.operation == "keep" for edit in self.edits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +181,7 @@ class Plan:
     """Everything that an operation will write.
 
     Attributes:
-        operation: `merge` or `unmerge`.
+        operation: `merge`, `unmerge` or `inject`.
         base: Label of the input checkpoint.
         files: The safetensors files.
         side_files: Small files, the index among them.
@@ -170,7 +193,7 @@ class Plan:
         warnings: What a person should look at.
     """
 
-    operation: Literal["merge", "unmerge"]
+    operation: Literal["merge", "unmerge", "inject"]
     base: str
     files: tuple[OutputFile, ...]
     side_files: tuple[SideFile, ...]
@@ -195,7 +218,8 @@ class Plan:
     def bytes_to_read(self) -> int:
         """Bytes of base and adapter tensors that are read."""
         factors = {id(tensor): tensor.nbytes for e in self.edits for t in e.terms for tensor in t.delta.tensors}
-        return sum(edit.source.nbytes for edit in self.edits) + sum(factors.values())
+        stored = sum(edit.source.nbytes for edit in self.edits if edit.fresh is None)
+        return stored + sum(factors.values())
 
     def counts(self) -> dict[str, int]:
         """Tensors by what happens to them: total, edited, copied, added, dropped."""
@@ -257,7 +281,7 @@ def _edit_dict(edit: Edit) -> dict[str, Any]:
     return {
         "key": edit.key,
         "operation": edit.operation,
-        "source": {"file": edit.source.shard.name, "key": edit.source.key, "dtype": edit.source.dtype.name},
+        "source": _source_dict(edit),
         "dtype": edit.dtype.name,
         "shape": list(edit.shape),
         "begin": edit.begin,
@@ -275,3 +299,9 @@ def _edit_dict(edit: Edit) -> dict[str, Any]:
             for term in edit.terms
         ],
     }
+
+
+def _source_dict(edit: Edit) -> dict[str, Any]:
+    if edit.fresh is not None:
+        return {"file": None, "key": None, "dtype": edit.dtype.name, "made_by": str(edit.fresh)}
+    return {"file": edit.source.shard.name, "key": edit.source.key, "dtype": edit.source.dtype.name}

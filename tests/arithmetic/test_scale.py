@@ -8,7 +8,7 @@ import sys
 from fractions import Fraction
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_cli.arithmetic.scale import exact_scale
@@ -19,6 +19,7 @@ moderate = st.floats(-1e60, 1e60)
 ranks = st.integers(1, 1 << 20)
 
 
+@settings(deadline=None)
 @given(finite, ranks, moderate)
 def test_is_the_rational_rounded_once(alpha: float, rank: int, weight: float) -> None:
     exact = Fraction(weight) * Fraction(alpha) / rank
@@ -31,6 +32,7 @@ def test_is_the_rational_rounded_once(alpha: float, rank: int, weight: float) ->
         assert exact_scale(alpha, rank, weight=weight) == expected
 
 
+@settings(deadline=None)
 @given(moderate, ranks, moderate, st.booleans())
 def test_a_weight_is_as_good_as_an_alpha(alpha: float, rank: int, weight: float, rslora: bool) -> None:
     together = exact_scale(Fraction(alpha) * Fraction(weight), rank, rslora=rslora)
@@ -55,6 +57,7 @@ def assert_nearest_root(value: float, product: Fraction, rank: int) -> None:
         assert even
 
 
+@settings(deadline=None)
 @given(st.floats(-1e150, 1e150), ranks, st.floats(-1e150, 1e150))
 def test_rslora_is_the_nearest_double(alpha: float, rank: int, weight: float) -> None:
     value = exact_scale(alpha, rank, weight=weight, rslora=True)

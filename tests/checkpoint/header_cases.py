@@ -118,6 +118,7 @@ REFUSED = {
     "R024 entry is an array": Refused(container('{"t":["U8",[1],[0,1]]}', b"\1"), BAD, "is not an object|t", True),
     "R025 dtype in lower case": Refused(one('"u8"'), BAD, "dtype is not valid|t|BOOL, F4"),
     "R025 dtype of torch": Refused(one('"torch.uint8"'), BAD, "dtype is not valid|t|BOOL, F4"),
+    "R025 dtype of 10,000 characters": Refused(one(f'"{"u" * 10_000}"'), BAD, "dtype is not valid|t|uuu...uuu"),
     "R025 dtype empty": Refused(one('""'), BAD, "dtype is not valid|t"),
     "R025 dtype is a list": Refused(one('["U8"]'), BAD, "dtype is not valid|t"),
     "R025 dtype is an object": Refused(one('{"U8":null}'), BAD, "dtype is not valid|t", True),
@@ -185,6 +186,8 @@ REFUSED = {
         one(shape="[0,18446744073709551616]", offsets="[0,0]", data=b""), BAD, "overflows 64 bits|t"),
     "R041 dimension 2^63": Refused(
         one(shape="[0,9223372036854775808]", offsets="[0,0]", data=b""), BAD, "overflows 64 bits|t", True),
+    "R041 dimension whose bits overflow": Refused(
+        one(shape="[0,1152921504606846976]", offsets="[0,0]", data=b""), BAD, "overflows 64 bits|t", True),
     "R041 negative dimensions": Refused(one(shape="[-1,-1]"), BAD, "shape is not valid|t|whole numbers|[-1, -1]"),
     "R041 minus zero": Refused(one(shape="[-0]", offsets="[0,0]", data=b""), BAD, "shape is not valid|t"),
     "R041 bool dimension": Refused(one(shape="[true]"), BAD, "shape is not valid|t|whole numbers|[True]"),

@@ -127,7 +127,7 @@ def test_metadata(text: str, metadata: dict[str, str] | None, tmp_path: Path) ->
 
 
 def test_r006_header_over_the_limit_is_refused_by_its_length_alone() -> None:
-    assert HEADER_LIMIT < 100_000_000
+    assert HEADER_LIMIT == 32 << 20
     assert read_header_length(HEADER_LIMIT.to_bytes(8, "little"), 1 << 50, file="x") == HEADER_LIMIT
     with pytest.raises(MalformedFileError, match="header is too long") as caught:
         read_header_length((HEADER_LIMIT + 1).to_bytes(8, "little"), 1 << 50, file="x")
@@ -157,16 +157,21 @@ def test_other_formats_are_recognised_only_after_the_length_is_refused() -> None
     assert read(container(OK + " " * (length - len(OK)), b"\1")).tensors
 
 
+def test_rank_limit() -> None:
+    assert RANK_LIMIT == 64
+
+
 def test_short_first_bytes_are_a_short_file() -> None:
     with pytest.raises(MalformedFileError, match="too short"):
         read_header_length(b"\2", 100, file="x")
 
 
 def test_headers_are_values() -> None:
-    header = read(container('{"__metadata__":{"a":"b"},"t":' + u8(0, 1) + "}", b"\1"))
+    fields = '{"dtype":"F32","shape":[2,3],"data_offsets":[1,25]}'
+    header = read(container(f'{{"__metadata__":{{"a":"b"}},"t":{u8(0, 1)},"f":{fields}}}', bytes(25)))
     again = pickle.loads(pickle.dumps(header))  # noqa: S301 (written one line above)
     assert again == copy.deepcopy(header) == header
-    assert (header.tensors[0].nbytes, header.tensors[0].elements) == (1, 1)
+    assert (header.tensors[1].nbytes, header.tensors[1].elements) == (24, 6)
     with pytest.raises(AttributeError):
         header.raw = b""  # type: ignore[misc]
 

@@ -186,6 +186,7 @@ def test_rendered_headers_are_read_again(
     content = header.prefix + DATA[: header.file_bytes - header.data_start]
     assert len(content) == header.file_bytes
     assert header.data_start % 8 == 0
+    assert len(header.raw) - len(header.raw.rstrip()) < 8
     assert header == parse_header(header.raw, header.file_bytes, file="x") == read(content)
     assert header == render_header(iter(tensors), metadata and dict(reversed(metadata.items())))
     assert_same_reading(header, content, path)

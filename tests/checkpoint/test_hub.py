@@ -174,6 +174,13 @@ def test_what_is_no_id_is_never_sent(
     assert not hub_server.requests
 
 
+def test_letters_that_older_clients_let_through(
+    refused: Callable[..., LoraCliError], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.utils._validators.validate_repo_id", lambda _text: None)
+    refused("ö/n", UsageError)
+
+
 def test_a_link_that_leads_nowhere_is_no_question_to_the_hub(
     hub_server: HubServer, refused: Callable[..., LoraCliError], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,7 +193,7 @@ def test_a_link_that_leads_nowhere_is_no_question_to_the_hub(
 
 
 def test_ids_are_read_as_the_client_reads_them() -> None:
-    uris = pytest.importorskip("huggingface_hub.utils._hf_uris", reason="the client has a parser from 1.9 on")
+    uris = pytest.importorskip("huggingface_hub.utils._hf_uris", reason="older clients have no parser")
     revisions = [
         "",
         "@main",
@@ -271,6 +278,7 @@ def test_a_merged_checkpoint_comes_with_its_undo_file_and_receipt(hub_server: Hu
     hub_server.publish("owner/name", {**SINGLE, **mine})
     locate("owner/name", role="checkpoint")
     assert hub_server.fetched() == sorted([*SINGLE, *mine])
+    assert "model.safetensors" in str(hub_server.requests[-1])
 
 
 def test_large_side_files_stay_where_they_are(hub_server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,8 +309,10 @@ def test_a_branch_that_moves_is_followed_and_a_commit_stays(hub_server: HubServe
     new = hub_server.publish("owner/name", {**SINGLE, "config.json": b"new"})
     assert locate("owner/name", role="checkpoint").path.name == new
     hub_server.requests.clear()
-    assert locate(f"owner/name@{old}", role="checkpoint").path.name == old
+    found = locate(f"owner/name@{old}", role="checkpoint").path
+    assert found.name == old
     assert not hub_server.fetched()
+    assert [(path.name, path.read_text()) for path in (found.parents[1] / "refs").iterdir()] == [("main", new)]
 
 
 def test_what_the_cache_holds_is_not_fetched_again(hub_server: HubServer) -> None:
@@ -747,9 +757,10 @@ def test_the_clients_state_is_as_before(
         return fetch(self, repo, name, **options)
 
     monkeypatch.setattr(HfApi, "hf_hub_download", watch)
-    hub_server.publish("owner/name", {**SINGLE, "config.json": b"{}"})
+    hub_server.publish("owner/name", {**SINGLE, "config.json": b"{}", "lora_merge.undo": b"large"})
     locate("owner/name", role="checkpoint", progress=progress)
-    assert shown == {"config.json": False, "model.safetensors": isinstance(progress, Listener)}
+    listens = isinstance(progress, Listener)
+    assert shown == {"config.json": False, "lora_merge.undo": listens, "model.safetensors": listens}
     hub_server.fail("/api/", 500)
     with pytest.raises(HubError):
         locate("owner/name", role="checkpoint", progress=progress)
@@ -794,6 +805,13 @@ def test_warnings_of_the_client_are_shown_without_secrets(hub_server: HubServer,
     assert any("Waiting 4.0s" in line for line in log), log
     assert any("/cdn/" in line for line in log)
     assert not any(SIGNATURE in line for line in log)
+
+
+def test_a_servers_words_cannot_draw_on_the_screen(hub_server: HubServer, log: list[str]) -> None:
+    hub_server.fail("/api/", 500, {"X-HF-Warning": "lora-cli tests; a \x1b[31mred word"})
+    with pytest.raises(HubError):
+        locate("owner/name", role="checkpoint", progress=Listener())
+    assert log == ["a \ufffd[31mred word"]
 
 
 def test_no_warnings_when_nobody_listens(hub_server: HubServer, log: list[str]) -> None:

@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lora_cli.checkpoint import strict_json
@@ -96,6 +96,7 @@ def test_accepted(data: bytes, document: object) -> None:
 def test_depth_limit_is_exact() -> None:
     for left, right in ((b"[", b"]"), (b'{"a":', b"}")):
         assert loads(left * DEPTH_LIMIT + b"1" + right * DEPTH_LIMIT)
+        assert loads(b"[[]," + left * (DEPTH_LIMIT - 1) + b"1" + right * (DEPTH_LIMIT - 1) + b"]")
         assert "deep" in refusal(left * (DEPTH_LIMIT + 1) + b"1" + right * (DEPTH_LIMIT + 1)).message
 
 
@@ -135,6 +136,7 @@ def test_repeated_keys_can_be_kept_where_they_stand() -> None:
     assert type(document["y"]) is dict
 
 
+@settings(deadline=None)
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -151,6 +153,7 @@ def test_reads_what_json_writes(document: object, ascii_only: bool) -> None:
     assert loads(data) == json.loads(data)
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=60) | st.text(alphabet='[]{}",:\\ud8dc0-1eE.NI ntf\n', max_size=60).map(str.encode))
 @example(b'"\\ud800\\')
 def test_nothing_but_a_refusal_escapes(data: bytes) -> None:

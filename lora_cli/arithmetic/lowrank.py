@@ -1,0 +1,312 @@
+"""Low-rank algebra: what a sum of thin products is like, and how many directions of a matrix stand above rounding.
+
+A sum `Σ scale·B·A` is never formed: with its terms stacked along K and `B = Q₁R₁`, `Aᵀ = Q₂R₂`, it has the singular
+values of the small `R₁·R₂ᵀ`. A large matrix that exists only as row tiles is looked at through a few random probes
+(Halko, Martinsson and Tropp 2011, "Finding structure with randomness", SIAM Review 53(2)).
+
+All of this measures and decides no byte of an output: it is float64 through BLAS and LAPACK, the same from run to run
+on one machine and one thread, and not bit-exact from one machine to the next.
+
+Where noise ends. A stored value was rounded by up to half a unit in the last place u; spread evenly over that unit the
+error has variance u²/12. The largest singular value of an m × n matrix of independent errors of variance σ² is about
+σ(√m + √n): its limit by Marchenko and Pastur 1967 (Bai and Yin 1993), a bound of its mean for Gaussian entries at any
+size (Gordon; Vershynin 2012, "Introduction to the non-asymptotic analysis of random matrices", theorem 5.32). Units
+differ from weight to weight, and so do variances vᵢⱼ: the edge is then maxᵢ √(Σⱼ vᵢⱼ) + maxⱼ √(Σᵢ vᵢⱼ), the same
+number where all are equal (Bandeira and van Handel 2016, Annals of Probability 44(4), up to lower-order terms).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lora_cli.arithmetic.product import Term
+from lora_cli.errors import NumericError, ShapeError
+
+SAFETY = 2.0
+"""How many edges of noise count as noise. Errors are not quite even over a unit, nor quite independent: where two tools
+round one matrix, half of the elements may be a whole unit off (u²/2 each, against the u²/6 of two roundings)."""
+
+FIRST_PROBES = 32
+MOST_PROBES = 256
+OVERSAMPLING = 8
+"""Probes beyond the rank that are needed before it is believed (Halko et al., section 1.3, ask for 5 to 10)."""
+
+_MOST_ITERATIONS = 6
+_SETTLED = 0.01
+_SEED = 20110217
+_TILE_ELEMENTS = 1 << 18
+_EXPONENT_BITS = 0x7FF << 52
+
+Tiles = Callable[[], Iterator[Tensor]]
+"""Begins a pass over a matrix: yields its rows from top to bottom as float64 tiles, which may share one buffer."""
+
+
+def stacked(terms: Sequence[Term]) -> tuple[Tensor, Tensor]:
+    """Return (out × K) and (K × in) in float64 whose product is `Σ scale·B·A`.
+
+    Raises:
+        ShapeError: There are no terms, or they do not fit together.
+        NumericError: A factor or scale holds NaN or infinity.
+    """
+    shapes = {(term.b.shape[0], term.a.shape[1]) for term in terms}
+    if len(shapes) != 1 or any(term.b.shape[1] != term.a.shape[0] for term in terms):
+        found = ", ".join(f"{tuple(term.b.shape)} · {tuple(term.a.shape)}" for term in terms)
+        raise ShapeError("The terms of a sum do not fit together", expected="(out, K) · (K, in)", found=found)
+    left = torch.cat([term.b.to(torch.float64) * term.scale for term in terms], dim=1)
+    right = torch.cat([term.a.to(torch.float64) for term in terms])
+    if not bool(torch.isfinite(left).all() and torch.isfinite(right).all()):
+        raise NumericError("A factor or its scale holds NaN or infinity, or overflows")
+    return left, right
+
+
+def singular_values(terms: Sequence[Term]) -> Tensor:
+    """Return the singular values of `Σ scale·B·A`, largest first; at most as many as the smallest of out, in and K.
+
+    Off by a few float64 roundings of ‖B‖·‖A‖, so that values of a difference of like products may be noise below
+    about 1e-15 of that. Errors are those of `stacked`.
+    """
+    left, right = stacked(terms)
+    values: Tensor = torch.linalg.svdvals(_core(left, right))
+    return values
+
+
+def frobenius_norm(terms: Sequence[Term]) -> float:
+    """Return ‖Σ scale·B·A‖_F, with the error of `singular_values`; sums of squares of a difference would lose half.
+
+    Errors are those of `stacked`.
+    """
+    left, right = stacked(terms)
+    return float(torch.linalg.matrix_norm(_core(left, right)))
+
+
+def inner_product(one: Sequence[Term], other: Sequence[Term]) -> float:
+    """Return Σᵢⱼ XᵢⱼYᵢⱼ of two sums X and Y of one shape, as Σ (B₁ᵀB₂)∘(A₁A₂ᵀ).
+
+    Raises:
+        ShapeError: The shapes of X and Y, or of the terms of one, differ.
+        NumericError: As for `stacked`.
+    """
+    (left, right), (other_left, other_right) = stacked(one), stacked(other)
+    if left.shape[0] != other_left.shape[0] or right.shape[1] != other_right.shape[1]:
+        raise ShapeError("Only matrices of one shape have an inner product")
+    return float(((left.T @ other_left) * (right @ other_right.T)).sum())
+
+
+def largest_magnitude(terms: Sequence[Term]) -> float:
+    """Return the largest |element| of `Σ scale·B·A`, a few rows at a time. Errors are those of `stacked`."""
+    left, right = stacked(terms)
+    height = max(1, _TILE_ELEMENTS // max(1, right.shape[1]))
+    buffer = torch.empty((min(height, left.shape[0]), right.shape[1]), dtype=torch.float64)
+    largest = 0.0
+    for top in range(0, left.shape[0], height):
+        rows = left[top : top + height]
+        tile = torch.mm(rows, right, out=buffer[: rows.shape[0]])
+        if tile.numel():
+            largest = max(largest, float(tile.amax()), -float(tile.amin()))
+    return largest
+
+
+def _core(left: Tensor, right: Tensor) -> Tensor:
+    """Return a matrix of at most K × K with the singular values of left·right."""
+    return _triangle(left) @ _triangle(right.T).T
+
+
+def _triangle(matrix: Tensor) -> Tensor:
+    triangle: Tensor = torch.linalg.qr(matrix, mode="r").R
+    return triangle
+
+
+# Noise
+
+
+def rounding_variance(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return u²/12 for each finite float64 value, u being the spacing of `dtype` at its magnitude.
+
+    The same spacing as `ordered.ulp`, by one mask instead of many passes.
+    """
+    info = torch.finfo(dtype)
+    binade = (values.view(torch.int64) & _EXPONENT_BITS).view(torch.float64)
+    return binade.clamp_(min=info.smallest_normal).mul_(info.eps / math.sqrt(12)).square_()
+
+
+class Noise:
+    """The variances of a matrix of independent errors, taken up tile by tile in O(columns) memory.
+
+    Attributes:
+        energy: Their sum, the mean of ‖·‖_F².
+    """
+
+    def __init__(self, columns: int) -> None:
+        self.energy = 0.0
+        self._columns = torch.zeros(columns, dtype=torch.float64)
+        self._largest_row = 0.0
+
+    def add(self, variances: Tensor) -> None:
+        """Take up the variances of some whole rows."""
+        if variances.numel():
+            rows = variances.sum(1)
+            self._columns += variances.sum(0)
+            self._largest_row = max(self._largest_row, float(rows.amax()))
+            self.energy += float(rows.sum())
+
+    @property
+    def edge(self) -> float:
+        """The largest singular value that pure noise is expected to have, without a safety factor."""
+        if not self._columns.numel():
+            return 0.0
+        return math.sqrt(self._largest_row) + math.sqrt(float(self._columns.amax()))
+
+
+def product_edge(terms: Sequence[Term]) -> float:
+    """Return the edge of the noise that the rounding of stored factors leaves in `Σ scale·B·A`.
+
+    With errors E and F the product is off by E·A + B·F, hence by at most ‖E‖·‖A‖ + ‖B‖·‖F‖ in the largest singular
+    value; terms add up. `b` and `a` have the dtype they are stored in, one that can take a delta.
+    """
+    return sum(
+        abs(term.scale)
+        * (_edge(term.b) * _largest_singular_value(term.a.T) + _largest_singular_value(term.b) * _edge(term.a))
+        for term in terms
+    )
+
+
+def _edge(factor: Tensor) -> float:
+    noise = Noise(factor.shape[1])
+    noise.add(rounding_variance(factor.to(torch.float64), factor.dtype))
+    return noise.edge
+
+
+def _largest_singular_value(tall: Tensor) -> float:
+    values = torch.linalg.svdvals(_triangle(tall.to(torch.float64)))
+    return float(values[0]) if values.numel() else 0.0
+
+
+# The spectrum of a large matrix
+
+
+@dataclass(frozen=True, slots=True)
+class Spectrum:
+    """The upper end of a matrix's singular values.
+
+    Attributes:
+        values: The largest ones, descending.
+        rank: How many of them are above the edge.
+        energy: The share of ‖·‖_F² that those have.
+        complete: Whether no other is above the edge. If not, there were more than the probes could hold.
+    """
+
+    values: Tensor
+    rank: int
+    energy: float
+    complete: bool
+
+
+def look_above(values: Tensor, edge: float, squares: float | None = None, *, complete: bool = True) -> Spectrum:
+    """Return how many singular values are above `edge`, and their share of `squares` (by default of all values')."""
+    rank = int((values > edge).sum())
+    above, total = float(values[:rank].square().sum()), float(values.square().sum()) if squares is None else squares
+    return Spectrum(values, rank, min(1.0, above / total) if total else 0.0, complete)
+
+
+def spectrum(shape: tuple[int, int], tiles: Tiles, *, edge: float, noise: float = 0.0) -> Spectrum:
+    """Return the singular values above `edge` of a matrix that is read in passes, and what share of it they are.
+
+    Two passes for each power iteration: `M·Ω` with Gaussian probes Ω, then `MᵀQ` with Q an orthonormal basis of that,
+    whose singular values approach those of M from below. Iterations go on until nothing that is left over could be
+    above the edge, or until the values above it have settled. When all probes find something there are twice as many,
+    up to `MOST_PROBES`, unless what is left over needs more directions than that. A matrix with a side of at most
+    `MOST_PROBES` is gathered and taken apart exactly.
+
+    Needs `spectrum_bytes(shape)` of memory. Deterministic: the probes have a fixed seed.
+
+    Args:
+        shape: (rows, columns).
+        tiles: Begins a pass; called up to 12 times for each number of probes.
+        edge: Below this a singular value counts as noise.
+        noise: How much of ‖M‖_F² noise is expected to have, to tell early that a change is not of low rank.
+    """
+    if min(shape) <= MOST_PROBES:
+        values = torch.linalg.svdvals(_gathered(shape, tiles))
+        return look_above(values, edge)
+    probes = FIRST_PROBES
+    while True:
+        values, squares = _probed(shape, tiles, probes, edge)
+        rank = int((values > edge).sum())
+        if rank + OVERSAMPLING <= probes:
+            return look_above(values, edge, squares)
+        # No direction that was missed is larger than half of those that were found, so there are at least so many.
+        left_over = squares - float(values.square().sum()) - noise
+        if probes == MOST_PROBES or probes + left_over / float(values[probes // 2]) ** 2 > MOST_PROBES:
+            return look_above(values, edge, squares, complete=False)
+        probes = min(2 * probes, MOST_PROBES)
+
+
+def spectrum_bytes(shape: tuple[int, int]) -> int:
+    """Bytes that `spectrum` needs at most, its tiles apart: O((out + in)·probes), or a thin matrix and its copy."""
+    return 8 * 3 * sum(shape) * min(MOST_PROBES, *shape)
+
+
+def _probed(shape: tuple[int, int], tiles: Tiles, probes: int, edge: float) -> tuple[Tensor, float]:
+    """Return the singular values that so many probes find, and ‖M‖_F²."""
+    generator = torch.Generator().manual_seed(_SEED)
+    right = torch.randn((shape[1], probes), generator=generator, dtype=torch.float64)
+    values = torch.empty(0, dtype=torch.float64)
+    squares = 0.0
+    for _ in range(_MOST_ITERATIONS):
+        before = values
+        left, squares = _times(tiles, right, shape[0])
+        left = torch.linalg.qr(left).Q
+        right, triangle = torch.linalg.qr(_transposed_times(tiles, left, shape[1]))
+        values = torch.linalg.svdvals(triangle)
+        if _settled(values, before, squares, edge):
+            break
+    return values, squares
+
+
+def _settled(values: Tensor, before: Tensor, squares: float, edge: float) -> bool:
+    # 1e-12 for the rounding of the sums themselves, where the probes hold all of the matrix.
+    left_over = squares * (1 - 1e-12) - float(values.square().sum())
+    if left_over <= edge**2:
+        return True
+    if not before.numel():
+        return False
+    rank = int((values > edge).sum())
+    growth = values / before.clamp(min=torch.finfo(torch.float64).tiny)
+    if rank < values.numel() and float(values[rank] * growth[rank]) > edge:
+        return False  # a direction that noise still hides may come out
+    return bool((growth[:rank] < 1 + _SETTLED).all())
+
+
+def _times(tiles: Tiles, right: Tensor, rows: int) -> tuple[Tensor, float]:
+    """Return M·right and ‖M‖_F², in one pass."""
+    result = torch.empty((rows, right.shape[1]), dtype=torch.float64)
+    top, squares = 0, 0.0
+    for tile in tiles():
+        torch.mm(tile, right, out=result[top : top + tile.shape[0]])
+        squares += float(torch.dot(tile.reshape(-1), tile.reshape(-1)))
+        top += tile.shape[0]
+    return result, squares
+
+
+def _transposed_times(tiles: Tiles, left: Tensor, columns: int) -> Tensor:
+    """Return Mᵀ·left, in one pass."""
+    result = torch.zeros((columns, left.shape[1]), dtype=torch.float64)
+    top = 0
+    for tile in tiles():
+        result.addmm_(tile.T, left[top : top + tile.shape[0]])
+        top += tile.shape[0]
+    return result
+
+
+def _gathered(shape: tuple[int, int], tiles: Tiles) -> Tensor:
+    whole = torch.empty(shape, dtype=torch.float64)
+    top = 0
+    for tile in tiles():
+        whole[top : top + tile.shape[0]] = tile
+        top += tile.shape[0]
+    return whole

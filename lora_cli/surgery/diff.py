@@ -1,0 +1,156 @@
+"""Diff: how far are two checkpoints, or two adapters, apart? Nothing is written."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+from lora_cli.adapters.adapter import Adapter, Delta
+from lora_cli.adapters.formats import open_adapter
+from lora_cli.adapters.patterns import compile_user_pattern
+from lora_cli.adapters.source import ReadOptions
+from lora_cli.checkpoint.checkpoint import Checkpoint, StoredTensor, open_checkpoint
+from lora_cli.errors import UsageError
+from lora_cli.progress import SILENT, Progress
+from lora_cli.surgery.budget import DEFAULT_MEMORY
+from lora_cli.surgery.changes import Changed, Comparison
+from lora_cli.surgery.inspect import is_adapter, locate_any
+from lora_cli.surgery.results import Reference, measured
+from lora_cli.surgery.workers import default_threads
+
+Kind = Literal["checkpoints", "adapters"]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class DiffResult:
+    """What a comparison found.
+
+    Attributes:
+        kind: What was compared.
+        a: Label of the first.
+        b: Label of the second.
+        same: Whether nothing differs by more than the tolerance.
+        only_in_a: Names that B lacks, sorted.
+        only_in_b: Names that A lacks, sorted.
+        changed: What differs, the largest change first: other shapes, then by relative norm.
+        unchanged: How many are the same within the tolerance.
+        tolerance: What was allowed.
+        seconds: Wall time.
+        peak_rss_bytes: Most memory that the process had.
+    """
+
+    kind: Kind
+    a: str
+    b: str
+    same: bool
+    only_in_a: tuple[str, ...]
+    only_in_b: tuple[str, ...]
+    changed: tuple[Changed, ...]
+    unchanged: int
+    tolerance: float
+    seconds: float
+    peak_rss_bytes: int
+
+
+def diff(
+    a: Reference,
+    b: Reference,
+    *,
+    tolerance: float = 0.0,
+    only: str | None = None,
+    rank: bool = False,
+    threads: int | None = None,
+    memory: int = DEFAULT_MEMORY,
+    options: ReadOptions | None = None,
+    progress: Progress = SILENT,
+) -> DiffResult:
+    """Compare two checkpoints tensor by tensor, or two adapters delta by delta.
+
+    Tensors are matched by name, however they are spread over files, and are the same when their bits are: -0.0 is
+    not +0.0 (a change of size 0), and NaN is itself. Deltas are the same when `scale·B·A` is, whatever the factors
+    are, up to the rounding of float64; tensors that an adapter holds whole are compared as tensors.
+
+    Args:
+        a: A checkpoint or an adapter: a file, a folder or a Hub id.
+        b: Another of the same kind.
+        tolerance: Tensors of one type whose elements differ by at most this count as unchanged; 0 means the same bits.
+        only: Compare what this pattern finds, by name or by the name of its module (see `compile_user_pattern`).
+        rank: Look at how many directions changed matrices changed in: several more passes over them, and on top of
+            `memory`, where that does not hold it, 24·(out + in)·256 bytes for the one matrix being looked at. For
+            deltas that comes from the factors and is always there.
+        threads: Pieces of work at once; all cores by default. No number depends on it.
+        memory: Bytes that buffers and factors may take.
+        options: How adapters are read.
+        progress: Hears of every step.
+
+    Raises:
+        UsageError: An adapter and a checkpoint, a tolerance that is no distance, a pattern that finds nothing, or too
+            little memory.
+        LoraCliError: What opening the inputs raises.
+    """
+    if not 0 <= tolerance < math.inf:
+        raise UsageError("The tolerance must be a number from 0 on", found=tolerance)
+    with measured() as run:
+        one, other = (_open(reference, options, progress) for reference in (a, b))
+        if type(one) is not type(other):
+            kinds = ["an adapter" if isinstance(side, Adapter) else "a checkpoint" for side in (one, other)]
+            raise UsageError(
+                "An adapter and a checkpoint cannot be compared",
+                found=f"{one.label} is {kinds[0]}, {other.label} is {kinds[1]}",
+                hint="merge the adapter first, or use verify",
+            )
+        comparison = Comparison(tolerance, rank, threads or default_threads(), memory, progress)
+        pattern = re.compile("") if only is None else compile_user_pattern(only)
+        comparison.tensors(*(_chosen(_tensors(side), pattern) for side in (one, other)))
+        comparison.deltas(*(_chosen(_deltas(side), pattern) for side in (one, other)))
+        if only is not None and not comparison.names:
+            raise UsageError("The pattern of --only finds nothing in either", found=only)
+    changed = comparison.by_size()
+    return DiffResult(
+        kind="adapters" if isinstance(one, Adapter) else "checkpoints",
+        a=one.label,
+        b=other.label,
+        same=not (changed or comparison.only_in_a or comparison.only_in_b),
+        only_in_a=tuple(sorted(comparison.only_in_a)),
+        only_in_b=tuple(sorted(comparison.only_in_b)),
+        changed=changed,
+        unchanged=comparison.common - len(changed),
+        tolerance=tolerance,
+        seconds=run.seconds,
+        peak_rss_bytes=run.peak_rss_bytes,
+    )
+
+
+def _open(reference: Reference, options: ReadOptions | None, progress: Progress) -> Checkpoint | Adapter:
+    place = locate_any(reference, progress)
+    opened: Checkpoint | Adapter
+    if is_adapter(place.path):
+        opened = open_adapter(place.path, options, label=place.label)
+    else:
+        opened = open_checkpoint(place.path, label=place.label, links_inside=place.links_inside)
+    for warning in opened.warnings:
+        progress.warn(f"{opened.label}: {warning}")
+    return opened
+
+
+def _chosen(named: Mapping[str, T], pattern: re.Pattern[str]) -> dict[str, T]:
+    """What the pattern finds by its name, or by the name of its module."""
+    return {
+        name: value for name, value in named.items() if pattern.match(name) or pattern.match(name.rpartition(".")[0])
+    }
+
+
+def _tensors(side: Checkpoint | Adapter) -> Mapping[str, StoredTensor]:
+    """Every tensor that is compared as it is stored; of an adapter all that is not part of a delta."""
+    if isinstance(side, Checkpoint):
+        return side.tensors
+    rest = (*side.unread, *(tensor for tensor, _ in side.skipped))
+    return {r.name: r.tensor for r in side.replacements} | {tensor.key: tensor for tensor in rest}
+
+
+def _deltas(side: Checkpoint | Adapter) -> Mapping[str, Delta]:
+    return {target.name: target.delta for target in side.targets} if isinstance(side, Adapter) else {}

@@ -1,0 +1,93 @@
+"""Stored elements against stored elements, in memory: bits, values and steps between floats.
+
+Written for tiles that stay in a core's own cache, with buffers that the caller keeps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lora_cli.checkpoint.dtypes import DType
+from lora_cli.surgery.engine import torch_dtype
+
+Array = NDArray[Any]
+
+
+def same_bytes(one: Array, other: Array) -> bool:
+    """Whether bytes are the same, eight at a time."""
+    whole = one.size // 8 * 8
+    return np.array_equal(one[:whole].view(np.uint64), other[:whole].view(np.uint64)) and np.array_equal(
+        one[whole:], other[whole:]
+    )
+
+
+def unequal_elements(one: Array, other: Array, bits: int) -> int:
+    """How many elements of so many bits are not the same bits."""
+    if bits >= 8:
+        unsigned = f"u{bits // 8}"
+        return int(np.count_nonzero(one.view(unsigned) != other.view(unsigned)))
+    differing: Array = one ^ other
+    return int(np.unpackbits(differing, bitorder="little").reshape(-1, bits).any(axis=1).sum())
+
+
+def decode(raw: torch.Tensor, dtype: DType, tile: torch.Tensor) -> Array:
+    """Stored floats as float64, exactly, in the tile."""
+    stored = raw.view(torch_dtype(dtype))
+    out: Array = tile[: stored.numel()].numpy()
+    if dtype.bits == 8:
+        np.take(_table(stored.dtype), raw.numpy(), out=out, mode="clip")  # clip: other modes copy `out`
+    else:
+        tile[: stored.numel()].copy_(stored)
+    return out
+
+
+@cache
+def _table(dtype: torch.dtype) -> Array:
+    """What each byte means: torch converts single float8 numbers ten times slower than they can be looked up."""
+    table: Array = torch.arange(256, dtype=torch.uint8).view(dtype).to(torch.float64).numpy()
+    return table
+
+
+def settle_specials(a: Array, b: Array, difference: Array) -> Array:
+    """Make a - b zero between equal infinities and between NaN, infinite between NaN and anything else.
+
+    Returns where neither is NaN.
+    """
+    one, other = np.isnan(a), np.isnan(b)
+    difference[(a == b) | (one & other)] = 0.0
+    difference[one ^ other] = math.inf
+    return ~(one | other)
+
+
+def finite_squares(values: Array) -> float:
+    """Sum the squares of the finite values."""
+    squares = float(values @ values)
+    if not math.isfinite(squares):
+        finite = values[np.isfinite(values)]
+        squares = float(finite @ finite)
+    return squares
+
+
+def most_ulps(bits: Sequence[Array], scratch: Sequence[Array]) -> int:
+    """The most steps of the stored dtype between two elements, both zeros being one place.
+
+    What `ordered.ulp_distances` gives, in the width of the dtype and without new memory.
+    """
+    one, other, work = scratch
+    width, magnitude = 8 * work.itemsize, np.iinfo(work.dtype).max
+    for stored, place in zip(bits, (one, other), strict=True):
+        sign = np.right_shift(stored, width - 1, out=work)
+        np.bitwise_and(stored, magnitude, out=place)
+        np.bitwise_xor(place, sign, out=place)
+        np.subtract(place, sign, out=place)
+    high, low = np.maximum(one, other, out=work), np.minimum(one, other, out=one)
+    # The difference may not fit the signed integers; it wraps, and is right as an unsigned one.
+    steps = np.subtract(high, low, out=high).view(f"u{work.itemsize}")
+    return int(steps.max(initial=0))
