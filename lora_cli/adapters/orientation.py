@@ -23,30 +23,24 @@ def stored_transposed(checkpoint: Checkpoint, weights: Mapping[str, StoredTensor
         ShapeError: Biases contradict the config's architecture; names every module.
     """
     said = {module: _by_bias(module, weight, checkpoint) for module, weight in weights.items()}
-    expected = _expectation(checkpoint, said)
     model_type = checkpoint.config.get("model_type")
-    wrong = [
-        f"{module}: {list(weights[module].shape)} with a bias of {_bias_length(module, checkpoint)}"
-        for module, found in said.items()
-        if found is not None and model_type in conv1d_modules() and found != expected[module]
-    ]
+    if not isinstance(model_type, str):
+        others = {found for found in said.values() if found is not None}
+        return {module: others == {True} if found is None else found for module, found in said.items()}
+    listed = conv1d_modules().get(model_type, ())
+    expected = {module: module.rpartition(".")[2] in listed for module in said}
+    wrong = [module for module, found in said.items() if listed and found is not None and found != expected[module]]
     if wrong:
         raise ShapeError(
             f"Biases contradict how {model_type}, the model_type of config.json, stores matrices",
             file=checkpoint.label,
-            details=wrong,
+            details=[
+                f"{module}: {list(weights[module].shape)} with a bias of {_bias_length(module, checkpoint)}"
+                for module in wrong
+            ],
             hint="mend model_type in config.json: the matrices are not those of this architecture",
         )
     return {module: expected[module] if found is None else found for module, found in said.items()}
-
-
-def _expectation(checkpoint: Checkpoint, said: Mapping[str, bool | None]) -> dict[str, bool]:
-    model_type = checkpoint.config.get("model_type")
-    if isinstance(model_type, str):
-        listed = conv1d_modules().get(model_type, ())
-        return {module: module.rpartition(".")[2] in listed for module in said}
-    others = {found for found in said.values() if found is not None}
-    return dict.fromkeys(said, others == {True})
 
 
 def _by_bias(module: str, weight: StoredTensor, checkpoint: Checkpoint) -> bool | None:

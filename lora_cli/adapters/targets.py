@@ -91,6 +91,11 @@ def presets() -> tuple[str, ...]:
     return (ALL_LINEAR, *_table()["presets"])
 
 
+def added_heads() -> tuple[str, ...]:
+    """Ends of names that modules have in heads which a fine-tune may add to a backbone."""
+    return tuple(_table()["added_heads"])
+
+
 def select(checkpoint: Checkpoint, targets: Sequence[str], exclude: Sequence[str] = ()) -> Selection:
     """Find the modules that patterns mean.
 

@@ -82,11 +82,12 @@ def check_range(in_rows: Tensor, in_columns: Tensor, rank: int, slices: Literal[
         raise NumericError("The product of the factors may exceed the largest double")
 
 
-def cut(matrix: Tensor, largest: Tensor, bits: int, slices: Literal[1, 2]) -> Factor:
-    exponent = _exponent(largest)
+def cut(matrix: Tensor, maxima: Tensor, bits: int, slices: Literal[1, 2]) -> Factor:
+    """Round a balanced factor, which is used up, to grids of `bits` under the maxima of its rows or columns."""
+    exponent = _exponent(maxima)
     hi = _on_grid(matrix, exponent - bits)
     lo = _on_grid(matrix.sub_(hi), exponent - (2 * bits + 1)) if slices == 2 else None
-    return Factor(hi, lo, largest.flatten())
+    return Factor(hi, lo, maxima.flatten())
 
 
 def _on_grid(matrix: Tensor, unit: Tensor) -> Tensor:

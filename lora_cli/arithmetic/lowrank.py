@@ -5,7 +5,7 @@ values of the small `R₁·R₂ᵀ`. A large matrix that exists only as row tile
 (Halko, Martinsson and Tropp 2011, "Finding structure with randomness", SIAM Review 53(2)).
 
 All of this measures and decides no byte of an output: it is float64 through BLAS and LAPACK, the same from run to run
-on one machine and one thread, and not bit-exact from one machine to the next.
+on one thread of one machine, and not bit-exact between machines.
 
 Where noise ends. A stored value was rounded by up to half a unit in the last place u; spread evenly over that unit the
 error has variance u²/12. The largest singular value of an m × n matrix of independent errors of variance σ² is about
@@ -31,10 +31,9 @@ SAFETY = 2.0
 """How many edges of noise count as noise. Errors are not quite even over a unit, nor quite independent: where two tools
 round one matrix, half of the elements may be a whole unit off (u²/2 each, against the u²/6 of two roundings)."""
 
-FIRST_PROBES = 32
-MOST_PROBES = 256
+FIRST_PROBES, MOST_PROBES = 32, 256
 OVERSAMPLING = 8
-"""Probes beyond the rank that are needed before it is believed (Halko et al., section 1.3, ask for 5 to 10)."""
+"""Probes beyond the rank that are needed before it is believed (Halko et al. ask for 5 to 10)."""
 
 _MOST_ITERATIONS = 6
 _SETTLED = 0.01
@@ -67,8 +66,7 @@ def stacked(terms: Sequence[Term]) -> tuple[Tensor, Tensor]:
 def singular_values(terms: Sequence[Term]) -> Tensor:
     """Return the singular values of `Σ scale·B·A`, largest first; at most as many as the smallest of out, in and K.
 
-    Off by a few float64 roundings of ‖B‖·‖A‖, so that values of a difference of like products may be noise below
-    about 1e-15 of that. Errors are those of `stacked`.
+    Off by a few float64 roundings of ‖B‖·‖A‖, which is much where like products cancel. Errors are `stacked`'s.
     """
     left, right = stacked(terms)
     values: Tensor = torch.linalg.svdvals(_core(left, right))
@@ -76,10 +74,7 @@ def singular_values(terms: Sequence[Term]) -> Tensor:
 
 
 def frobenius_norm(terms: Sequence[Term]) -> float:
-    """Return ‖Σ scale·B·A‖_F, with the error of `singular_values`; sums of squares of a difference would lose half.
-
-    Errors are those of `stacked`.
-    """
+    """Return ‖Σ scale·B·A‖_F, as exact as `singular_values`; an `inner_product` would lose half of the digits."""
     left, right = stacked(terms)
     return float(torch.linalg.matrix_norm(_core(left, right)))
 
@@ -127,7 +122,7 @@ def _triangle(matrix: Tensor) -> Tensor:
 def rounding_variance(values: Tensor, dtype: torch.dtype) -> Tensor:
     """Return u²/12 for each finite float64 value, u being the spacing of `dtype` at its magnitude.
 
-    The same spacing as `ordered.ulp`, by one mask instead of many passes.
+    The spacing is that of `ordered.ulp`, by one mask instead of many passes.
     """
     info = torch.finfo(dtype)
     binade = (values.view(torch.int64) & _EXPONENT_BITS).view(torch.float64)
@@ -163,10 +158,9 @@ class Noise:
 
 
 def product_edge(terms: Sequence[Term]) -> float:
-    """Return the edge of the noise that the rounding of stored factors leaves in `Σ scale·B·A`.
+    """Return the edge of the noise that the rounding of factors, in the dtypes they have, leaves in `Σ scale·B·A`.
 
-    With errors E and F the product is off by E·A + B·F, hence by at most ‖E‖·‖A‖ + ‖B‖·‖F‖ in the largest singular
-    value; terms add up. `b` and `a` have the dtype they are stored in, one that can take a delta.
+    With errors E and F the product is off by E·A + B·F, hence no singular value by more than ‖E‖·‖A‖ + ‖B‖·‖F‖.
     """
     return sum(
         abs(term.scale)
@@ -197,7 +191,7 @@ class Spectrum:
         values: The largest ones, descending.
         rank: How many of them are above the edge.
         energy: The share of ‖·‖_F² that those have.
-        complete: Whether no other is above the edge. If not, there were more than the probes could hold.
+        complete: Whether that is all: no other is above the edge, and what is left over is no more than noise.
     """
 
     values: Tensor
@@ -206,15 +200,17 @@ class Spectrum:
     complete: bool
 
 
-def look_above(values: Tensor, edge: float, squares: float | None = None, *, complete: bool = True) -> Spectrum:
-    """Return how many singular values are above `edge`, and their share of `squares` (by default of all values')."""
-    rank = int((values > edge).sum())
-    above, total = float(values[:rank].square().sum()), float(values.square().sum()) if squares is None else squares
-    return Spectrum(values, rank, min(1.0, above / total) if total else 0.0, complete)
+def look_above(
+    values: Tensor, edge: float, squares: float | None = None, *, noise: float = math.inf, complete: bool = True
+) -> Spectrum:
+    """Count the singular values above `edge`, given ‖·‖_F² if these are not all, and how much of it noise may have."""
+    rank, squares = int((values > edge).sum()), float(values.square().sum()) if squares is None else squares
+    above = float(values[:rank].square().sum())
+    return Spectrum(values, rank, min(1.0, above / squares) if squares else 0.0, complete and squares - above <= noise)
 
 
-def spectrum(shape: tuple[int, int], tiles: Tiles, *, edge: float, noise: float = 0.0) -> Spectrum:
-    """Return the singular values above `edge` of a matrix that is read in passes, and what share of it they are.
+def spectrum(shape: tuple[int, int], tiles: Tiles, noise: Noise) -> Spectrum:
+    """Find how many singular values of a matrix that is read in passes are above its noise, and their share of it.
 
     Two passes for each power iteration: `M·Ω` with Gaussian probes Ω, then `MᵀQ` with Q an orthonormal basis of that,
     whose singular values approach those of M from below. Iterations go on until nothing that is left over could be
@@ -222,25 +218,23 @@ def spectrum(shape: tuple[int, int], tiles: Tiles, *, edge: float, noise: float 
     up to `MOST_PROBES`, unless what is left over needs more directions than that. A matrix with a side of at most
     `MOST_PROBES` is gathered and taken apart exactly.
 
-    Needs `spectrum_bytes(shape)` of memory. Deterministic: the probes have a fixed seed.
+    Deterministic: the probes have a fixed seed.
 
     Args:
-        shape: (rows, columns).
+        shape: (rows, columns); `spectrum_bytes` says how much memory that takes.
         tiles: Begins a pass; called up to 12 times for each number of probes.
-        edge: Below this a singular value counts as noise.
-        noise: How much of ‖M‖_F² noise is expected to have, to tell early that a change is not of low rank.
+        noise: What M's rounding is expected to be; `SAFETY` times its edge is where directions count.
     """
+    edge, energy = SAFETY * noise.edge, SAFETY**2 * noise.energy
     if min(shape) <= MOST_PROBES:
-        values = torch.linalg.svdvals(_gathered(shape, tiles))
-        return look_above(values, edge)
+        return look_above(torch.linalg.svdvals(_gathered(shape, tiles)), edge, noise=energy)
     probes = FIRST_PROBES
     while True:
         values, squares = _probed(shape, tiles, probes, edge)
-        rank = int((values > edge).sum())
-        if rank + OVERSAMPLING <= probes:
-            return look_above(values, edge, squares)
-        # No direction that was missed is larger than half of those that were found, so there are at least so many.
-        left_over = squares - float(values.square().sum()) - noise
+        if int((values > edge).sum()) + OVERSAMPLING <= probes:
+            return look_above(values, edge, squares, noise=energy)
+        # A direction that was missed is hardly larger than the middle one of those found; so many there are at least.
+        left_over = squares - float(values.square().sum()) - energy
         if probes == MOST_PROBES or probes + left_over / float(values[probes // 2]) ** 2 > MOST_PROBES:
             return look_above(values, edge, squares, complete=False)
         probes = min(2 * probes, MOST_PROBES)
@@ -270,43 +264,43 @@ def _probed(shape: tuple[int, int], tiles: Tiles, probes: int, edge: float) -> t
 
 def _settled(values: Tensor, before: Tensor, squares: float, edge: float) -> bool:
     # 1e-12 for the rounding of the sums themselves, where the probes hold all of the matrix.
-    left_over = squares * (1 - 1e-12) - float(values.square().sum())
-    if left_over <= edge**2:
+    if squares * (1 - 1e-12) - float(values.square().sum()) <= edge**2:
         return True
-    if not before.numel():
-        return False
     rank = int((values > edge).sum())
-    growth = values / before.clamp(min=torch.finfo(torch.float64).tiny)
-    if rank < values.numel() and float(values[rank] * growth[rank]) > edge:
-        return False  # a direction that noise still hides may come out
-    return bool((growth[:rank] < 1 + _SETTLED).all())
+    if not before.numel() or rank + OVERSAMPLING > values.numel():
+        return before.numel() > 0  # more probes are needed, not better ones
+    growth = values[: rank + 1] / before[: rank + 1]
+    # The largest value below the edge may be that of a direction which noise still hides.
+    return float(values[rank] * growth[rank]) <= edge and bool((growth[:rank] < 1 + _SETTLED).all())
 
 
 def _times(tiles: Tiles, right: Tensor, rows: int) -> tuple[Tensor, float]:
     """Return M·right and ‖M‖_F², in one pass."""
     result = torch.empty((rows, right.shape[1]), dtype=torch.float64)
-    top, squares = 0, 0.0
-    for tile in tiles():
-        torch.mm(tile, right, out=result[top : top + tile.shape[0]])
+    squares = 0.0
+    for place, tile in _placed(tiles):
+        torch.mm(tile, right, out=result[place])
         squares += float(torch.dot(tile.reshape(-1), tile.reshape(-1)))
-        top += tile.shape[0]
     return result, squares
 
 
 def _transposed_times(tiles: Tiles, left: Tensor, columns: int) -> Tensor:
     """Return Mᵀ·left, in one pass."""
     result = torch.zeros((columns, left.shape[1]), dtype=torch.float64)
-    top = 0
-    for tile in tiles():
-        result.addmm_(tile.T, left[top : top + tile.shape[0]])
-        top += tile.shape[0]
+    for place, tile in _placed(tiles):
+        result.addmm_(tile.T, left[place])
     return result
 
 
 def _gathered(shape: tuple[int, int], tiles: Tiles) -> Tensor:
     whole = torch.empty(shape, dtype=torch.float64)
+    for place, tile in _placed(tiles):
+        whole[place] = tile
+    return whole
+
+
+def _placed(tiles: Tiles) -> Iterator[tuple[slice, Tensor]]:
     top = 0
     for tile in tiles():
-        whole[top : top + tile.shape[0]] = tile
+        yield slice(top, top + tile.shape[0]), tile
         top += tile.shape[0]
-    return whole

@@ -95,8 +95,7 @@ def _change_of(pair: Pair) -> Spectrum:
         for a, b in _decoded(pair, readers):
             variances = rounding_variance(a, torch_dtype(pair.a.dtype))
             noise.add(variances.add_(rounding_variance(b, torch_dtype(pair.b.dtype))))
-        tiles = partial(_differences, pair, readers)
-        return spectrum((rows, columns), tiles, edge=SAFETY * noise.edge, noise=SAFETY**2 * noise.energy)
+        return spectrum((rows, columns), partial(_differences, pair, readers), noise)
 
 
 def _differences(pair: Pair, readers: Readers) -> Iterator[Tensor]:

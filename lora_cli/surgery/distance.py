@@ -25,6 +25,7 @@ from lora_cli.surgery.elements import (
     most_ulps,
     same_bytes,
     settle_specials,
+    squares,
     unequal_elements,
 )
 from lora_cli.surgery.engine import Readers, open_readers, raw_bytes, torch_dtype
@@ -203,7 +204,7 @@ class _Bench:
             numbers = settle_specials(a, b, difference)
             largest = max(float(difference.max()), -float(difference.min()))
         found.largest = max(found.largest, largest)
-        found.squares += float(difference @ difference)
+        found.squares += squares(difference)
         found.reference += finite_squares(a)
         if pair.a.dtype != pair.b.dtype:
             found.changed += int(np.count_nonzero(difference))

@@ -66,13 +66,16 @@ def settle_specials(a: Array, b: Array, difference: Array) -> Array:
     return ~(one | other)
 
 
+def squares(values: Array) -> float:
+    """Sum of squares. By torch, whose threads the workers hold back: numpy's BLAS would start its own."""
+    flat = torch.from_numpy(values)
+    return float(torch.dot(flat, flat))
+
+
 def finite_squares(values: Array) -> float:
-    """Sum the squares of the finite values."""
-    squares = float(values @ values)
-    if not math.isfinite(squares):
-        finite = values[np.isfinite(values)]
-        squares = float(finite @ finite)
-    return squares
+    """Sum of the squares of the finite values."""
+    total = squares(values)
+    return total if math.isfinite(total) else squares(values[np.isfinite(values)])
 
 
 def most_ulps(bits: Sequence[Array], scratch: Sequence[Array]) -> int:

@@ -6,6 +6,7 @@ second implementation of what an operation does.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -52,8 +53,7 @@ class Edit:
         key: Its name in the output.
         operation: `keep` its bytes, `rename` it, `cast` it, `add` or `subtract` deltas, `replace` it by an adapter's
             tensor, or `append` a tensor that the base lacks.
-        origin: Where its numbers come from: the base, or the adapter for replace and append; an appended factor of a
-            new adapter is made from a rule and stored nowhere.
+        origin: Where its numbers come from: the base, the adapter for replace and append, or a rule for a new factor.
         dtype: Its storage type in the output.
         shape: Its shape.
         begin: First byte within the output's data section.
@@ -95,10 +95,7 @@ class Edit:
     def matrix(self) -> tuple[int, int]:
         """(rows, columns) as which the engine sees the tensor."""
         rows = self.shape[0] if self.shape else 1
-        elements = 1
-        for size in self.shape:
-            elements *= size
-        return rows, elements // rows if rows else 0
+        return rows, math.prod(self.shape) // rows if rows else 0
 
 
 @dataclass(frozen=True)
@@ -131,9 +128,8 @@ class OutputFile:
     @property
     def untouched(self) -> bool:
         """Whether the file is the base's file, byte for byte."""
-        if self.replaces is None or self.header is not self.replaces.header:
-            return False
-        return all(edit.operation == "keep" for edit in self.edits)
+        same = self.replaces is not None and self.header is self.replaces.header
+        return same and all(edit.operation == "keep" for edit in self.edits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,8 +214,7 @@ class Plan:
     def bytes_to_read(self) -> int:
         """Bytes of base and adapter tensors that are read."""
         factors = {id(tensor): tensor.nbytes for e in self.edits for t in e.terms for tensor in t.delta.tensors}
-        stored = sum(edit.source.nbytes for edit in self.edits if edit.fresh is None)
-        return stored + sum(factors.values())
+        return sum(edit.source.nbytes for edit in self.edits if edit.fresh is None) + sum(factors.values())
 
     def counts(self) -> dict[str, int]:
         """Tensors by what happens to them: total, edited, copied, added, dropped."""
@@ -281,7 +276,9 @@ def _edit_dict(edit: Edit) -> dict[str, Any]:
     return {
         "key": edit.key,
         "operation": edit.operation,
-        "source": _source_dict(edit),
+        "source": {"file": edit.source.shard.name, "key": edit.source.key, "dtype": edit.source.dtype.name}
+        if edit.fresh is None
+        else {"file": None, "key": None, "dtype": edit.dtype.name, "made_by": str(edit.fresh)},
         "dtype": edit.dtype.name,
         "shape": list(edit.shape),
         "begin": edit.begin,
@@ -299,9 +296,3 @@ def _edit_dict(edit: Edit) -> dict[str, Any]:
             for term in edit.terms
         ],
     }
-
-
-def _source_dict(edit: Edit) -> dict[str, Any]:
-    if edit.fresh is not None:
-        return {"file": None, "key": None, "dtype": edit.dtype.name, "made_by": str(edit.fresh)}
-    return {"file": edit.source.shard.name, "key": edit.source.key, "dtype": edit.source.dtype.name}

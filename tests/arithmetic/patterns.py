@@ -68,3 +68,7 @@ def awkward(rng: random.Random, rows: int, columns: int, dtype: torch.dtype, spa
 def gaussian(seed: int, *shape: int, dtype: torch.dtype = torch.float32, std: float = 1.0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return (torch.randn(shape, generator=generator, dtype=torch.float64) * std).to(dtype)
+
+
+def gaussian_term(seed: int, out: int, rank: int, width: int, scale: float = 0.7) -> Term:
+    return Term(gaussian(seed, out, rank, std=0.1), gaussian(seed + 1, rank, width, std=0.3), scale)

@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import reference
 import torch
+from fast import ALL, merge_one, merged
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from patterns import (
     DTYPES,
     awkward,
-    from_patterns,
     gaussian,
     same_bits,
     to_patterns,
     to_reference,
 )
-from torch import Tensor
 
 from lora_cli.arithmetic import rounding
 from lora_cli.arithmetic.ordered import bits_view
@@ -31,24 +29,8 @@ from lora_cli.arithmetic.product import Term, prepare
 from lora_cli.arithmetic.rounding import TileKernel, cast, overflow_limit, slices_for, work_dtype
 from lora_cli.errors import NumericError, ShapeError, UnsupportedError, UsageError
 
-ALL = slice(None)
 SMALL = [name for name, form in reference.FORMATS.items() if form.width <= 16]
 every_dtype = pytest.mark.parametrize("name", reference.FORMATS)
-
-
-def merged(base: Tensor, terms: list[Term], out_dtype: torch.dtype | None = None) -> Tensor:
-    """The fast path, over the whole tensor at once."""
-    out = torch.empty_like(base, dtype=out_dtype or base.dtype)
-    work = work_dtype(base.dtype, out.dtype)
-    kernel = TileKernel(work, base.numel())
-    return kernel.merge(base, kernel.product(prepare(terms, slices=slices_for(work)), ALL, ALL), out)
-
-
-def merge_one(base: Tensor, delta: float, out_dtype: torch.dtype | None = None) -> Tensor:
-    """Add one number to all of a vector."""
-    out = torch.empty_like(base, dtype=out_dtype or base.dtype)
-    product = torch.full(base.shape, delta, dtype=torch.float64)
-    return TileKernel(work_dtype(base.dtype, out.dtype), base.numel()).merge(base, product, out)
 
 
 def test_working_types() -> None:
@@ -129,85 +111,6 @@ def test_zero_deltas_cast_when_the_dtype_changes(name: str, out_name: str) -> No
     expected = [[reference.cast_bits(p, name, out_name) for p in row] for row in to_patterns(base)]
     assert to_patterns(merge_one(base, -0.0, DTYPES[out_name])) == expected
     assert to_patterns(cast(base, torch.empty_like(base, dtype=DTYPES[out_name]))) == expected
-
-
-# Every rounding of the narrow formats.
-
-
-def midpoints(name: str, source: torch.dtype) -> tuple[Tensor, Tensor]:
-    """All midpoints between neighbours, and the numbers of `source` right below and above, with their patterns."""
-    form = reference.FORMATS[name]
-    values = from_patterns([list(range(form.largest_pattern + 1))], DTYPES[name])[0].to(torch.float64)
-    middle = ((values[:-1] + values[1:]) / 2).to(source)
-    assert torch.equal(middle.double() * 2, values[:-1] + values[1:])
-    infinity = torch.tensor(math.inf, dtype=source)
-    inputs = [torch.nextafter(middle, -infinity), middle, torch.nextafter(middle, infinity)]
-    lower = torch.arange(form.largest_pattern)
-    outputs = [lower, lower + (lower & 1), lower + 1]
-    negative = [-x for x in inputs], [form.sign | y for y in outputs]
-    return torch.cat([*inputs, *negative[0]]), torch.cat([*outputs, *negative[1]])
-
-
-def widen(tensor: Tensor, out: Tensor) -> Tensor:
-    """Merge a delta of zero: the cast of the merge kernel."""
-    product = torch.zeros(tensor.shape, dtype=torch.float64)
-    return TileKernel(work_dtype(tensor.dtype, out.dtype), tensor.numel()).merge(tensor, product, out)
-
-
-@pytest.mark.parametrize("convert", [cast, widen])
-@pytest.mark.parametrize("source", [torch.float32, torch.float64])
-@pytest.mark.parametrize("name", SMALL)
-def test_all_midpoints_go_to_even_and_their_neighbours_to_the_nearest(
-    name: str, source: torch.dtype, convert: Callable[[Tensor, Tensor], Tensor]
-) -> None:
-    values, expected = midpoints(name, source)
-    out = convert(values, torch.empty_like(values, dtype=DTYPES[name]))
-    assert to_patterns(out.unsqueeze(0)) == [expected.tolist()]
-
-
-@pytest.mark.parametrize("name", SMALL)
-def test_the_sum_of_float32_rounds_all_midpoints_to_even(name: str) -> None:
-    """In a merge of 16 bits the working value is a float32: make it the midpoint itself, as 0 + delta."""
-    values, expected = midpoints(name, torch.float32)
-    base = torch.zeros(values.shape).to(DTYPES[name])
-    out = TileKernel(torch.float32, values.numel()).merge(base, values.double(), torch.empty_like(base))
-    nonzero = values != 0
-    assert torch.equal(torch.tensor(to_patterns(out.unsqueeze(0)))[0][nonzero], expected[nonzero].to(torch.int64))
-
-
-def test_torch_alone_rounds_float64_twice() -> None:
-    """Why the sticky bit is there. Should torch mend this, the test says that it can go."""
-    just_above_a_tie = torch.tensor([1 + 2.0**-8 + 2.0**-50], dtype=torch.float64)
-    assert float(just_above_a_tie.to(torch.bfloat16)) == 1.0
-    assert float(cast(just_above_a_tie, torch.empty(1, dtype=torch.bfloat16))) == 1 + 2.0**-7
-
-
-@pytest.mark.parametrize("source", ["float64", "float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("out_name", reference.FORMATS)
-def test_casts_of_any_pattern(source: str, out_name: str) -> None:
-    rng = random.Random(3)
-    tensor = awkward(rng, 40, 40, DTYPES[source], 12)
-    tensor[tensor.abs() >= overflow_limit(DTYPES[out_name])] = 1.0
-    expected = [[reference.cast_bits(p, source, out_name) for p in row] for row in to_patterns(tensor)]
-    before = tensor.clone()
-    assert to_patterns(cast(tensor, torch.empty_like(tensor, dtype=DTYPES[out_name]))) == expected
-    assert same_bits(tensor, before)
-
-
-def test_casts_keep_infinity_and_write_one_nan() -> None:
-    specials = [math.inf, -math.inf, 1.0]
-    nans = from_patterns([[0x7FC0_0000, 0xFFC0_1234, 0x7F80_0001]], torch.float32)[0]
-    for source in (torch.float64, torch.float32):
-        tensor = torch.cat([torch.tensor(specials), nans]).to(source)
-        for dtype in (torch.bfloat16, torch.float16):
-            out = cast(tensor, torch.empty(6, dtype=dtype))
-            assert out[:3].tolist() == specials
-            assert len(set(to_patterns(out[3:].unsqueeze(0))[0])) == 1
-            assert bool(out[3:].isnan().all())
-    with pytest.raises(NumericError, match="float8_e4m3fn"):
-        cast(torch.tensor([math.inf]), torch.empty(1, dtype=torch.float8_e4m3fn))
-    same = cast(nans, torch.empty_like(nans))
-    assert same_bits(same, nans)
 
 
 # Overflow.
@@ -367,51 +270,3 @@ def test_flushed_subnormals_are_refused() -> None:
         pytest.skip("this processor cannot flush")
     assert caught[0].hint is not None
     assert "set_flush_denormal" in caught[0].hint
-
-
-# Golden digests: the same on every machine.
-
-
-def congruential(seed: int) -> Iterator[int]:
-    """Numbers that need no library: Knuth's 64-bit linear congruential generator, its upper half."""
-    while True:
-        seed = (seed * 6364136223846793005 + 1442695040888963407) % 2**64
-        yield seed >> 32
-
-
-def fixture(name: str) -> tuple[Tensor, list[Term]]:
-    numbers = congruential(2026)
-
-    def matrix(rows: int, columns: int, exponent: int) -> Tensor:
-        values = [[(next(numbers) - 2**31) * 2.0 ** (exponent - 31) for _ in range(columns)] for _ in range(rows)]
-        return torch.tensor(values, dtype=torch.float64)
-
-    base = matrix(29, 43, -3).to(torch.float32).to(DTYPES[name])
-    terms = [
-        Term(matrix(29, 5, -6).to(torch.float32), matrix(5, 43, -1).to(torch.float32), 2.0),
-        Term(matrix(29, 3, -25).to(torch.float32), matrix(3, 43, 4).to(torch.float32), 0.1),
-        Term(matrix(29, 2, 1).to(torch.bfloat16), matrix(2, 43, -5).to(torch.bfloat16), 1 / 3),
-    ]
-    return base, terms
-
-
-GOLDEN = {
-    "bfloat16": "5b5905bec8173cbddda2b55643124fc2f9d13313bc07494faa65984cd2f0d4b0",
-    "float16": "2464bcd2f6d5872e94bc1b896d22b9ad314d6f2365e918709fe18c8287f4c971",
-    "float32": "f94f2ca1b86eed846e121cdbcdb10ddc09cdc9c228db1f2147ddcac1d6fcddae",
-    "float64": "e66f5aaf14a51d4c902a0f852aa7ac07fa0af92db2983dc1fbaacb18f81e3515",
-    "float8_e4m3fn": "04dbcd6e947ae413c2f1f274ee45033210a460c5e95cddc090fd31ea8dd988b8",
-    "float8_e5m2": "6564b5314be6bbbccf3ede3fd75f0f4b9e2305ce96cc1e616ec4c0854bea17ce",
-}
-
-
-@every_dtype
-def test_golden_digest(name: str) -> None:
-    base, terms = fixture(name)
-    fast = hashlib.sha256(bits_view(merged(base, terms)).tobytes()).hexdigest()
-    patterns = reference.merged_bits(to_patterns(base), name, to_reference(terms))
-    width = reference.FORMATS[name].width // 8
-    slow = hashlib.sha256(b"".join(p.to_bytes(width, "little") for row in patterns for p in row)).hexdigest()
-    assert slow == GOLDEN[name]
-    assert fast == GOLDEN[name]
-    assert not same_bits(merged(base, terms), base)

@@ -1,0 +1,267 @@
+"""Inject: make a fresh adapter for a checkpoint, as files, from headers alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_cli.adapters.target_files import expand
+from lora_cli.adapters.targets import ALL_LINEAR, Selected, select
+from lora_cli.adapters.wrapped import WRAP_FILE
+from lora_cli.checkpoint.checkpoint import Checkpoint
+from lora_cli.checkpoint.sidefiles import SideFile
+from lora_cli.checkpoint.staging import check_target
+from lora_cli.errors import UnsupportedError, UsageError
+from lora_cli.progress import SILENT, Progress
+from lora_cli.surgery.budget import DEFAULT_MEMORY, settle_budget
+from lora_cli.surgery.inject_options import InjectOptions, Layout
+from lora_cli.surgery.injection import Injection
+from lora_cli.surgery.merge import check_output, output_names
+from lora_cli.surgery.plan import Plan
+from lora_cli.surgery.receipt import make_receipt, written_by_us
+from lora_cli.surgery.results import Reference, measured, open_base
+from lora_cli.surgery.workers import default_threads
+
+
+@dataclass(frozen=True)
+class InjectedModule:
+    """A module that got an adapter.
+
+    Attributes:
+        key: The base key of its weight.
+        rank: Rank of its factors.
+        shape: (out, in) of the change that they make.
+    """
+
+    key: str
+    rank: int
+    shape: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class InjectResult:
+    """What an injection wrote.
+
+    Attributes:
+        out: The output.
+        layout: `adapter` for a PEFT folder, `wrapped` for a whole checkpoint.
+        rank: Rank of all factors.
+        alpha: Numerator of the scale.
+        modules: The modules that got factors, in the order of the base.
+        parameters: Elements of all factors.
+        trainable_fraction: Their share of the elements of base and factors together.
+        files: Names of the files written.
+        left_out: Files of the base's folder that were not taken along.
+        warnings: What a person should look at.
+        bytes_written: Bytes of all output files.
+        seconds: Wall time.
+        peak_rss_bytes: Most memory that the process had.
+    """
+
+    out: str
+    layout: str
+    rank: int
+    alpha: float
+    modules: tuple[InjectedModule, ...]
+    parameters: int
+    trainable_fraction: float
+    files: tuple[str, ...]
+    left_out: tuple[str, ...]
+    warnings: tuple[str, ...]
+    bytes_written: int
+    seconds: float
+    peak_rss_bytes: int
+
+
+def inject(
+    base: Reference,
+    out: Reference,
+    *,
+    rank: int,
+    alpha: float | None = None,
+    targets: Sequence[str] = (ALL_LINEAR,),
+    exclude: Sequence[str] = (),
+    init: str = "kaiming",
+    std: float | None = None,
+    layout: Layout = "adapter",
+    rslora: bool = False,
+    dtype: str = "fp32",
+    seed: int = 0,
+    force: bool = False,
+    threads: int | None = None,
+    memory: int = DEFAULT_MEMORY,
+    progress: Progress = SILENT,
+    on_plan: Callable[[Plan], None] | None = None,
+) -> InjectResult:
+    """Write a fresh adapter for `base` to `out`; merging it gives back the base byte for byte.
+
+    The bytes are the same on every machine, whatever `threads` and `memory` are.
+
+    Args:
+        base: A `.safetensors` file, a folder, or a Hub id.
+        out: A folder that is absent or empty; for the layout `wrapped` and a base of one file also a `.safetensors`
+            file.
+        rank: Rows of A and columns of B.
+        alpha: Numerator of the scale; the rank unless given.
+        targets: Presets (`all-linear`, `attention`, `mlp`), globs on dotted names, `re:` with a regular expression, or
+            YAML files of these.
+        exclude: Presets and patterns of modules to leave out.
+        init: `kaiming`, `gaussian` or `orthogonal`, for A; B is zero.
+        std: Standard deviation of `gaussian`.
+        layout: `adapter` for a PEFT folder, `wrapped` for the whole checkpoint with factors beside its weights.
+        rslora: Divide alpha by the square root of the rank instead of the rank.
+        dtype: `fp32`, `bf16` or `fp16`, for the factors.
+        seed: Decides the numbers of A, together with the names of the modules.
+        force: Replace `out` where a receipt says that lora-cli wrote all of it.
+        threads: Units of work at once; all cores by default.
+        memory: Bytes that buffers and factors may take.
+        progress: Hears of every step.
+        on_plan: Is given the plan before anything is written.
+
+    Raises:
+        UsageError: Options that make no sense.
+        NamesError: Patterns that match nothing.
+        UnsupportedError: A quantised base, embeddings as targets, or a base that has factors already.
+        LoraCliError: Anything else that does not fit; see the error classes.
+    """
+    options = InjectOptions(
+        rank=rank,
+        alpha=alpha,
+        targets=tuple(targets),
+        exclude=tuple(exclude),
+        init=init,
+        std=std,
+        layout=layout,
+        rslora=rslora,
+        dtype=dtype,
+        seed=seed,
+    )
+    with measured() as run:
+        injection = prepare(base, options, progress=progress)
+        made = injection.plan()
+        target = Path(out)
+        check_injection_output(made, target, options, force=force)
+        if on_plan:
+            on_plan(made)
+        extras = _extra_files(injection, made, target)
+        # torch is loaded only here, after the plan is on the screen.
+        from lora_cli.surgery.execute import execute
+
+        written = execute(
+            made,
+            target,
+            settle_budget(made, memory=memory, threads=threads or default_threads()),
+            extra_files=extras,
+            may_replace=written_by_us(target) if force else lambda: False,
+            progress=progress,
+        )
+    parameters = sum(rank * (module.out + module.inner) for module in injection.modules)
+    base_parameters = sum(math.prod(tensor.shape) for tensor in injection.base.tensors.values())
+    return InjectResult(
+        out=str(out),
+        layout=options.layout,
+        rank=rank,
+        alpha=options.scale.alpha,
+        modules=tuple(InjectedModule(m.key, rank, (m.out, m.inner)) for m in injection.modules),
+        parameters=parameters,
+        trainable_fraction=parameters / (parameters + base_parameters),
+        files=(*output_names(made, target), *(extra.name for extra in extras)),
+        left_out=made.left_out,
+        warnings=made.warnings,
+        bytes_written=written + sum(extra.size for extra in extras),
+        seconds=run.seconds,
+        peak_rss_bytes=run.peak_rss_bytes,
+    )
+
+
+def prepare(base: Reference, options: InjectOptions, *, progress: Progress = SILENT) -> Injection:
+    """Open a base and choose its targets; `Injection.plan` then says what would be written.
+
+    Raises:
+        LoraCliError: As for `inject`.
+    """
+    wanted, unwanted = expand(options.targets, options.exclude)
+    checkpoint = open_base(base, progress)
+    _refuse_factors(checkpoint)
+    selection = select(checkpoint, wanted, unwanted)
+    for note in selection.notes:
+        progress.note(note)
+    for warning in _warnings(selection.modules, options):
+        progress.warn(warning)
+    # A local path wins when it exists; what was opened otherwise came from the Hub.
+    from_hub = str(base).startswith("hf://") or not Path(base).exists()
+    settled = dataclasses.replace(options, targets=wanted, exclude=unwanted)
+    return Injection(checkpoint, selection.modules, settled, checkpoint.label if from_hub else None)
+
+
+def check_injection_output(made: Plan, target: Path, options: InjectOptions, *, force: bool) -> None:
+    """Refuse an output that cannot be written, before any work.
+
+    Raises:
+        UsageError: No output given, or a file where a folder is needed.
+        OutputExistsError: Something is there, or it is an input.
+    """
+    if options.layout == "adapter" and target.suffix == ".safetensors":
+        raise UsageError("A PEFT adapter is a folder", file=target, hint="name a folder with -o")
+    check_output(made, target, force=force)
+    if target.suffix == ".safetensors":
+        for name in (_wrap_name(target), make_receipt(target, "inject", {}, ()).name):
+            may_replace = written_by_us(target) if force else lambda: False
+            check_target(target.with_name(name), folder=False, may_replace=may_replace)
+
+
+def _warnings(modules: Sequence[Selected], options: InjectOptions) -> list[str]:
+    warnings = []
+    small = [module for module in modules if min(module.out, module.inner) < options.rank]
+    if small:
+        first = small[0]
+        warnings.append(
+            f"rank {options.rank} is more than {len(small)} of {len(modules)} modules can use: "
+            f"{first.module} is ({first.out} × {first.inner})"
+        )
+    experts = sum("experts" in module.module.split(".") for module in modules)
+    if experts and options.layout == "adapter":
+        warnings.append(
+            f"{experts} targets are single experts, which transformers 5 holds fused: PEFT may not find them there"
+        )
+    return warnings
+
+
+def _refuse_factors(checkpoint: Checkpoint) -> None:
+    carried = [key for key in checkpoint.tensors if {"lora_A", "lora_B"} & set(key.split("."))]
+    if carried:
+        raise UnsupportedError(
+            "The base carries factors already",
+            file=checkpoint.label,
+            tensor=carried[0],
+            hint="merge it first: lora-cli merge BASE -o OUT",
+        )
+
+
+def _extra_files(injection: Injection, made: Plan, target: Path) -> list[SideFile]:
+    """The wrap's description and the receipt, which come last."""
+    extras = []
+    if injection.options.layout == "wrapped":
+        data = injection.wrap_file()
+        extras.append(SideFile(_wrap_name(target), None, len(data), data))
+    names = [*output_names(made, target), *(extra.name for extra in extras)]
+    return [*extras, make_receipt(target, "inject", _receipt_content(injection), names)]
+
+
+def _wrap_name(target: Path) -> str:
+    return f"{target.stem}.{WRAP_FILE}" if target.suffix == ".safetensors" else WRAP_FILE
+
+
+def _receipt_content(injection: Injection) -> dict[str, Any]:
+    options = {name: list(v) if isinstance(v, tuple) else v for name, v in injection.options.arguments().items()}
+    options["alpha"] = injection.options.scale.alpha
+    options["std"] = injection.options.width if injection.options.init == "gaussian" else None
+    return {
+        "base": {"label": injection.base.label},
+        "options": options,
+        "modules": [module.module for module in injection.modules],
+    }
