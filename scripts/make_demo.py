@@ -1,4 +1,4 @@
-"""Make a small Llama-shaped checkpoint (two shards, bf16) and a trained-looking PEFT adapter, the same on every machine.
+"""Make a small Llama-shaped checkpoint (two shards, bf16) and a PEFT adapter for it, the same on every machine.
 
 Usage: python scripts/make_demo.py FOLDER
 """

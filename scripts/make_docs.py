@@ -32,9 +32,18 @@ RESULTS = {
 }
 
 
+JSON_PAGE = """## JSON
+
+With `--json` stdout holds one document. Its field `schema` is `lora-cli/COMMAND/1`, or `lora-cli/error/1` on failure;
+`--dry-run` prints `lora-cli/plan/1`. Fields are only ever added. The schemas are in `docs/schemas`. Numbers that JSON
+lacks are strings (`inf`, `nan`).
+"""
+
+
 def main() -> int:
     """Write the files, or with --check say which are out of date."""
-    wanted = {DOCS / "cli.md": cli_page()} | {DOCS / "schemas" / f"{name}.json": text for name, text in schemas().items()}
+    wanted = {DOCS / "schemas" / f"{name}.json": text for name, text in schemas().items()}
+    wanted[DOCS / "cli.md"] = cli_page()
     stale = [path for path, text in wanted.items() if not path.exists() or path.read_text() != text]
     if "--check" in sys.argv:
         for path in stale:
@@ -52,11 +61,7 @@ def cli_page() -> str:
     for command in ("", *COMMANDS):
         title = f"lora-cli {command}".strip()
         parts.append(f"## {title}\n\n```text\n{help_text(command)}\n```\n")
-    parts.append(
-        "## JSON\n\nWith `--json` stdout holds one document. Its field `schema` is `lora-cli/COMMAND/1`, or `lora-cli/error/1`"
-        " on failure; `merge --dry-run` and `unmerge --dry-run` print `lora-cli/plan/1`. Fields are only ever added. The schemas"
-        " are in `docs/schemas`. Numbers that JSON lacks are strings (`inf`, `nan`).\n"
-    )
+    parts.append(JSON_PAGE)
     return "\n".join(parts)
 
 
@@ -100,7 +105,10 @@ def _numbers(schema: Any) -> Any:
     if not isinstance(schema, dict):
         return schema
     if schema.get("type") == "number":
-        return {**{k: v for k, v in schema.items() if k != "type"}, "anyOf": [{"type": "number"}, {"enum": ["inf", "-inf", "nan"]}]}
+        return {
+            **{k: v for k, v in schema.items() if k != "type"},
+            "anyOf": [{"type": "number"}, {"enum": ["inf", "-inf", "nan"]}],
+        }
     return {key: _numbers(value) for key, value in schema.items()}
 
 

@@ -223,7 +223,7 @@ def _to_eight_bits(values: Floats) -> NDArray[np.float32]:
 
 
 def _raw(seed: int, key: str, begin: int, end: int) -> NDArray[np.uint64]:
-    """Numbers `begin` to `end` of the stream; one counter gives four."""
+    """Numbers `begin` to `end` of the stream; one counter gives four, and NumPy's first counter is 1."""
     digest = hashlib.sha256(f"lora-cli/init/1\0{seed}\0{key}".encode()).digest()
     words = np.frombuffer(digest[:16], "<u8").astype(np.uint64)
     generator = np.random.Philox(key=words)

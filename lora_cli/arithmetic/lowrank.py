@@ -101,8 +101,7 @@ def largest_magnitude(terms: Sequence[Term]) -> float:
     for top in range(0, left.shape[0], height):
         rows = left[top : top + height]
         tile = torch.mm(rows, right, out=buffer[: rows.shape[0]])
-        if tile.numel():
-            largest = max(largest, float(tile.amax()), -float(tile.amin()))
+        largest = max(largest, float(tile.amax()), -float(tile.amin()))
     return largest
 
 
@@ -114,9 +113,6 @@ def _core(left: Tensor, right: Tensor) -> Tensor:
 def _triangle(matrix: Tensor) -> Tensor:
     triangle: Tensor = torch.linalg.qr(matrix, mode="r").R
     return triangle
-
-
-# Noise
 
 
 def rounding_variance(values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -152,8 +148,6 @@ class Noise:
     @property
     def edge(self) -> float:
         """The largest singular value that pure noise is expected to have, without a safety factor."""
-        if not self._columns.numel():
-            return 0.0
         return math.sqrt(self._largest_row) + math.sqrt(float(self._columns.amax()))
 
 
@@ -180,9 +174,6 @@ def _largest_singular_value(tall: Tensor) -> float:
     return float(values[0]) if values.numel() else 0.0
 
 
-# The spectrum of a large matrix
-
-
 @dataclass(frozen=True, slots=True)
 class Spectrum:
     """The upper end of a matrix's singular values.
@@ -203,7 +194,7 @@ class Spectrum:
 def look_above(
     values: Tensor, edge: float, squares: float | None = None, *, noise: float = math.inf, complete: bool = True
 ) -> Spectrum:
-    """Count the singular values above `edge`, given ‖·‖_F² if these are not all, and how much of it noise may have."""
+    """Count the singular values above `edge`; `squares` is ‖·‖_F² if these are not all, `noise` what it may have."""
     rank, squares = int((values > edge).sum()), float(values.square().sum()) if squares is None else squares
     above = float(values[:rank].square().sum())
     return Spectrum(values, rank, min(1.0, above / squares) if squares else 0.0, complete and squares - above <= noise)

@@ -72,6 +72,7 @@ class Preimages:
 
     def __init__(self, base: torch.dtype, merged: torch.dtype, elements: int) -> None:
         self.base, self.merged, self.work = base, merged, work_dtype(base, merged)
+        self.elements = elements
         self._top = largest_key(base)
         self._difference = torch.empty(elements, dtype=self.work)
         self._patterns = [np.empty(elements, _integers(base)) for _ in range(2)]
@@ -137,7 +138,11 @@ class Preimages:
         keys = to_ordered(candidate)
         for step in (-1, 1):
             neighbours = keys + keys.dtype.type(step)
-            np.greater(self._reached(neighbours, delta, edges.least), self._reached(neighbours, delta, edges.beyond), out=reached)
+            np.greater(
+                self._reached(neighbours, delta, edges.least),
+                self._reached(neighbours, delta, edges.beyond),
+                out=reached,
+            )
             np.logical_or(flags, reached, out=flags)
         return flags
 

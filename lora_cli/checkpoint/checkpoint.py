@@ -302,7 +302,7 @@ def _unused_warning(names: list[str]) -> tuple[str, ...]:
 
 
 def _hub_cache_of(folder: Path) -> Path | None:
-    """The whole cache when `folder` is a snapshot in a Hub cache; its files are links to blobs, its own or shared ones."""
+    """The whole cache when `folder` is a snapshot in one: its files are links to blobs, its own or shared ones."""
     parent = folder.resolve().parent
     return parent.parent.parent if parent.name == "snapshots" and (parent.parent / "blobs").is_dir() else None
 

@@ -94,7 +94,12 @@ def locate(reference: str, *, role: Role, progress: Progress = SILENT) -> Locati
     if path is not None:
         name = path.name if path.name not in ("", "..") else path.resolve().name
         return Location(path, name or "/", hub=False, links_inside=None)
-    return _fetch(_parse(reference, role), progress)
+    try:
+        return _fetch(_parse(reference, role), progress)
+    except HubError as error:
+        if not reference.startswith("hf://"):
+            error.found = error.found or "no file or folder of that name here, so the Hub was asked"
+        raise
 
 
 def _local(reference: str) -> Path | None:

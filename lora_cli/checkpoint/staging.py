@@ -164,8 +164,7 @@ class Staging:
             if self.folder:
                 self._publish_folder()
             else:
-                for file in self._files:
-                    self._publish_file(file.path, self.target.parent / file.name)
+                self._publish_files()
             _sync_folder(self.target.parent)
 
     def _publish_folder(self) -> None:
@@ -187,8 +186,23 @@ class Staging:
         if aside is not None:
             shutil.rmtree(aside, ignore_errors=True)
 
-    def _publish_file(self, staged: Path, target: Path) -> None:
-        if self._may_replace():
+    def _publish_files(self) -> None:
+        """Put each file in its place; if one of them cannot be, take back those before it."""
+        replace = self._may_replace()
+        published: list[Path] = []
+        try:
+            for file in self._files:
+                target = self.target.parent / file.name
+                self._publish_file(file.path, target, replace=replace)
+                published.append(target)
+        except BaseException:
+            if not replace:
+                for target in published:
+                    target.unlink(missing_ok=True)
+            raise
+
+    def _publish_file(self, staged: Path, target: Path, *, replace: bool) -> None:
+        if replace:
             staged.replace(target)
             return
         # A hard link refuses to overwrite; a rename would not.

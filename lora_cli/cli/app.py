@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from lora_cli.cli import inspect, merge, unmerge, verify
+from lora_cli.cli import diff, inject, inspect, merge, unmerge, verify
 from lora_cli.cli.options import CURRENT, GLOBAL, DebugOption, JsonOption, QuietOption, VerboseOption
 from lora_cli.cli.output import ClosedPipe, Output
 from lora_cli.errors import Interrupted, LoraCliError, UsageError, WriteError
@@ -32,7 +32,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Example:\n\n  lora-cli merge base/ adapter/ -o merged/",
 )
-for module in (inspect, merge, verify, unmerge):
+for module in (inspect, merge, verify, diff, unmerge, inject):
     module.register(app)
 
 

@@ -78,8 +78,7 @@ def view(result: DiffResult, *, ranked: bool) -> Iterator[RenderableType]:
         parts += [f"{len(result.only_in_b):,} only in {result.b}"] if result.only_in_b else []
         yield line(("differ ", "bold red"), ", ".join(parts))
     if result.changed:
-        heads = ["tensor" if noun == "tensor" else "module", "max abs", "relative", "elements", "max ULP"]
-        heads += ["rank", "energy"] if ranked else []
+        heads = [noun, "max abs", "relative", "elements", *(["rank", "energy"] if ranked else [])]
         yield grid(heads, [_row(change)[: len(heads)] for change in result.changed[:ROWS]], right=range(1, len(heads)))
         if len(result.changed) > ROWS:
             yield line(f"… and {len(result.changed) - ROWS} smaller ones (--json lists all)", style="dim")
@@ -94,7 +93,6 @@ def _row(change: Changed) -> list[object]:
         _number(change.max_abs),
         _number(change.relative_norm),
         None if change.changed_fraction is None else f"{change.changed_fraction:.1%}",
-        change.max_ulp,
         change.rank,
         None if change.energy is None else f"{change.energy:.1%}",
     ]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from lora_cli.cli.text import shown
 
 if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderableType
     from rich.table import Table
     from rich.text import Text
 
@@ -38,21 +40,47 @@ def facts(rows: Iterable[tuple[str, object]]) -> Table:
     return table
 
 
-def grid(heads: Sequence[str], rows: Iterable[Sequence[object]], right: Iterable[int] = ()) -> Table:
-    """A table with a head and no lines but one.
+def grid(heads: Sequence[str], rows: Iterable[Sequence[object]], right: Iterable[int] = ()) -> NameTable:
+    """A table of named things, with a head and no lines but one.
 
     Args:
         heads: Names of the columns.
-        rows: Their content.
+        rows: Their content; the first cell is a dotted name.
         right: Columns of numbers.
     """
-    from rich import box
-    from rich.table import Table
+    return NameTable(heads, [list(row) for row in rows], frozenset(right))
 
-    numbers = set(right)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
-    for position, head in enumerate(heads):
-        table.add_column(head, justify="right" if position in numbers else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(line("" if cell is None else cell) for cell in row))
-    return table
+
+class NameTable:
+    """A table that says what all names begin with only once where it would be too wide otherwise."""
+
+    def __init__(self, heads: Sequence[str], rows: list[list[object]], right: frozenset[int]) -> None:
+        self._heads, self._rows, self._right = heads, rows, right
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        from rich.measure import Measurement
+
+        table = self._table("")
+        shared = _shared_prefix([str(row[0]) for row in self._rows])
+        if shared and Measurement.get(console, options.update(max_width=10_000), table).maximum > options.max_width:
+            table = self._table(shared)
+        yield table
+
+    def _table(self, prefix: str) -> Table:
+        from rich import box
+        from rich.table import Table
+
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
+        for position, head in enumerate(self._heads):
+            title = f"{head} in {shown(prefix.rstrip('.'))}" if prefix and position == 0 else head
+            table.add_column(title, justify="right" if position in self._right else "left", overflow="fold")
+        for row in self._rows:
+            cells = [str(row[0]).removeprefix(prefix), *row[1:]]
+            table.add_row(*(line("" if cell is None else cell) for cell in cells))
+        return table
+
+
+def _shared_prefix(names: Sequence[str]) -> str:
+    """The dotted beginning that all names have in common, with its last dot."""
+    shared = os.path.commonprefix(names).rpartition(".")[0] if len(names) > 1 else ""
+    return f"{shared}." if shared else ""

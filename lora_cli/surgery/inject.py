@@ -14,7 +14,6 @@ from lora_cli.adapters.targets import ALL_LINEAR, Selected, select
 from lora_cli.adapters.wrapped import WRAP_FILE
 from lora_cli.checkpoint.checkpoint import Checkpoint
 from lora_cli.checkpoint.sidefiles import SideFile
-from lora_cli.checkpoint.staging import check_target
 from lora_cli.errors import UnsupportedError, UsageError
 from lora_cli.progress import SILENT, Progress
 from lora_cli.surgery.budget import DEFAULT_MEMORY, settle_budget
@@ -207,11 +206,7 @@ def check_injection_output(made: Plan, target: Path, options: InjectOptions, *, 
     """
     if options.layout == "adapter" and target.suffix == ".safetensors":
         raise UsageError("A PEFT adapter is a folder", file=target, hint="name a folder with -o")
-    check_output(made, target, force=force)
-    if target.suffix == ".safetensors":
-        for name in (_wrap_name(target), make_receipt(target, "inject", {}, ()).name):
-            may_replace = written_by_us(target) if force else lambda: False
-            check_target(target.with_name(name), folder=False, may_replace=may_replace)
+    check_output(made, target, force=force, beside=[_wrap_name(target)])
 
 
 def _warnings(modules: Sequence[Selected], options: InjectOptions) -> list[str]:

@@ -14,7 +14,7 @@ from lora_cli.surgery.budget import DEFAULT_MEMORY, settle_budget
 from lora_cli.surgery.placing import PlanOptions
 from lora_cli.surgery.plan import AdapterUse, LedgerEntry, Plan
 from lora_cli.surgery.planning import plan
-from lora_cli.surgery.receipt import make_receipt, written_by_us
+from lora_cli.surgery.receipt import make_receipt, receipt_path, written_by_us
 from lora_cli.surgery.results import Reference, measured, open_adapters, open_base
 from lora_cli.surgery.workers import default_threads
 
@@ -139,8 +139,14 @@ def merge(
     )
 
 
-def check_output(made: Plan, target: Path, *, force: bool) -> None:
+def check_output(made: Plan, target: Path, *, force: bool, beside: Sequence[str] = ()) -> None:
     """Refuse an output that cannot be written, before any work.
+
+    Args:
+        made: What would be written.
+        target: Where.
+        force: Whether lora-cli's own output may be replaced.
+        beside: Names of small files that come with an output of one file, besides its receipt.
 
     Raises:
         UsageError: No output given, or a single file asked for a checkpoint of several.
@@ -155,8 +161,11 @@ def check_output(made: Plan, target: Path, *, force: bool) -> None:
             file=target,
             hint="name a folder with -o",
         )
+    may_replace = written_by_us(target) if force else lambda: False
     check_apart(target, made.inputs)
-    check_target(target, folder=folder, may_replace=written_by_us(target) if force else lambda: False)
+    check_target(target, folder=folder, may_replace=may_replace)
+    for name in () if folder else (receipt_path(target, made.operation).name, *beside):
+        check_target(target.with_name(name), folder=False, may_replace=may_replace)
 
 
 def output_names(made: Plan, target: Path) -> tuple[str, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -12,7 +11,7 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import PREFIX, Array, numbers, write_adapter, write_base
+from tiny import PREFIX, Array, numbers, within, write_adapter, write_base
 
 from lora_cli.adapters.resolve import nearest, parse_maps, resolve, tied_to
 from lora_cli.errors import NamesError, UsageError
@@ -37,7 +36,6 @@ SPELLINGS: dict[str, tuple[list[str], list[str]]] = {
     "data parallel": (prefixed("module.model."), prefixed("model.")),
     "peft in peft": (prefixed("base_model.model.model."), prefixed("model.")),
     "compiled backbone": (prefixed("_orig_mod.transformer."), prefixed("")),
-    "peft around a bare backbone": (prefixed("base_model.model."), prefixed("model.")),
     "gpt2 with a head": (["transformer.h.0.attn.c_attn.weight"], ["h.0.attn.c_attn.weight", "wte.weight"]),
     "llava": (LLAVA_LIVE, LLAVA_DISK),
     "compiled llava": (prefixed("_orig_mod.", LLAVA_LIVE), LLAVA_DISK),
@@ -227,9 +225,9 @@ def test_a_tied_alias_is_the_tensor_that_is_stored(tmp_path: Path, same: bool) -
 
 
 EXPERTS = [
-    f"layers.{n}.mlp.experts.{e}.{m}_proj.weight" for n in range(60) for e in range(333) for m in ("up", "down", "gate")
+    f"layers.{n}.mlp.experts.{e}.{m}.weight" for n in range(60) for e in range(333) for m in ("up", "down", "gate")
 ]
-FEW = [name for number, name in enumerate(EXPERTS) if number % 6 == 0]
+FEW = EXPERTS[::6]
 
 
 @pytest.mark.parametrize(
@@ -242,10 +240,8 @@ FEW = [name for number, name in enumerate(EXPERTS) if number % 6 == 0]
         pytest.param("foo.", "model.", False, id="nothing fits"),
     ],
 )
-def test_many_names_take_less_than_two_seconds(there: str, here: str, mapped: bool) -> None:
-    base, names = prefixed(here, EXPERTS), prefixed(there, FEW if mapped else FEW[:2000])
-    start = time.process_time()
-    found = resolve(names, base)
-    seconds = time.process_time() - start
+def test_ten_thousand_names_in_sixty_thousand_keys(there: str, here: str, mapped: bool) -> None:
+    base, names = prefixed(here, EXPERTS), prefixed(there, FEW)
+    with within(2):
+        found = resolve(names, base)
     assert (len(found.keys), len(found.unmapped)) == ((len(names), 0) if mapped else (0, len(names)))
-    assert seconds < 2

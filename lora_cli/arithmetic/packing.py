@@ -1,0 +1,245 @@
+"""The bytes of an undo stream: which value of its interval each element was, in as many bits as that takes.
+
+Writer and reader know the intervals, so what is stored for an element is its place in one: an index of
+bit_length(spare) bits, none where the interval holds one value. Indices go bit plane by bit plane: bit j of
+all elements that have one, in their order. Nearly all intervals hold two to four values, and whole bits
+cost about a hundredth more than the logarithm of the count.
+
+**The zero code.** Weights that were pruned are zeros, and sit in wide intervals around zero. Where an
+interval reaches zero and holds five values or more, a flag says whether the weight was ±0. If it was, its
+sign follows, else its index. That costs dense weights next to nothing, and in pruned ones leaves runs of
+equal bits for a general compressor.
+
+A stream is little-endian and has five parts, of which the first four are worth compressing. The last, mostly
+the bulk, is noise.
+
+    header         28 bytes: version, kind, counts, the length of the last part, a checksum of all else
+    zero flags     one bit for each interval of the zero code
+    zero signs     one bit for each flag that is set; set where it was -0.0
+    exceptions     positions in the block (u4, rising), then their patterns: elements that the rules get wrong
+    index planes   each plane padded with zeros to whole bytes
+
+How long each part must be follows from (m, delta) and from the parts before it, and is checked on reading.
+Streams of this version are read forever.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_cli.arithmetic.ordered import Bits
+from lora_cli.arithmetic.preimages import Counts, Flags, Intervals
+
+VERSION = 1
+
+#: A block has at most so many elements, so that all lengths fit in 32 bits.
+MAX_ELEMENTS = 1 << 28
+
+Buffer = bytes | bytearray | memoryview
+Bytes = NDArray[np.uint8]
+Positions = NDArray[np.integer[Any]]
+
+_HEADER = struct.Struct("<HHIIIII")
+_CHECKSUM = struct.Struct("<I")
+HEADER_BYTES = _HEADER.size + _CHECKSUM.size
+# An interval with no more than four values is coded in two bits at most, and a flag would cost a third.
+_LEAST_ZERO_SPARE = 4
+
+
+class Exceptions(NamedTuple):
+    """Elements whose value is written out.
+
+    Attributes:
+        positions: Where in the block, rising.
+        patterns: The base's own bits.
+    """
+
+    positions: Positions
+    patterns: Bits
+
+
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """Coded places in intervals: the parts of a stream that depend on them.
+
+    Attributes:
+        intervals: How many intervals have the zero code.
+        zeros: How many of them turned out to be zero.
+        flags: A bit for each of the first.
+        signs: A bit for each of the second.
+        planes: The index planes of all others.
+    """
+
+    intervals: int
+    zeros: int
+    flags: Bytes
+    signs: Bytes
+    planes: Bytes
+
+
+def encode_choices(keys: Bits, intervals: Intervals) -> Choices:
+    """Code which value of its interval each element is.
+
+    Args:
+        keys: The keys of the values. Each lies in its interval.
+        intervals: Their intervals.
+    """
+    at = _zero_coded(intervals)
+    found = keys[at]
+    flags = (found == 0) | (found == -1)
+    signs = found[flags] < 0
+    spare = intervals.spare
+    if signs.size:
+        spare = spare.copy()
+        spare[at[flags]] = 0
+    index = (keys - intervals.first).view(spare.dtype)
+    return Choices(at.size, signs.size, _pack(flags), _pack(signs), _encode_planes(index, spare))
+
+
+def decode_choices(choices: Choices, intervals: Intervals) -> Bits:
+    """Return the keys that were coded.
+
+    Raises:
+        MalformedFileError: The parts are not those of these intervals.
+    """
+    at = _zero_coded(intervals)
+    _expect("intervals with a zero code", at.size, choices.intervals)
+    flags = _unpack(choices.flags, at.size).view(np.bool_)
+    zeros = at[flags]
+    _expect("zeros", zeros.size, choices.zeros)
+    signs = _unpack(choices.signs, zeros.size)
+    spare = intervals.spare
+    if zeros.size:
+        spare = spare.copy()
+        spare[zeros] = 0
+    keys: Bits = _decode_planes(choices.planes, spare).view(intervals.first.dtype)
+    keys += intervals.first
+    keys[zeros] = -signs.view(np.int8)
+    return keys
+
+
+def _zero_coded(intervals: Intervals) -> Positions:
+    """Return which intervals have the zero code."""
+    first, spare = intervals
+    last = first + spare.view(first.dtype)
+    return np.flatnonzero((spare >= _LEAST_ZERO_SPARE) & (first <= 0) & (last >= -1))
+
+
+def _encode_planes(index: Counts, spare: Counts) -> Bytes:
+    planes = [np.empty(0, np.uint8)]
+    alive = np.flatnonzero(spare)
+    while alive.size:
+        index, spare = index[alive], spare[alive]
+        planes.append(_pack((index & 1).astype(np.bool_)))
+        index >>= 1
+        spare >>= 1
+        alive = np.flatnonzero(spare)
+    return np.concatenate(planes)
+
+
+def _decode_planes(planes: Bytes, spare: Counts) -> Counts:
+    index = np.zeros_like(spare)
+    alive = np.flatnonzero(spare)
+    left = spare[alive]
+    start = bit = 0
+    while alive.size:
+        end = start + _bytes_for(alive.size)
+        index[alive] |= _unpack(planes[start:end], alive.size).astype(index.dtype) << bit
+        left >>= 1
+        more = np.flatnonzero(left)
+        alive, left = alive[more], left[more]
+        start, bit = end, bit + 1
+    _expect("bytes of index planes", start, planes.size)
+    outside = int(np.count_nonzero(index > spare))
+    if outside:
+        raise _malformed("indices within their intervals", f"{outside} outside")
+    return index
+
+
+def write_stream(kind: int, elements: int, choices: Choices, exceptions: Exceptions) -> bytes:
+    """Put the parts of a block's stream together.
+
+    Args:
+        kind: Which dtypes the block is about, below 2^16.
+        elements: How many elements the block has, at most `MAX_ELEMENTS`.
+        choices: What was coded.
+        exceptions: What could not be.
+    """
+    positions, patterns = exceptions
+    counts = (choices.intervals, choices.zeros, positions.size, choices.planes.size)
+    header = _HEADER.pack(VERSION, kind, elements, *counts)
+    parts = (choices.flags, choices.signs, positions.astype("<u4"), patterns, choices.planes)
+    content = b"".join(part.tobytes() for part in parts)
+    return header + _CHECKSUM.pack(_checksum(header, content)) + content
+
+
+def read_stream(data: Buffer, kind: int, elements: int, pattern: np.dtype[Any]) -> tuple[Choices, Exceptions]:
+    """Take a block's stream apart, without copying.
+
+    Args:
+        data: The stream.
+        kind: What it was written with.
+        elements: How many elements the block has.
+        pattern: The integer type of the base's patterns.
+
+    Raises:
+        MalformedFileError: It is damaged, of another version, or of another block.
+    """
+    view = memoryview(data).cast("B")
+    if len(view) < HEADER_BYTES:
+        raise _malformed(f"{HEADER_BYTES} bytes of header", f"{len(view)} bytes")
+    version, *declared, intervals, zeros, exceptions, planes = _HEADER.unpack_from(view)
+    _expect("the version", VERSION, version)
+    _expect("kind and elements", [kind, elements], declared)
+    if zeros > intervals or max(intervals, exceptions) > elements:
+        raise _malformed(f"counts up to {elements}", f"{intervals}, {zeros}, {exceptions}")
+    lengths = (_bytes_for(intervals), _bytes_for(zeros), 4 * exceptions, pattern.itemsize * exceptions, planes)
+    _expect("its length", HEADER_BYTES + sum(lengths), len(view))
+    header, content = view[: _HEADER.size], view[HEADER_BYTES:]
+    _expect("the checksum", _checksum(header, content), _CHECKSUM.unpack_from(view, _HEADER.size)[0])
+    ends = list(accumulate(lengths))
+    parts = [np.frombuffer(content[end - length : end], np.uint8) for end, length in zip(ends, lengths, strict=True)]
+    choices = Choices(intervals, zeros, parts[0], parts[1], parts[4])
+    return choices, Exceptions(_positions(parts[2].view("<u4"), elements), parts[3].view(pattern))
+
+
+def _positions(positions: Positions, elements: int) -> Positions:
+    if positions.size and not (int(positions[-1]) < elements and bool((positions[1:] > positions[:-1]).all())):
+        raise _malformed(f"rising positions below {elements}", "others")
+    return positions
+
+
+def _checksum(header: Buffer, content: Buffer) -> int:
+    return zlib.crc32(content, zlib.crc32(header))
+
+
+def _pack(bits: Flags) -> Bytes:
+    return np.packbits(bits, bitorder="little")
+
+
+def _unpack(data: Bytes, count: int) -> Bytes:
+    """Return `count` zeros and ones."""
+    _expect(f"bytes for {count} bits", _bytes_for(count), data.size)
+    if count % 8 and int(data[-1]) >> count % 8:
+        raise _malformed("zeros after the last bit", hex(int(data[-1])))
+    return np.unpackbits(data, count=count, bitorder="little")
+
+
+def _bytes_for(bits: int) -> int:
+    return (bits + 7) // 8
+
+
+def _expect(what: str, expected: object, found: object) -> None:
+    if expected != found:
+        raise _malformed(f"{what}: {expected}", found)
+
+
+def _malformed(expected: str, found: object) -> MalformedFileError:
+    return MalformedFileError("An undo stream is damaged, or belongs to other data", expected=expected, found=found)

@@ -1,0 +1,136 @@
+"""`lora-cli inject`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from lora_cli.cli import options as opt
+from lora_cli.cli.draw import facts, line
+from lora_cli.cli.output import Output
+from lora_cli.cli.planned import DryRun, dry_run
+from lora_cli.cli.text import count, duration, number, size
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from lora_cli.surgery.inject import InjectResult
+
+_INIT = "How the factors begin"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the program."""
+    opt.command(app, "inject", "lora-cli inject base/ -o fresh/ --rank 16 --target attention")(inject)
+
+
+def inject(
+    output: Output,
+    base: Annotated[str, typer.Argument(metavar="BASE", help="Checkpoint: file, folder or Hub id.")],
+    out: opt.OutOption = "",
+    rank: Annotated[int | None, typer.Option("--rank", metavar="R", help="Rank of the factors.")] = None,
+    alpha: Annotated[
+        float | None, typer.Option("--alpha", metavar="A", help="Alpha; the scale is alpha / rank. [default: the rank]")
+    ] = None,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--target",
+            metavar="PATTERN",
+            help="all-linear (default), attention, mlp, a glob on dotted names, re:REGEX, or a YAML file. Repeat.",
+        ),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option("--exclude", metavar="PATTERN", help="Modules to leave out. Repeat.")
+    ] = None,
+    layout: Annotated[
+        Literal["adapter", "wrapped"] | None,
+        typer.Option(
+            "--layout", help="A PEFT folder (default), or the whole checkpoint with factors beside its weights."
+        ),
+    ] = None,
+    init: Annotated[
+        Literal["kaiming", "gaussian", "orthogonal"] | None,
+        typer.Option("--init", help="How A begins; B is zero. [default: kaiming]", rich_help_panel=_INIT),
+    ] = None,
+    std: Annotated[
+        float | None,
+        typer.Option("--std", metavar="STD", help="Spread of --init gaussian. [default: 0.01]", rich_help_panel=_INIT),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", metavar="N", help="Decides A. [default: 0]", rich_help_panel=_INIT)
+    ] = None,
+    dtype: Annotated[
+        Literal["fp32", "bf16", "fp16"] | None,
+        typer.Option("--dtype", help="Type of the factors. [default: fp32]", rich_help_panel=_INIT),
+    ] = None,
+    rslora: Annotated[
+        bool, typer.Option("--rslora", help="Scale by alpha / √rank instead.", rich_help_panel=_INIT)
+    ] = False,
+    config: Annotated[
+        str | None, typer.Option("--config", metavar="FILE", help="YAML file with these fields; options here win.")
+    ] = None,
+    dry: opt.DryRunOption = False,
+    force: opt.ForceOption = False,
+    threads: opt.ThreadsOption = None,
+    memory: opt.MemoryOption = "256MiB",
+) -> None:
+    """Make a fresh adapter for a checkpoint.
+
+    Merged as it is, it changes nothing: B is zero. One seed gives the same bytes on every machine.
+    """
+    from lora_cli.surgery import inject as surgery
+    from lora_cli.surgery.inject_options import settle_options
+
+    given = {
+        "rank": rank,
+        "alpha": alpha,
+        "targets": tuple(target or ()),
+        "exclude": tuple(exclude or ()),
+        "layout": layout,
+        "init": init,
+        "std": std,
+        "seed": seed,
+        "dtype": dtype,
+        "rslora": rslora or None,
+    }
+    options = settle_options(Path(config) if config else None, given)
+    budget = opt.memory_bytes(memory)
+    if dry:
+        plan = surgery.prepare(base, options, progress=output.progress()).plan()
+        if out:
+            surgery.check_injection_output(plan, Path(out), options, force=force)
+        planned = DryRun(plan, out, threads, budget)
+        output.result(planned, "plan", lambda: dry_run(planned))
+        return
+    result = surgery.inject(
+        base,
+        out,
+        **options.arguments(),
+        force=force,
+        threads=threads,
+        memory=budget,
+        progress=output.progress(),
+    )
+    output.result(result, "inject", lambda: view(result))
+
+
+def view(result: InjectResult) -> Iterator[RenderableType]:
+    """What an injection wrote, for people."""
+    yield line(("injected ", "bold green"), (result.out, "bold"), f" ({result.layout})")
+    shapes: dict[str, int] = {}
+    for module in result.modules:
+        name = module.key.removesuffix(".weight").rpartition(".")[2]
+        shapes[name] = shapes.get(name, 0) + 1
+    yield facts(
+        [
+            ("modules", f"{len(result.modules):,}: " + ", ".join(f"{name} ({n})" for name, n in shapes.items())),
+            ("rank", f"{result.rank}, alpha {number(result.alpha)}"),
+            ("trainable", f"{result.parameters:,} parameters, {result.trainable_fraction:.2%} of all"),
+            ("written", f"{size(result.bytes_written)} in {count(len(result.files), 'file')}"),
+            ("took", f"{duration(result.seconds)}, peak memory {size(result.peak_rss_bytes)}"),
+        ]
+    )
