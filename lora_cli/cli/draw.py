@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from lora_cli.cli.text import shown
@@ -81,6 +81,7 @@ class NameTable:
 
 
 def _shared_prefix(names: Sequence[str]) -> str:
-    """The dotted beginning that all names have in common, with its last dot."""
-    shared = os.path.commonprefix(names).rpartition(".")[0] if len(names) > 1 else ""
-    return f"{shared}." if shared else ""
+    """The dotted parts that all names begin with, with their last dot; never a whole name."""
+    columns = zip(*(name.split(".")[:-1] for name in names), strict=False)
+    shared = [column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns)]
+    return f"{'.'.join(shared)}." if shared and len(names) > 1 else ""
