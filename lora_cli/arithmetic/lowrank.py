@@ -37,6 +37,7 @@ OVERSAMPLING = 8
 
 _MOST_ITERATIONS = 6
 _SETTLED = 0.01
+_ROUNDING = 1e-12  # of sums of squares
 _SEED = 20110217
 _TILE_ELEMENTS = 1 << 18
 _EXPONENT_BITS = 0x7FF << 52
@@ -80,12 +81,7 @@ def frobenius_norm(terms: Sequence[Term]) -> float:
 
 
 def inner_product(one: Sequence[Term], other: Sequence[Term]) -> float:
-    """Return Σᵢⱼ XᵢⱼYᵢⱼ of two sums X and Y of one shape, as Σ (B₁ᵀB₂)∘(A₁A₂ᵀ).
-
-    Raises:
-        ShapeError: The shapes of X and Y, or of the terms of one, differ.
-        NumericError: As for `stacked`.
-    """
+    """Return Σᵢⱼ XᵢⱼYᵢⱼ of two sums X and Y of one shape, as Σ (B₁ᵀB₂)∘(A₁A₂ᵀ). Errors are those of `stacked`."""
     (left, right), (other_left, other_right) = stacked(one), stacked(other)
     if left.shape[0] != other_left.shape[0] or right.shape[1] != other_right.shape[1]:
         raise ShapeError("Only matrices of one shape have an inner product")
@@ -190,6 +186,10 @@ class Spectrum:
     energy: float
     complete: bool
 
+    def low_rank(self, shape: tuple[int, ...]) -> bool:
+        """Whether that is all, not nothing, and factors of that rank are smaller than a matrix of this shape."""
+        return self.complete and 0 < self.rank * sum(shape) < math.prod(shape)
+
 
 def look_above(
     values: Tensor, edge: float, squares: float | None = None, *, noise: float = math.inf, complete: bool = True
@@ -197,7 +197,8 @@ def look_above(
     """Count the singular values above `edge`; `squares` is ‖·‖_F² if these are not all, `noise` what it may have."""
     rank, squares = int((values > edge).sum()), float(values.square().sum()) if squares is None else squares
     above = float(values[:rank].square().sum())
-    return Spectrum(values, rank, min(1.0, above / squares) if squares else 0.0, complete and squares - above <= noise)
+    complete = complete and squares - above <= noise + _ROUNDING * squares
+    return Spectrum(values, rank, min(1.0, above / squares) if squares else 0.0, complete)
 
 
 def spectrum(shape: tuple[int, int], tiles: Tiles, noise: Noise) -> Spectrum:
@@ -254,8 +255,7 @@ def _probed(shape: tuple[int, int], tiles: Tiles, probes: int, edge: float) -> t
 
 
 def _settled(values: Tensor, before: Tensor, squares: float, edge: float) -> bool:
-    # 1e-12 for the rounding of the sums themselves, where the probes hold all of the matrix.
-    if squares * (1 - 1e-12) - float(values.square().sum()) <= edge**2:
+    if squares * (1 - _ROUNDING) - float(values.square().sum()) <= edge**2:
         return True
     rank = int((values > edge).sum())
     if not before.numel() or rank + OVERSAMPLING > values.numel():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -178,12 +178,10 @@ def _relative(distance: Distance) -> float:
     return math.sqrt(distance.squares / distance.reference)
 
 
-def _directions(spectrum: Spectrum | None, shape: Sequence[int]) -> dict[str, Any]:
+def _directions(spectrum: Spectrum | None, shape: tuple[int, ...]) -> dict[str, Any]:
     if spectrum is None:
         return {}
-    smaller = spectrum.rank * sum(shape) < math.prod(shape)
-    low = spectrum.complete and spectrum.rank > 0 and smaller
-    return {"rank": spectrum.rank, "energy": spectrum.energy, "low_rank": low}
+    return {"rank": spectrum.rank, "energy": spectrum.energy, "low_rank": spectrum.low_rank(shape)}
 
 
 def _order(change: Changed) -> tuple[float, float, str]:

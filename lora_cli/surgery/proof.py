@@ -18,28 +18,34 @@ from lora_cli.progress import Progress
 from lora_cli.surgery.budget import Budget
 from lora_cli.surgery.engine import Unit, Workshop, units_of
 from lora_cli.surgery.plan import Edit, Plan
-from lora_cli.surgery.unmerge import Undecided
 from lora_cli.surgery.workers import run_units
 
 
 @dataclass
-class _Count:
+class Count:
+    """Weights of a tensor: all of them, those that are proved, and those that no base value merges to."""
+
     elements: int = 0
     exact: int = 0
     impossible: int = 0
 
+    @property
+    def undecided(self) -> int:
+        """Weights that several base values merge to."""
+        return self.elements - self.exact - self.impossible
 
-def prove(plan: Plan, budget: Budget, progress: Progress) -> Iterator[Undecided]:
+
+def prove(plan: Plan, budget: Budget, progress: Progress) -> Iterator[tuple[str, Count]]:
     """Count, for each tensor that an unmerge computes, the weights that are proved, in plan order."""
     edits = [edit for edit in plan.edits if edit.terms]
     progress.begin("prove", sum(edit.nbytes for edit in edits))
-    counts: defaultdict[str, _Count] = defaultdict(_Count)
+    counts: defaultdict[str, Count] = defaultdict(Count)
     units = (unit for number, file in enumerate(plan.files) for unit in units_of(number, file) if unit.edit)
 
-    def work(unit: Unit, workshop: Workshop) -> _Count:
+    def work(unit: Unit, workshop: Workshop) -> Count:
         edit = unit.edit
         assert edit is not None  # noqa: S101 (filtered above)
-        return _count(edit, unit, workshop) if edit.terms else _Count()
+        return _count(edit, unit, workshop) if edit.terms else Count()
 
     for unit, count in run_units(units, work, lambda: Workshop(budget.strip_bytes), budget.threads):
         if unit.edit and unit.edit.terms:
@@ -48,14 +54,11 @@ def prove(plan: Plan, budget: Budget, progress: Progress) -> Iterator[Undecided]
             total.elements += count.elements
             total.exact += count.exact
             total.impossible += count.impossible
-    for edit in edits:
-        total = counts[edit.key]
-        undecided = total.elements - total.exact - total.impossible
-        yield Undecided(edit.key, total.elements, total.exact, undecided, total.impossible)
+    yield from ((edit.key, counts[edit.key]) for edit in edits)
 
 
-def _count(edit: Edit, unit: Unit, workshop: Workshop) -> _Count:
-    count = _Count()
+def _count(edit: Edit, unit: Unit, workshop: Workshop) -> Count:
+    count = Count()
 
     def observe(merged: torch.Tensor, candidate: torch.Tensor, delta: torch.Tensor) -> None:
         below, above = neighbours(candidate)

@@ -149,7 +149,11 @@ def unmerge(
             may_replace=written_by_us(target) if force else lambda: False,
             progress=progress,
         )
-        undecided = tuple(proof for proof in prove(made, budget, progress) if proof.exact < proof.elements)
+        undecided = tuple(
+            Undecided(key, count.elements, count.exact, count.undecided, count.impossible)
+            for key, count in prove(made, budget, progress)
+            if count.exact < count.elements
+        )
     _warn_impossible(undecided, progress)
     return UnmergeResult(
         out=str(out),

@@ -1,7 +1,6 @@
 """Which modules get an adapter: presets, patterns, files of patterns, and what is refused."""
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from lora_cli.adapters import targets
-from lora_cli.adapters.peft_writer import adapter_config, is_bare, target_names, task_type
 from lora_cli.adapters.adapter import Scale
+from lora_cli.adapters.peft_writer import adapter_config, is_bare, target_names, task_type
 from lora_cli.adapters.target_files import expand
 from lora_cli.adapters.targets import presets, select
 from lora_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -48,6 +47,7 @@ LLAMA: Shapes = {
     "model.norm.weight": (8,),
     "lm_head.weight": (20, 8),
 }
+LAYER = sorted(key.removesuffix(".weight") for key, shape in LLAMA.items() if "layers.0" in key and len(shape) == 2)
 GPT2: Shapes = {
     "wte.weight": (20, 8),
     "wpe.weight": (6, 8),
@@ -113,9 +113,7 @@ MOE: Shapes = {
 }
 
 
-def checkpoint(
-    folder: Path, shapes: Shapes, *, dtypes: Mapping[str, Any] | None = None, **config: Any
-) -> Checkpoint:
+def checkpoint(folder: Path, shapes: Shapes, *, dtypes: Mapping[str, Any] | None = None, **config: Any) -> Checkpoint:
     dtypes = dtypes or {}
     tensors = {key: np.zeros(shape, dtypes.get(key, np.float32)) for key, shape in shapes.items()}
     save_file(tensors, folder / "model.safetensors")
@@ -173,7 +171,10 @@ def test_presets_leave_experts_and_what_chooses_between_them(tmp_path: Path) -> 
         "model.layers.0.self_attn.q_proj",
         "model.layers.1.mlp.gate",
     ]
-    assert [note.split(",")[0] for note in selection.notes] == ["left out: 6 of kind expert", "left out: 1 of kind router"]
+    assert [note.split(",")[0] for note in selection.notes] == [
+        "left out: 6 of kind expert",
+        "left out: 1 of kind router",
+    ]
     assert names(base, ["mlp"]) == ["model.layers.0.mlp.shared_expert.gate_proj"]
     assert len(names(base, ["experts.*.up_proj"])) == 3
     assert names(base, ["re:.*layers\\.0\\.mlp\\.gate"]) == ["model.layers.0.mlp.gate"]
@@ -196,19 +197,316 @@ def test_the_presets() -> None:
 @pytest.mark.parametrize(
     ("patterns", "expected"),
     [
-        (["q_proj"], ["0.self_attn.q_proj", "1.self_attn.q_proj"]),
+        (["v_proj"], ["0.self_attn.v_proj", "1.self_attn.v_proj"]),
         (["layers.0.*.q_proj"], ["0.self_attn.q_proj"]),
         (["model.layers.1.mlp.*_proj"], ["1.mlp.down_proj", "1.mlp.gate_proj", "1.mlp.up_proj"]),
-        (["layers.1.**"], [f"1.{n}" for n in ("mlp.down_proj", "mlp.gate_proj", "mlp.up_proj")] + _ATTENTION)
-        if (_ATTENTION := [f"1.self_attn.{n}_proj" for n in "koqv"])
-        else (),
-        ([r"re:model\.layers\.\d\.self_attn\.[qv]_proj"], ["0.self_attn.q_proj", "0.self_attn.v_proj"]
-         + ["1.self_attn.q_proj", "1.self_attn.v_proj"]),
+        (["layers.1.**.?_proj"], [f"1.self_attn.{name}_proj" for name in "koqv"]),
+        ([r"re:model\.layers\.1\.self_attn\.[qv]_proj"], ["1.self_attn.q_proj", "1.self_attn.v_proj"]),
         (["v_proj", "layers.0.**.q_proj"], ["0.self_attn.q_proj", "0.self_attn.v_proj", "1.self_attn.v_proj"]),
         (["model.layers.0.self_attn.q_proj.weight"], ["0.self_attn.q_proj"]),
+        (["layers.0.**", "mlp.up_proj"], [*(n.removeprefix("model.layers.") for n in LAYER), "1.mlp.up_proj"]),
     ],
 )
 def test_patterns(tmp_path: Path, patterns: Sequence[str], expected: Sequence[str]) -> None:
     base = checkpoint(tmp_path, LLAMA)
     assert names(base, patterns) == [f"model.layers.{name}" for name in expected]
+    # Neither order nor repetition matters.
     assert names(base, [*reversed(patterns), *patterns]) == [f"model.layers.{name}" for name in expected]
+
+
+def test_exclusions(tmp_path: Path) -> None:
+    base = checkpoint(tmp_path, LLAMA)
+    assert names(base, ["attention"], ["layers.1.**", "q_proj"]) == [
+        f"model.layers.0.self_attn.{name}_proj" for name in "kov"
+    ]
+    assert names(base, ["all-linear"], ["mlp"]) == names(base, ["attention"])
+    with pytest.raises(NamesError, match="The exclusions leave no module"):
+        select(base, ["mlp"], ["mlp.*"])
+    with pytest.raises(NamesError) as caught:
+        select(base, ["mlp"], ["mlp.gate"])
+    assert caught.value.details[0].startswith("mlp.gate (nearest: model.layers.")
+
+
+def test_a_pattern_may_take_the_head_that_presets_leave(tmp_path: Path) -> None:
+    base = checkpoint(tmp_path, LLAMA)
+    assert names(base, ["lm_head"]) == ["lm_head"]
+    notes = select(base, ["all-linear"]).notes
+    assert notes == ("left out: 1 of kind head, which no preset takes; a pattern can name them",)
+    assert select(base, ["all-linear", "lm_head"]).notes == ()
+
+
+def test_what_matches_too_much_is_noted(tmp_path: Path) -> None:
+    """`**` means what it can mean; what it passes over is said."""
+    selection = select(checkpoint(tmp_path, LLAMA), ["**"])
+    assert len(selection.modules) == 15
+    assert selection.notes == (
+        "left out: 1 that a pattern matches: an embedding; LoRA on lookup tables is not supported",
+        "left out: 3 that a pattern matches: shape [8]; an adapter needs a matrix",
+    )
+
+
+# Refusals
+
+
+def test_a_pattern_that_matches_nothing_names_what_is_near(tmp_path: Path) -> None:
+    base = checkpoint(tmp_path, LLAMA)
+    with pytest.raises(NamesError, match="2 target patterns match no module") as caught:
+        select(base, ["q_proj", "self_attn.query_proj", "re:nothing"])
+    assert caught.value.exit_code == 20
+    assert caught.value.details[0].startswith("self_attn.query_proj (nearest: model.layers.")
+    assert "self_attn.q_proj" in caught.value.details[0]
+    assert caught.value.details[1].startswith("re:nothing")
+
+
+def test_embeddings_and_vectors_are_refused(tmp_path: Path) -> None:
+    base = checkpoint(tmp_path, LLAMA)
+    with pytest.raises(UnsupportedError) as caught:
+        select(base, ["q_proj", "embed_tokens", "norm"])
+    assert caught.value.exit_code == 12
+    assert caught.value.details == (
+        "model.embed_tokens: an embedding; LoRA on lookup tables is not supported",
+        "model.norm: shape [8]; an adapter needs a matrix",
+    )
+
+
+def test_convolutions_and_integers_are_refused(tmp_path: Path) -> None:
+    base = checkpoint(tmp_path, {**VIT, "x.weight": (4, 4)}, dtypes={"x.weight": np.int32})
+    for pattern, reason in (("projection", "shape [8, 3, 2, 2]"), ("x", "storage type I32 takes no delta")):
+        with pytest.raises(UnsupportedError) as caught:
+            select(base, [pattern])
+        assert reason in caught.value.details[0]
+    assert "x" not in names(base, ["all-linear"])
+
+
+def test_quantised_bases_are_refused(tmp_path: Path) -> None:
+    """By what stands beside the weight, by the config, and by names that only quantised weights have."""
+    q = "model.layers.0.self_attn.q_proj"
+    cases: list[tuple[Shapes, dict[str, Any], dict[str, Any]]] = [
+        ({**LLAMA, f"{q}.weight_scale_inv": (1, 1)}, {}, {}),
+        ({**LLAMA, f"{q}.SCB": (8,)}, {f"{q}.weight": np.int8}, {}),
+        (LLAMA, {}, {"quantization_config": {"quant_method": "fp8"}}),
+        (
+            {"embed_tokens.weight": (4, 2), f"{q}.qweight": (1, 8), f"{q}.scales": (1, 8)},
+            {f"{q}.qweight": np.int32},
+            {},
+        ),
+    ]
+    for number, (shapes, dtypes, config) in enumerate(cases):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        base = checkpoint(folder, shapes, dtypes=dtypes, **config)
+        for pattern in ("all-linear", "q_proj"):
+            with pytest.raises(UnsupportedError, match="targets are quantised") as caught:
+                select(base, [pattern])
+            assert any(detail.startswith(f"{q}: ") for detail in caught.value.details)
+            assert not any("norm" in detail or "embed" in detail for detail in caught.value.details)
+    # Others of the same base may be plain.
+    assert names(checkpoint(tmp_path, cases[0][0]), ["v_proj"]) == [
+        f"model.layers.{n}.self_attn.v_proj" for n in (0, 1)
+    ]
+
+
+def test_broken_and_missing_patterns(tmp_path: Path) -> None:
+    base = checkpoint(tmp_path, LLAMA)
+    for patterns in ([], ["re:("]):
+        with pytest.raises(UsageError):
+            select(base, patterns)
+
+
+def test_the_storage_types_are_those_that_a_merge_takes() -> None:
+    assert targets.FLOATING == MERGEABLE
+
+
+# Which way round
+
+
+def shapes_of(base: Checkpoint) -> dict[str, tuple[int, int, bool]]:
+    return {
+        module.module: (module.out, module.inner, module.transposed) for module in select(base, ["all-linear"]).modules
+    }
+
+
+GPT2_SHAPES = {
+    "h.0.attn.c_attn": (24, 8, True),
+    "h.0.attn.c_proj": (8, 8, True),
+    "h.0.mlp.c_fc": (32, 8, True),
+    "h.0.mlp.c_proj": (8, 32, True),
+}
+
+
+@pytest.mark.parametrize("config", [{"model_type": "gpt2"}, {}, {"model_type": "unheard-of"}])
+def test_conv1d_is_stored_the_other_way_round(tmp_path: Path, config: dict[str, Any]) -> None:
+    """The table knows GPT-2; without a config its biases say it, and for square ones the other matrices."""
+    found = shapes_of(checkpoint(tmp_path, GPT2, **config))
+    square = "h.0.attn.c_proj"
+    assert found == GPT2_SHAPES | ({square: (8, 8, False)} if config.get("model_type") == "unheard-of" else {})
+
+
+def test_the_table_decides_where_there_are_no_biases(tmp_path: Path) -> None:
+    bare = {key: shape for key, shape in GPT2.items() if not key.endswith(".bias")}
+    assert shapes_of(checkpoint(tmp_path, bare, model_type="gpt2")) == GPT2_SHAPES
+    (tmp_path / "config.json").unlink()
+    assert shapes_of(open_checkpoint(tmp_path))["h.0.attn.c_attn"] == (8, 24, False)
+    assert shapes_of(open_checkpoint(tmp_path))["h.0.mlp.c_proj"] == (32, 8, False)
+
+
+def test_linear_layers_are_not_turned(tmp_path: Path) -> None:
+    found = shapes_of(checkpoint(tmp_path, {**LLAMA, "model.layers.0.mlp.up_proj.bias": (12,)}, model_type="llama"))
+    assert found["model.layers.0.mlp.up_proj"] == (12, 8, False)
+    assert found["model.layers.0.mlp.down_proj"] == (8, 12, False)
+    assert not any(transposed for _, _, transposed in found.values())
+
+
+def test_biases_that_contradict_the_config_are_an_error(tmp_path: Path) -> None:
+    turned = {**GPT2, "h.0.mlp.c_fc.weight": (32, 8)}
+    with pytest.raises(ShapeError, match="gpt2, the model_type") as caught:
+        select(checkpoint(tmp_path, turned, model_type="gpt2"), ["all-linear"])
+    assert caught.value.details == ("h.0.mlp.c_fc: [32, 8] with a bias of 32",)
+    assert caught.value.exit_code == 21
+
+
+# Files of patterns
+
+
+def test_a_file_of_patterns(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("# ours\ntargets: [attention, 're:.*up_proj']\nexclude:\n- layers.1.**\n")
+    assert expand([str(file), "lm_head"], ["o_proj"]) == (
+        ("attention", "re:.*up_proj", "lm_head"),
+        ("o_proj", "layers.1.**"),
+    )
+    assert expand(["a", "b", "a"]) == (("a", "b"), ())
+    base = checkpoint(tmp_path, LLAMA)
+    assert len(names(base, *expand([str(file)]))) == 5
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "where"),
+    [
+        ("targets: [a]\ntargets: [b]", MalformedFileError, "'targets' stands twice"),
+        ("targets: [a]\nrank: 3", MalformedFileError, "rank"),
+        ("exclude: [a]", MalformedFileError, "targets"),
+        ("- a\n- b", MalformedFileError, "no named fields"),
+        ("", MalformedFileError, "no named fields"),
+        ("targets: a", MalformedFileError, "targets"),
+        ("targets: [1]", MalformedFileError, "targets"),
+        ("targets: ['']", MalformedFileError, "targets"),
+        ("targets: [a, b, a]", MalformedFileError, "stands twice"),
+        ("targets: [other.yaml]", MalformedFileError, "names another one"),
+        ("targets: [a]\nexclude: {b: 1}", MalformedFileError, "exclude"),
+        ("targets: [*a]", UnsafeInputError, "quotes"),
+        ("targets: &x [a]\nexclude: *x", UnsafeInputError, "line 1"),
+        ("targets: !!python/name:os.system [a]", UnsafeInputError, "line 1"),
+        ("targets: [", MalformedFileError, "not valid YAML"),
+        ("[" * 3000, MalformedFileError, "nested"),
+        ("targets: [" + "a," * 600_000 + "]", MalformedFileError, "too large"),
+        ("targets: [\ud800]", MalformedFileError, "UTF-8"),
+        ("--- {targets: [a]}\n--- {targets: [b]}", MalformedFileError, "single document"),
+    ],
+)
+def test_broken_files_of_patterns(tmp_path: Path, text: str, error: type[LoraCliError], where: str) -> None:
+    file = tmp_path / "mine.yml"
+    file.write_bytes(text.encode("utf-8", "surrogatepass"))
+    with pytest.raises(error) as caught:
+        expand([str(file)])
+    said = caught.value
+    assert where in " ".join(str(part) for part in (said.message, said.tensor, said.found, said.hint))
+    assert said.file is not None
+    assert said.file.endswith("mine.yml")
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UsageError):
+        expand([str(tmp_path / "none.yaml")])
+
+
+# Names for PEFT
+
+
+def peft_selects(listed: Sequence[str], modules: Sequence[str]) -> list[str]:
+    """How PEFT reads a list of target_modules (its `check_target_module_exists`)."""
+    return [name for name in modules if any(name == entry or name.endswith(f".{entry}") for entry in listed)]
+
+
+@pytest.mark.parametrize(
+    ("shapes", "wanted", "exclude", "listed"),
+    [
+        (LLAMA, ["attention"], [], ["k_proj", "o_proj", "q_proj", "v_proj"]),
+        (LLAMA, ["q_proj"], ["layers.0.**"], ["layers.1.self_attn.q_proj"]),
+        (LLAMA, ["lm_head"], [], ["lm_head"]),
+        (MOE, ["all-linear"], [], ["layers.1.mlp.gate", "q_proj", "shared_expert.gate_proj", "shared_expert_gate"]),
+        (BERT, ["attention"], [], ["attention.output.dense", "key", "query", "value"]),
+        (BERT, ["mlp"], [], ["intermediate.dense", "layer.0.output.dense"]),
+        (GPT2, ["mlp"], [], ["c_fc", "mlp.c_proj"]),
+    ],
+)
+def test_short_names_mean_the_selected_modules_and_no_others(
+    tmp_path: Path, shapes: Shapes, wanted: Sequence[str], exclude: Sequence[str], listed: Sequence[str]
+) -> None:
+    base = checkpoint(tmp_path, shapes)
+    chosen = names(base, wanted, exclude)
+    found = target_names(chosen, base.tensors, bare=False)
+    assert found == listed
+    everything = [module.name for module in targets.modules_of(base)]
+    assert peft_selects(found, everything) == chosen
+    assert peft_selects(found, [f"wrapper.{name}" for name in everything]) == [f"wrapper.{name}" for name in chosen]
+
+
+def test_a_head_that_is_added_later_is_not_meant(tmp_path: Path) -> None:
+    base = checkpoint(tmp_path, BERT)
+    chosen = names(base, ["all-linear"])
+    assert target_names(chosen, base.tensors, bare=False) == ["dense", "key", "query", "value"]
+    listed = target_names(chosen, base.tensors, bare=True)
+    assert listed == ["intermediate.dense", "key", "output.dense", "pooler.dense", "query", "value"]
+    assert peft_selects(listed, ["classifier.dense", "lm_head.dense", "classifier.out_proj"]) == []
+
+
+def test_a_container_of_the_same_name_is_not_meant() -> None:
+    """PEFT holds every module against the list, those without a weight as well."""
+    keys = ["a.proj.weight", "b.proj.inner.weight"]
+    assert target_names(["a.proj"], keys, bare=False) == ["a.proj"]
+
+
+def test_a_name_that_cannot_be_told_apart() -> None:
+    with pytest.raises(UnsupportedError):
+        target_names(["proj"], ["proj.weight", "a.proj.weight"], bare=False)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "task", "bare"),
+    [
+        ("LlamaForCausalLM", "CAUSAL_LM", False),
+        ("GPT2LMHeadModel", "CAUSAL_LM", False),
+        ("BertForSequenceClassification", "SEQ_CLS", False),
+        ("BertForTokenClassification", "TOKEN_CLS", False),
+        ("BertForQuestionAnswering", "QUESTION_ANS", False),
+        ("LlavaForConditionalGeneration", None, False),
+        ("BertForMaskedLM", None, False),
+        ("BertModel", None, True),
+        (None, None, True),
+    ],
+)
+def test_tasks(architecture: str | None, task: str | None, bare: bool) -> None:
+    config = {"architectures": [architecture]} if architecture else {}
+    assert task_type(config) == task
+    assert is_bare(config) is bare
+
+
+def test_encoder_and_decoder_is_another_task() -> None:
+    config = {"architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True}
+    assert task_type(config) == "SEQ_2_SEQ_LM"
+    assert task_type({"architectures": "LlamaForCausalLM"}) is None
+
+
+def test_the_config_names_a_base_of_the_hub_and_its_revision() -> None:
+    def config(base_id: str | None, alpha: float = 8.0) -> dict[str, Any]:
+        scale = Scale(alpha, 4, False, "test")
+        return adapter_config(["b", "a"], scale, task=None, fan_in_fan_out=False, init="kaiming", base_id=base_id)
+
+    assert config("owner/name@" + "0" * 40)["base_model_name_or_path"] == "owner/name"
+    assert config("owner/name@" + "0" * 40)["revision"] == "0" * 40
+    assert config("owner/name")["revision"] is None
+    assert config(None)["base_model_name_or_path"] is None
+    assert config(None)["target_modules"] == ["a", "b"]
+    assert json.dumps(config(None)["lora_alpha"]) == "8"
+    assert config(None, 0.5)["lora_alpha"] == 0.5
