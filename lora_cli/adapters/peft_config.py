@@ -5,7 +5,7 @@ A field that nobody here has heard of is refused when it is set: it may change t
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from lora_cli.errors import MalformedFileError, UnsupportedError
@@ -118,24 +118,44 @@ def _reason(name: str) -> str:
 
 
 def _check_types(config: Mapping[str, Any], file: str) -> None:
-    expected: dict[str, tuple[str, tuple[type, ...]]] = {
-        "r": ("a whole number", (int,)),
-        "lora_alpha": ("a number", (int, float)),
-        "rank_pattern": ("an object", (dict, type(None))),
-        "alpha_pattern": ("an object", (dict, type(None))),
-        "modules_to_save": ("a list", (list, type(None))),
-        "use_rslora": ("true or false", (bool, type(None))),
-        "fan_in_fan_out": ("true or false", (bool, type(None))),
-    }
-    numbers = ("r", "lora_alpha")
-    for name, (words, types) in expected.items():
-        value = config.get(name)
-        wrong = not isinstance(value, types) or (name in numbers and isinstance(value, bool))
-        if name in config and wrong:
+    for name, (words, fits) in _TYPES.items():
+        if name in config and not fits(config[name]):
             raise MalformedFileError(
                 "A field of the adapter's config has the wrong type",
                 file=file,
                 tensor=name,
                 expected=words,
-                found=repr(value)[:60],
+                found=repr(config[name])[:60],
             )
+
+
+def _is_rank(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 31
+
+
+def _is_number(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return -LARGEST < value < LARGEST
+
+
+def _is_flag(value: object) -> bool:
+    return value is None or isinstance(value, bool)
+
+
+def _maps_to(fits: Callable[[object], bool]) -> Callable[[object], bool]:
+    return lambda value: value is None or (isinstance(value, dict) and all(map(fits, value.values())))
+
+
+LARGEST = 1e30
+"""Alphas beyond this are no alphas."""
+
+_TYPES: Mapping[str, tuple[str, Callable[[object], bool]]] = {
+    "r": ("a whole number", _is_rank),
+    "lora_alpha": ("a number", _is_number),
+    "rank_pattern": ("an object of whole numbers", _maps_to(_is_rank)),
+    "alpha_pattern": ("an object of numbers", _maps_to(_is_number)),
+    "modules_to_save": ("a list", lambda value: value is None or isinstance(value, list)),
+    "use_rslora": ("true or false", _is_flag),
+    "fan_in_fan_out": ("true or false", _is_flag),
+}

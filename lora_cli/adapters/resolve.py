@@ -8,6 +8,7 @@ nearest to it. Underscores are never turned into dots.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,8 +18,17 @@ from typing import Any
 
 import yaml
 
-from lora_cli.adapters.names import Chain, First, Identity, Mapper, Prefix, Subtree
+from lora_cli.adapters.names import First, Identity, Mapper, Prefix, Subtree
 from lora_cli.errors import NamesError, UsageError
+
+Rewrite = tuple[Mapper, ...]
+"""Steps from adapter spelling to base spelling; a step that does not concern a name leaves it."""
+
+NEAREST_SHOWN = 20
+CANDIDATES = 500
+"""Unmapped names for which the nearest keys are looked up, and keys that each is compared with."""
+
+_NUMBER = re.compile(r"\d+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +87,9 @@ def resolve(
     Raises:
         NamesError: Two rewrites fit and disagree, two names mean one key, or one name could mean two keys.
     """
-    keys = set(base_keys)
-    told = {name: new for name in names if (new := First(tuple(maps))(name)) is not None}
+    ordered = list(base_keys)
+    keys = set(ordered)
+    told = {name: new for name in names if (new := _told(name, maps)) is not None}
     rest = [name for name in names if name not in told]
     chosen, found = _choose(rest, keys, file)
     for name, new in told.items():
@@ -87,20 +98,29 @@ def resolve(
             found[name] = key
     _refuse_doubles(found, file)
     lost = [name for name in names if name not in found]
-    described = "; ".join([*(str(leaf) for leaf in maps), str(chosen)])
-    return Resolution(described, found, tuple(Unmapped(name, nearest(name, keys)) for name in lost))
+    described = "; ".join([*(str(leaf) for leaf in maps), _describe(chosen)])
+    # The first few show what is wrong; looking for the neighbours of thousands would take minutes.
+    near = {name: nearest(name, ordered) for name in lost[:NEAREST_SHOWN]}
+    return Resolution(described, found, tuple(Unmapped(name, near.get(name, ())) for name in lost))
 
 
-def nearest(name: str, keys: Iterable[str]) -> tuple[str, ...]:
-    """Return up to two keys that look like `name`; those with the same ending come first."""
+def _told(name: str, maps: Sequence[Subtree]) -> str | None:
+    return next((new for leaf in maps if (new := leaf(name)) is not None), None)
+
+
+def nearest(name: str, keys: Sequence[str]) -> tuple[str, ...]:
+    """Return up to two keys that look like `name`, sought among those with the same ending and the same numbers."""
     tail = ".".join(name.split(".")[-2:])
+    numbers = _NUMBER.findall(name)
     same_end = [key for key in keys if key.endswith(tail)]
-    return tuple(difflib.get_close_matches(name, same_end or list(islice(keys, 5000)), n=2, cutoff=0.4))
+    same_numbers = [key for key in same_end if _NUMBER.findall(key) == numbers]
+    candidates = (same_numbers or same_end or keys)[:CANDIDATES]
+    return tuple(difflib.get_close_matches(name, candidates, n=2, cutoff=0.4))
 
 
-def _choose(names: Sequence[str], keys: set[str], file: str) -> tuple[Mapper, dict[str, str]]:
+def _choose(names: Sequence[str], keys: set[str], file: str) -> tuple[Rewrite, dict[str, str]]:
     """Take the rewrite that fits most names; names as they are win over any other that fits as many."""
-    best: list[tuple[Mapper, dict[str, str]]] = []
+    best: list[tuple[Rewrite, dict[str, str]]] = []
     most = -1
     sample = names[:: max(1, len(names) // 64)]
     for rewrite in _rewrites():
@@ -111,28 +131,37 @@ def _choose(names: Sequence[str], keys: set[str], file: str) -> tuple[Mapper, di
             most, best = len(found), []
         if len(found) == most and all(found != other for _, other in best):
             best.append((rewrite, found))
-        if isinstance(rewrite, Identity) and len(found) == len(names):
+        if not rewrite and len(found) == len(names):
             break
-    if most > 0 and len(best) > 1 and not isinstance(best[0][0], Identity):
+    if most > 0 and len(best) > 1 and best[0][0]:
         raise NamesError(
             "The adapter's names fit the base in two ways",
             file=file,
             details=[
-                f"{rewrite}: {name} is {key}" for rewrite, found in best[:2] for name, key in islice(found.items(), 2)
+                f"{_describe(rewrite)}: {name} is {key}"
+                for rewrite, found in best[:2]
+                for name, key in islice(found.items(), 2)
             ],
             hint="say which with --map OLD=NEW",
         )
-    return best[0] if most > 0 else (Identity(), {})
+    return best[0] if most > 0 else ((), {})
 
 
-def _apply(rewrite: Mapper, names: Sequence[str], keys: set[str]) -> dict[str, str]:
+def _apply(rewrite: Rewrite, names: Sequence[str], keys: set[str]) -> dict[str, str]:
     found = {}
     for name in names:
-        new = rewrite(name)
-        key = _key_of(name if new is None else new, keys)
+        new = name
+        for step in rewrite:
+            changed = step(new)
+            new = new if changed is None else changed
+        key = _key_of(new, keys)
         if key is not None:
             found[name] = key
     return found
+
+
+def _describe(rewrite: Rewrite) -> str:
+    return ", then ".join(map(str, rewrite)) or str(Identity())
 
 
 def _key_of(name: str, keys: set[str]) -> str | None:
@@ -171,19 +200,16 @@ def _table() -> Mapping[str, Any]:
 
 
 @lru_cache(maxsize=1)
-def _rewrites() -> tuple[Mapper, ...]:
+def _rewrites() -> tuple[Rewrite, ...]:
     """Every rewrite from adapter to base spelling, simplest first."""
     table = _table()
-    wrappers = [Identity(), *_both_ways(table["wrappers"])]
-    spellings = [Identity(), *_both_ways(table["backbones"]), *_families(table["families"])]
-    pairs = [(wrapper, spelling) for wrapper in wrappers for spelling in spellings]
-    pairs.sort(key=lambda pair: sum(not isinstance(step, Identity) for step in pair))
-    return tuple(_chain(wrapper, spelling) for wrapper, spelling in pairs)
-
-
-def _chain(*steps: Mapper) -> Mapper:
-    real = tuple(step for step in steps if not isinstance(step, Identity))
-    return Identity() if not real else real[0] if len(real) == 1 else Chain(real)
+    spellings: list[Rewrite] = [(), *((m,) for m in _both_ways(table["backbones"])), *((m,) for m in _families(table))]
+    rewrites = [*spellings]
+    for prefix in table["wrappers"]:
+        # A wrapper's prefix stands before all others: it comes off first, and goes on last.
+        rewrites += [(Prefix(prefix, ""), *spelling) for spelling in spellings]
+        rewrites += [(*spelling, Prefix("", prefix)) for spelling in spellings]
+    return tuple(sorted(rewrites, key=len))
 
 
 def _both_ways(prefixes: Iterable[str]) -> Iterator[Mapper]:
@@ -192,8 +218,8 @@ def _both_ways(prefixes: Iterable[str]) -> Iterator[Mapper]:
         yield Prefix("", prefix)
 
 
-def _families(families: Iterable[Mapping[str, Sequence[Sequence[str]]]]) -> Iterator[Mapper]:
-    for family in families:
+def _families(table: Mapping[str, Any]) -> Iterator[Mapper]:
+    for family in table["families"]:
         there = First(tuple(Prefix(old, new) for old, new in family["rules"]))
         yield there
         yield there.inverse

@@ -35,8 +35,7 @@ FIRST_PROBES, MOST_PROBES = 32, 256
 OVERSAMPLING = 8
 """Probes beyond the rank that are needed before it is believed (Halko et al. ask for 5 to 10)."""
 
-_MOST_ITERATIONS = 6
-_SETTLED = 0.01
+_MOST_ITERATIONS, _SETTLED = 6, 0.01
 _ROUNDING = 1e-12  # of sums of squares
 _SEED = 20110217
 _TILE_ELEMENTS = 1 << 18
@@ -208,9 +207,7 @@ def spectrum(shape: tuple[int, int], tiles: Tiles, noise: Noise) -> Spectrum:
     whose singular values approach those of M from below. Iterations go on until nothing that is left over could be
     above the edge, or until the values above it have settled. When all probes find something there are twice as many,
     up to `MOST_PROBES`, unless what is left over needs more directions than that. A matrix with a side of at most
-    `MOST_PROBES` is gathered and taken apart exactly.
-
-    Deterministic: the probes have a fixed seed.
+    `MOST_PROBES` is gathered and taken apart exactly. The probes have a fixed seed.
 
     Args:
         shape: (rows, columns); `spectrum_bytes` says how much memory that takes.
@@ -219,10 +216,12 @@ def spectrum(shape: tuple[int, int], tiles: Tiles, noise: Noise) -> Spectrum:
     """
     edge, energy = SAFETY * noise.edge, SAFETY**2 * noise.energy
     if min(shape) <= MOST_PROBES:
-        return look_above(torch.linalg.svdvals(_gathered(shape, tiles)), edge, noise=energy)
+        values = torch.linalg.svdvals(_gathered(shape, tiles))
+        return look_above(values, _visible(edge, values, shape), noise=energy)
     probes = FIRST_PROBES
     while True:
         values, squares = _probed(shape, tiles, probes, edge)
+        edge = _visible(edge, values, shape)
         if int((values > edge).sum()) + OVERSAMPLING <= probes:
             return look_above(values, edge, squares, noise=energy)
         # A direction that was missed is hardly larger than the middle one of those found; so many there are at least.
@@ -241,17 +240,21 @@ def _probed(shape: tuple[int, int], tiles: Tiles, probes: int, edge: float) -> t
     """Return the singular values that so many probes find, and ‖M‖_F²."""
     generator = torch.Generator().manual_seed(_SEED)
     right = torch.randn((shape[1], probes), generator=generator, dtype=torch.float64)
-    values = torch.empty(0, dtype=torch.float64)
-    squares = 0.0
+    values, squares = torch.empty(0, dtype=torch.float64), 0.0
     for _ in range(_MOST_ITERATIONS):
         before = values
         left, squares = _times(tiles, right, shape[0])
         left = torch.linalg.qr(left).Q
         right, triangle = torch.linalg.qr(_transposed_times(tiles, left, shape[1]))
         values = torch.linalg.svdvals(triangle)
-        if _settled(values, before, squares, edge):
+        if _settled(values, before, squares, _visible(edge, values, shape)):
             break
     return values, squares
+
+
+def _visible(edge: float, values: Tensor, shape: tuple[int, int]) -> float:
+    """The edge, or what float64's own rounding hides, as `numpy.linalg.matrix_rank` has it."""
+    return max(edge, float(values[0]) * max(shape) * torch.finfo(torch.float64).eps)
 
 
 def _settled(values: Tensor, before: Tensor, squares: float, edge: float) -> bool:

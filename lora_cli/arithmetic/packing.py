@@ -6,16 +6,16 @@ all elements that have one, in their order. Nearly all intervals hold two to fou
 cost about a hundredth more than the logarithm of the count.
 
 **The zero code.** Weights that were pruned are zeros, and sit in wide intervals around zero. Where an
-interval reaches zero and holds five values or more, a flag says whether the weight was ±0. If it was, its
-sign follows, else its index. That costs dense weights next to nothing, and in pruned ones leaves runs of
-equal bits for a general compressor.
+interval reaches zero and holds three values or more, a flag says whether the weight was ±0. If it was, its
+sign follows, else its index. Where it holds the two zeros alone, the sign is all there is to say. That costs
+dense weights next to nothing, and in pruned ones leaves runs of equal bits for a general compressor.
 
 A stream is little-endian and has five parts, of which the first four are worth compressing. The last, mostly
 the bulk, is noise.
 
     header         28 bytes: version, kind, counts, the length of the last part, a checksum of all else
-    zero flags     one bit for each interval of the zero code
-    zero signs     one bit for each flag that is set; set where it was -0.0
+    zero flags     one bit for each interval that reaches zero and holds three values or more
+    zero signs     one bit for each flag that is set and each pair of zeros, in order; set where it was -0.0
     exceptions     positions in the block (u4, rising), then their patterns: elements that the rules get wrong
     index planes   each plane padded with zeros to whole bytes
 
@@ -34,8 +34,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from lora_cli.arithmetic.edges import Flags
 from lora_cli.arithmetic.ordered import Bits
-from lora_cli.arithmetic.preimages import Counts, Flags, Intervals
+from lora_cli.arithmetic.preimages import Counts, Intervals
+from lora_cli.errors import MalformedFileError
 
 VERSION = 1
 
@@ -49,8 +51,6 @@ Positions = NDArray[np.integer[Any]]
 _HEADER = struct.Struct("<HHIIIII")
 _CHECKSUM = struct.Struct("<I")
 HEADER_BYTES = _HEADER.size + _CHECKSUM.size
-# An interval with no more than four values is coded in two bits at most, and a flag would cost a third.
-_LEAST_ZERO_SPARE = 4
 
 
 class Exceptions(NamedTuple):
@@ -70,14 +70,14 @@ class Choices:
     """Coded places in intervals: the parts of a stream that depend on them.
 
     Attributes:
-        intervals: How many intervals have the zero code.
-        zeros: How many of them turned out to be zero.
+        questions: How many intervals may or may not have been a zero.
+        zeros: How many elements are known to have been one.
         flags: A bit for each of the first.
         signs: A bit for each of the second.
         planes: The index planes of all others.
     """
 
-    intervals: int
+    questions: int
     zeros: int
     flags: Bytes
     signs: Bytes
@@ -91,16 +91,14 @@ def encode_choices(keys: Bits, intervals: Intervals) -> Choices:
         keys: The keys of the values. Each lies in its interval.
         intervals: Their intervals.
     """
-    at = _zero_coded(intervals)
+    at, zero = _near_zero(intervals)
     found = keys[at]
-    flags = (found == 0) | (found == -1)
-    signs = found[flags] < 0
-    spare = intervals.spare
-    if signs.size:
-        spare = spare.copy()
-        spare[at[flags]] = 0
-    index = (keys - intervals.first).view(spare.dtype)
-    return Choices(at.size, signs.size, _pack(flags), _pack(signs), _encode_planes(index, spare))
+    flags = ((found == 0) | (found == -1))[~zero]
+    zero[~zero] = flags
+    zeros = at[zero]
+    index = (keys - intervals.first).view(intervals.spare.dtype)
+    planes = _encode_planes(index, _without(intervals.spare, zeros))
+    return Choices(flags.size, zeros.size, _pack(flags), _pack(keys[zeros] < 0), planes)
 
 
 def decode_choices(choices: Choices, intervals: Intervals) -> Bits:
@@ -109,51 +107,58 @@ def decode_choices(choices: Choices, intervals: Intervals) -> Bits:
     Raises:
         MalformedFileError: The parts are not those of these intervals.
     """
-    at = _zero_coded(intervals)
-    _expect("intervals with a zero code", at.size, choices.intervals)
-    flags = _unpack(choices.flags, at.size).view(np.bool_)
-    zeros = at[flags]
+    at, zero = _near_zero(intervals)
+    _expect("questions", int(np.count_nonzero(~zero)), choices.questions)
+    zero[~zero] = _unpack(choices.flags, choices.questions).view(np.bool_)
+    zeros = at[zero]
     _expect("zeros", zeros.size, choices.zeros)
     signs = _unpack(choices.signs, zeros.size)
-    spare = intervals.spare
-    if zeros.size:
-        spare = spare.copy()
-        spare[zeros] = 0
-    keys: Bits = _decode_planes(choices.planes, spare).view(intervals.first.dtype)
+    index = _decode_planes(choices.planes, _without(intervals.spare, zeros))
+    keys: Bits = index.view(intervals.first.dtype)
     keys += intervals.first
     keys[zeros] = -signs.view(np.int8)
     return keys
 
 
-def _zero_coded(intervals: Intervals) -> Positions:
-    """Return which intervals have the zero code."""
+def _near_zero(intervals: Intervals) -> tuple[Positions, Flags]:
+    """Return which intervals have the zero code, and of each whether it holds both zeros and nothing else."""
     first, spare = intervals
     last = first + spare.view(first.dtype)
-    return np.flatnonzero((spare >= _LEAST_ZERO_SPARE) & (first <= 0) & (last >= -1))
+    pair = (spare == 1) & (first == -1)
+    at = np.flatnonzero((spare > 1) & (first <= 0) & (last >= -1) | pair)
+    return at, pair[at]
+
+
+def _without(spare: Counts, zeros: Positions) -> Counts:
+    """Return the numbers with 0 at some positions: nothing more is to be said of these."""
+    if zeros.size:
+        spare = spare.copy()
+        spare[zeros] = 0
+    return spare
 
 
 def _encode_planes(index: Counts, spare: Counts) -> Bytes:
     planes = [np.empty(0, np.uint8)]
-    alive = np.flatnonzero(spare)
+    alive = np.flatnonzero(spare != 0)
     while alive.size:
         index, spare = index[alive], spare[alive]
         planes.append(_pack((index & 1).astype(np.bool_)))
         index >>= 1
         spare >>= 1
-        alive = np.flatnonzero(spare)
+        alive = np.flatnonzero(spare != 0)
     return np.concatenate(planes)
 
 
 def _decode_planes(planes: Bytes, spare: Counts) -> Counts:
     index = np.zeros_like(spare)
-    alive = np.flatnonzero(spare)
+    alive = np.flatnonzero(spare != 0)
     left = spare[alive]
     start = bit = 0
     while alive.size:
         end = start + _bytes_for(alive.size)
         index[alive] |= _unpack(planes[start:end], alive.size).astype(index.dtype) << bit
         left >>= 1
-        more = np.flatnonzero(left)
+        more = np.flatnonzero(left != 0)
         alive, left = alive[more], left[more]
         start, bit = end, bit + 1
     _expect("bytes of index planes", start, planes.size)
@@ -173,7 +178,7 @@ def write_stream(kind: int, elements: int, choices: Choices, exceptions: Excepti
         exceptions: What could not be.
     """
     positions, patterns = exceptions
-    counts = (choices.intervals, choices.zeros, positions.size, choices.planes.size)
+    counts = (choices.questions, choices.zeros, positions.size, choices.planes.size)
     header = _HEADER.pack(VERSION, kind, elements, *counts)
     parts = (choices.flags, choices.signs, positions.astype("<u4"), patterns, choices.planes)
     content = b"".join(part.tobytes() for part in parts)
@@ -195,18 +200,18 @@ def read_stream(data: Buffer, kind: int, elements: int, pattern: np.dtype[Any]) 
     view = memoryview(data).cast("B")
     if len(view) < HEADER_BYTES:
         raise _malformed(f"{HEADER_BYTES} bytes of header", f"{len(view)} bytes")
-    version, *declared, intervals, zeros, exceptions, planes = _HEADER.unpack_from(view)
+    version, *declared, questions, zeros, exceptions, planes = _HEADER.unpack_from(view)
     _expect("the version", VERSION, version)
     _expect("kind and elements", [kind, elements], declared)
-    if zeros > intervals or max(intervals, exceptions) > elements:
-        raise _malformed(f"counts up to {elements}", f"{intervals}, {zeros}, {exceptions}")
-    lengths = (_bytes_for(intervals), _bytes_for(zeros), 4 * exceptions, pattern.itemsize * exceptions, planes)
+    if max(questions, zeros, exceptions) > elements:
+        raise _malformed(f"counts up to {elements}", f"{questions}, {zeros}, {exceptions}")
+    lengths = (_bytes_for(questions), _bytes_for(zeros), 4 * exceptions, pattern.itemsize * exceptions, planes)
     _expect("its length", HEADER_BYTES + sum(lengths), len(view))
     header, content = view[: _HEADER.size], view[HEADER_BYTES:]
     _expect("the checksum", _checksum(header, content), _CHECKSUM.unpack_from(view, _HEADER.size)[0])
     ends = list(accumulate(lengths))
     parts = [np.frombuffer(content[end - length : end], np.uint8) for end, length in zip(ends, lengths, strict=True)]
-    choices = Choices(intervals, zeros, parts[0], parts[1], parts[4])
+    choices = Choices(questions, zeros, parts[0], parts[1], parts[4])
     return choices, Exceptions(_positions(parts[2].view("<u4"), elements), parts[3].view(pattern))
 
 

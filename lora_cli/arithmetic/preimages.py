@@ -25,7 +25,6 @@ good guesses: Sterbenz 1974, "Floating-Point Computation", theorem 4.3.1.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,13 +32,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lora_cli.arithmetic.floats import bits_dtype, fraction_bits
-from lora_cli.arithmetic.ordered import Bits, bits_view, from_ordered, largest_key, to_ordered
-from lora_cli.arithmetic.rounding import cast, overflow_limit, work_dtype
+from lora_cli.arithmetic.edges import Flags, Values, by_pattern, edges_of, stepped, values_at
+from lora_cli.arithmetic.floats import fraction_bits
+from lora_cli.arithmetic.ordered import Bits, bits_view, largest_key, to_ordered
+from lora_cli.arithmetic.rounding import cast, work_dtype
 
-Flags = NDArray[np.bool_]
 Counts = NDArray[np.unsignedinteger[Any]]
-Values = NDArray[np.floating[Any]]
 
 
 class Intervals(NamedTuple):
@@ -54,13 +52,6 @@ class Intervals(NamedTuple):
     spare: Counts
 
 
-class _Edges(NamedTuple):
-    """The sums that round to a result: those from `least` on, up to but without `beyond`."""
-
-    least: Values
-    beyond: Values
-
-
 class Preimages:
     """The inverse of the merge between two storage dtypes, with buffers for one tile. One for each thread.
 
@@ -72,11 +63,11 @@ class Preimages:
 
     def __init__(self, base: torch.dtype, merged: torch.dtype, elements: int) -> None:
         self.base, self.merged, self.work = base, merged, work_dtype(base, merged)
-        self.elements = elements
         self._top = largest_key(base)
+        self._largest = torch.finfo(base).max
         self._difference = torch.empty(elements, dtype=self.work)
-        self._patterns = [np.empty(elements, _integers(base)) for _ in range(2)]
-        self._flags = [np.empty(elements, np.bool_) for _ in range(2)]
+        self._patterns = tuple(np.empty(elements, f"i{base.itemsize}") for _ in range(2))
+        self._flags = tuple(np.empty(elements, np.bool_) for _ in range(2))
 
     def survey(self, merged: Tensor, delta: Tensor, out: Tensor) -> Flags:
         """Write the candidates of one tile, and flag where other base values may merge to the same.
@@ -91,59 +82,64 @@ class Preimages:
                 others.
 
         Returns:
-            A flag for each element, in a buffer that the next call overwrites. An element with several
-            preimages that is missed here (a tie among subnormals, say) costs its reader nothing but space.
+            A flag for each element, perhaps in a buffer that the next call overwrites. An element with
+            several preimages that is overlooked (at a tie between subnormals, say) only costs space later.
         """
         difference = self._difference[: merged.numel()]
         if merged.dtype.itemsize == 1:
-            _by_pattern(merged.dtype, self.work).take(bits_view(merged).view(np.uint8), out=difference.numpy())
+            patterns = bits_view(merged).view(np.uint8)
+            by_pattern(merged.dtype, self.work).take(patterns, out=difference.numpy(), mode="clip")
         else:
             difference.copy_(merged)
-        torch.sub(difference, delta, out=difference)
-        largest = torch.finfo(self.base).max
-        difference.clamp_(-largest, largest)
+        torch.sub(difference, delta, out=difference).clamp_(-self._largest, self._largest)
         if self.work == torch.float64 and self.base.itemsize <= 2:
             cast(difference, out)
         else:
             out.copy_(difference)
-        if self.base == self.merged != torch.float64:
-            return self._compare(bits_view(merged), bits_view(out), bits_view(difference))
-        return self._probe(bits_view(merged), bits_view(out), delta.numpy())
+        if self.base != self.merged:
+            return self._survey_spacings(merged, out)
+        if self.base == torch.float64:
+            return self._survey_neighbours(bits_view(merged), bits_view(out), delta.numpy())
+        return self._survey_patterns(bits_view(merged), bits_view(out), bits_view(difference))
 
-    def _compare(self, merged: Bits, candidate: Bits, difference: Bits) -> Flags:
-        """Flag by comparing patterns: where the base is as finely spaced as the result, only ties are shared.
+    def _survey_patterns(self, merged: Bits, candidate: Bits, difference: Bits) -> Flags:
+        """Flag by comparing patterns, which is quick where both dtypes are one.
 
-        The sums that round to m span one spacing of m, which holds several base values if they are spaced
-        more narrowly: in a lower binade than m, or right at its lower end. If they are spaced alike it holds
-        two only if both of its ends are base values, and then m - delta is their midpoint.
+        The sums that round to m span one spacing of m. They hold several base values where those are spaced
+        more narrowly: in a lower binade than m, or at the lower end of its own. Spaced alike, they hold two
+        only if they begin and end at one, and then m - delta is the midpoint of these.
         """
-        count = merged.size
-        largest = np.iinfo(merged.dtype).max
-        fraction = fraction_bits(self.base)
-        magnitude, binade = (buffer[:count] for buffer in self._patterns)
-        flags, ties = (buffer[:count] for buffer in self._flags)
-        np.bitwise_and(candidate, largest, out=magnitude)
-        np.bitwise_and(merged, largest >> fraction << fraction, out=binade)
+        magnitude, binade = (buffer[: merged.size] for buffer in self._patterns)
+        flags, ties = (buffer[: merged.size] for buffer in self._flags)
+        finite, fraction = np.iinfo(merged.dtype).max, fraction_bits(self.base)
+        np.bitwise_and(candidate, finite, out=magnitude)
+        np.bitwise_and(merged, finite >> fraction << fraction, out=binade)
         np.less_equal(magnitude, binade, out=flags)
         dropped = fraction_bits(self.work) - fraction
         np.bitwise_and(difference, (1 << dropped) - 1, out=difference)
         np.equal(difference, 1 << (dropped - 1), out=ties)
-        return np.logical_or(flags, ties, out=flags)
+        flags |= ties
+        return flags
 
-    def _probe(self, merged: Bits, candidate: Bits, delta: Values) -> Flags:
-        """Flag by trying the candidate's neighbours. Slower; for dtypes that change, and for the many ties of float64."""
-        edges = self._edges(merged)
-        flags, reached = (buffer[: merged.size] for buffer in self._flags)
-        flags.fill(False)
+    def _survey_spacings(self, merged: Tensor, candidate: Tensor) -> Flags:
+        """Flag where base values are spaced as widely as results or more narrowly, for any two dtypes.
+
+        With some spaced twice as widely among them, so that none that ties is missing.
+        """
+        least = torch.finfo(self.merged).smallest_normal
+        ratio = 2.0 ** (1 + fraction_bits(self.base) - fraction_bits(self.merged))
+        widest = merged.to(self.work, copy=True).abs_().clamp_(min=least).mul_(ratio)
+        magnitude = candidate.to(self.work, copy=True).abs_()
+        flags: Flags = magnitude.numpy() <= widest.numpy()
+        return flags
+
+    def _survey_neighbours(self, merged: Bits, candidate: Bits, delta: Values) -> Flags:
+        """Flag by trying the candidate's neighbours: right for any map, and for float64, where ties are common."""
+        edges = edges_of(merged, self.merged, self.work)
         keys = to_ordered(candidate)
-        for step in (-1, 1):
-            neighbours = keys + keys.dtype.type(step)
-            np.greater(
-                self._reached(neighbours, delta, edges.least),
-                self._reached(neighbours, delta, edges.beyond),
-                out=reached,
-            )
-            np.logical_or(flags, reached, out=flags)
+        one = keys.dtype.type(1)
+        flags = self._reached(keys - one, delta, edges.least)
+        flags |= ~self._reached(keys + one, delta, edges.beyond)
         return flags
 
     def intervals(self, merged: Bits, delta: Values) -> Intervals:
@@ -157,70 +153,63 @@ class Preimages:
             The exact intervals. Of a result that no base value merges to the numbers mean nothing, but each
             is a possible key.
         """
-        edges = self._edges(merged)
-        shift: Values | float = 0.0
-        if self.base == self.merged == torch.float64:
-            # Half a spacing below m is no double, so the guess goes there in two steps.
-            shift = (edges.beyond - edges.least) / 2
-        first = self._first(edges.least, delta, shift)
-        end = self._first(edges.beyond, delta, shift)
+        edges = edges_of(merged, self.merged, self.work)
+        first = self._first(edges.least, delta)
+        end = self._first(edges.beyond, delta)
         _part_zeros(first, end, merged, delta)
         spare: Counts = (end - first).view(f"u{end.itemsize}")
         spare -= spare > 0
         return Intervals(first, spare)
 
-    def _edges(self, merged: Bits) -> _Edges:
-        if self.merged.itemsize > 2:
-            return _edges_of(merged, self.merged, self.work)
-        table = _edge_table(self.merged, self.work)
-        index = merged.view(f"u{merged.itemsize}")
-        return _Edges(table.least.take(index), table.beyond.take(index))
-
-    def _first(self, threshold: Values, delta: Values, shift: Values | float) -> Bits:
+    def _first(self, threshold: Values, delta: Values) -> Bits:
         """Return the lowest key whose sum is at least `threshold`; one beyond the largest if there is none."""
-        guess = self._guess(threshold, delta, shift)
+        guess = self._guess(threshold, delta, closely=self.base == self.work)
         reached = self._reached(guess, delta, threshold)
-        one = guess.dtype.type(1)
-        first: Bits = guess + one
+        first: Bits = guess + ~reached
+        # `first` and the key below it are the guess and another. One must reach the threshold, one must not.
         other: Bits = first - reached
-        other -= reached
-        first -= reached
-        # Now `first` and the key below it are guess and other, in one order or the other: one must reach the
-        # threshold and one must not.
         proven = self._reached(other, delta, threshold) ^ reached
         if not proven.all():
             at = np.flatnonzero(~proven)
-            first[at] = self._search(threshold[at], delta[at], guess[at])
+            first[at] = self._search(threshold[at], delta[at])
         return first
 
-    def _guess(self, threshold: Values, delta: Values, shift: Values | float) -> Bits:
-        """Return the key of a finite base value near `threshold - delta - shift`."""
+    def _guess(self, threshold: Values, delta: Values, *, closely: bool) -> Bits:
+        """Return the key of a finite base value near to where sums begin to reach the threshold.
+
+        They do so from the middle between the threshold and the number below on, not from itself. That
+        matters where the base is spaced as narrowly as the working type, or nearly cancels.
+        """
         with np.errstate(over="ignore", invalid="ignore"):
-            values = torch.from_numpy(threshold - delta - shift)
-        keys = to_ordered(bits_view(values.to(self.base)))
+            values = threshold - delta
+            if closely:
+                values -= (threshold - stepped(threshold, -1)) / 2
+        keys = to_ordered(bits_view(torch.from_numpy(values).to(self.base)))
         return np.clip(keys, ~self._top, self._top, out=keys)
 
     def _reached(self, keys: Bits, delta: Values, threshold: Values) -> Flags:
         """Return whether the sums of base values and deltas are at least `threshold`: all there is of f."""
         with np.errstate(over="ignore", invalid="ignore"):
-            reached: Flags = _values(keys, self.base, self.work) + delta >= threshold
+            sums = values_at(keys, self.base, self.work)
+            sums += delta
+            reached: Flags = sums >= threshold
         return reached
 
-    def _search(self, threshold: Values, delta: Values, guess: Bits) -> Bits:
-        """Return what `_first` does, by bisection from the neighbourhood of the guess."""
-        low, high = np.full_like(guess, ~self._top - 1), np.full_like(guess, self._top + 1)
-        first = high.copy()
-        near = np.clip(guess, ~self._top + 3, self._top - 3)
-        probes = [near - near.dtype.type(4), near + near.dtype.type(4)]
-        at = np.arange(guess.size)
+    def _search(self, threshold: Values, delta: Values) -> Bits:
+        """Return what `_first` does, by bisection, which gallops away from a closer guess until it can halve."""
+        near = self._guess(threshold, delta, closely=True)
+        low, high = np.full_like(near, ~self._top - 1), np.full_like(near, self._top + 1)
+        first, at, reach = high.copy(), np.arange(near.size), 2
         while at.size:
-            probe = probes.pop() if probes else (low & high) + ((low ^ high) >> 1)
+            anchor = np.maximum(np.minimum(near[at], self._top - reach), ~self._top + reach)
+            middle = (low & high) + ((low ^ high) >> 1)
+            probe = np.maximum(np.minimum(middle, anchor + reach), anchor - reach)
             reached = self._reached(probe, delta[at], threshold[at])
-            low, high = np.where(reached, low, np.maximum(low, probe)), np.where(reached, np.minimum(high, probe), high)
+            low, high = np.where(reached, low, probe), np.where(reached, probe, high)
             first[at] = high
-            open_ = np.flatnonzero(low + low.dtype.type(1) != high)
+            open_ = np.flatnonzero(high - low != 1)
             at, low, high = at[open_], low[open_], high[open_]
-            probes = [other[open_] for other in probes]
+            reach = min(16 * reach, self._top)
         return first
 
 
@@ -230,65 +219,3 @@ def _part_zeros(first: Bits, end: Bits, merged: Bits, delta: Values) -> None:
     results = merged[unchanged]
     first[unchanged[results == 0]] = 0
     end[unchanged[results == np.iinfo(merged.dtype).min]] = 0
-
-
-def _integers(dtype: torch.dtype) -> str:
-    return f"i{bits_dtype(dtype).itemsize}"
-
-
-def _values(keys: Bits, dtype: torch.dtype, work: torch.dtype) -> Values:
-    """Return the numbers at keys, infinite beyond the finite ones, in memory of their own."""
-    if dtype.itemsize == 1:
-        table = _by_pattern(dtype, work)
-        found: Values = table.take(from_ordered(keys).view(np.uint8))
-        return found
-    stored = torch.from_numpy(from_ordered(keys)).view(dtype)
-    values: Values = stored.to(work).numpy()
-    return values
-
-
-@cache
-def _by_pattern(dtype: torch.dtype, work: torch.dtype) -> Values:
-    """Return the values of all patterns of one byte, which torch converts seven times slower than others.
-
-    What lies beyond the finite values is infinite, NaN included, to stand for sums that do not fit.
-    """
-    patterns = torch.arange(256, dtype=torch.uint8)
-    values: Values = patterns.view(dtype).to(work).numpy()
-    keys = to_ordered(patterns.numpy().view(np.int8))
-    values[keys > largest_key(dtype)] = np.inf
-    values[keys < ~largest_key(dtype)] = -np.inf
-    values.setflags(write=False)
-    return values
-
-
-@cache
-def _edge_table(dtype: torch.dtype, work: torch.dtype) -> _Edges:
-    """Return the edges of all patterns of at most 16 bits, in the order of the patterns as unsigned numbers."""
-    patterns = np.arange(1 << 8 * dtype.itemsize).astype(f"u{dtype.itemsize}").view(_integers(dtype))
-    edges = _edges_of(patterns, dtype, work)
-    for values in edges:
-        values.setflags(write=False)
-    return edges
-
-
-def _edges_of(bits: Bits, dtype: torch.dtype, work: torch.dtype) -> _Edges:
-    """Return which sums in the working type round to each pattern of a storage dtype."""
-    keys = to_ordered(bits)
-    one = keys.dtype.type(1)
-    if dtype == work:
-        return _Edges(_values(keys, dtype, work), _values(keys + one, dtype, work))
-    below, here, above = (_values(part, dtype, torch.float64) for part in (keys - one, keys, keys + one))
-    limit = overflow_limit(dtype)
-    number = np.dtype(f"f{work.itemsize}")
-    with np.errstate(all="ignore"):
-        # Exact in the working type, which has at least two bits more and a wider range than any other.
-        low = np.clip((below + here) / 2, -limit, limit).astype(number)
-        high = np.clip((here + above) / 2, -limit, limit).astype(number)
-        # Midpoints go to the even side, except where values are refused from them on, and that 0.0 is +0.0's.
-        even = bits & one == 0
-        low_open = ~even | (low == -limit)
-        high_closed = even & (high != limit) & (keys != -1)
-        least = np.where(low_open, np.nextafter(low, np.inf), low)
-        beyond = np.where(high_closed, np.nextafter(high, np.inf), high)
-    return _Edges(least, beyond)

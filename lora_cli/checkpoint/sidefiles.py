@@ -70,7 +70,7 @@ def side_files(checkpoint: Checkpoint) -> tuple[list[SideFile], list[str]]:
     allowed = [root.resolve(), *([checkpoint.links_inside.resolve()] if checkpoint.links_inside else [])]
     for path in sorted([*root.glob("*"), *root.glob("*/*")]):
         name = path.relative_to(root).as_posix()
-        if name in own or path.is_dir() or name.startswith("."):
+        if name in own or path.is_dir() or any(part.startswith(".") for part in name.split("/")):
             continue
         inside = not path.is_symlink() or any(real in path.resolve().parents for real in allowed)
         if inside and path.is_file() and belongs(path) and path.stat().st_size <= SIDE_FILE_LIMIT:

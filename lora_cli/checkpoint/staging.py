@@ -41,7 +41,11 @@ class StagedFile:
             path.parent.mkdir(parents=True, exist_ok=True)
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
             self.descriptor = os.open(path, flags, 0o666)
-            self._preallocate()
+            try:
+                self._preallocate()
+            except BaseException:
+                self.abandon()
+                raise
 
     def _preallocate(self) -> None:
         if self.size == 0:

@@ -125,8 +125,7 @@ def test_every_bit_is_that_of_rational_arithmetic(tmp_path: Path, name: str, out
     two |= lora(70, "h.0.attn.c_proj", 6, 6, 4, dtype=torch.float16)
     adapters = [write_adapter(tmp_path / "one", one, lora_bias=True)]
     adapters += [write_adapter(tmp_path / "two", two, r=4, lora_alpha=-3, use_rslora=True)]
-    options = PlanOptions(weights=(0.7, -1.3), dtype=output)
-    merge(write_base(tmp_path / "base", base), adapters, tmp_path / "out", options)
+    merge(write_base(tmp_path / "base", base), adapters, tmp_path / "out", PlanOptions((0.7, -1.3), output))
     merged = read_tensors(tmp_path / "out")
     # float8 has no wider twin that would mean the same to its reader: it is never cast.
     out = None if name.startswith("float8") else OUTPUTS[output]

@@ -115,8 +115,9 @@ def _number(said: Mapping[str, Any], names: tuple[str, ...], where: str) -> tupl
     if name is None:
         return None
     try:
-        value = float(said[name])
-    except (TypeError, ValueError):
+        # Header metadata holds text only.
+        value = math.nan if isinstance(said[name], bool) else float(said[name])
+    except (TypeError, ValueError, OverflowError):
         value = math.nan
     if not math.isfinite(value):
         raise MalformedFileError("A scale is not a number", file=where, tensor=name, found=repr(said[name])[:60])

@@ -1,0 +1,276 @@
+"""What is refused, by which error, in which words; and that a refusal leaves no trace."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import save_file
+
+from lora_cli import errors
+from lora_cli.adapters.source import ReadOptions
+from lora_cli.progress import Progress
+from lora_cli.surgery.merge import MergeResult, merge
+from lora_cli.surgery.placing import PlanOptions
+
+Tensors = dict[str, torch.Tensor]
+
+Q, UP = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"  # 12 × 8 and 16 × 8
+HEAD = "lm_head.weight"  # 20 × 8
+ADAPTER, BASE = "adapter_model.safetensors", "model.safetensors"
+FP8 = torch.ones(12, 8).to(torch.float8_e4m3fn)
+
+
+def lora(module: str, out: int, inner: int, value: float = 1.0) -> Tensors:
+    return {f"{module}.lora_A.weight": torch.ones(2, inner), f"{module}.lora_B.weight": torch.full((out, 2), value)}
+
+
+class World:
+    """A base and an adapter that fit; to be spoilt, and then written."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.base, self.place, self.out = folder, folder / "base", folder / "place", folder / "place/out"
+        self.tensors = {name: torch.from_numpy(array) for name, array in tiny.base_tensors().items()}
+        self.base_config: dict[str, Any] = dict(tiny.CONFIG)
+        self.adapters, self.factors = [folder / "adapter"], lora(Q, 12, 8) | lora(UP, 16, 8)
+        self.config: dict[str, Any] = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
+        self.how: dict[str, Any] = {}
+        self.harms: list[Spoil] = []
+        self.place.mkdir()
+        self.base.mkdir()
+
+    def write(self) -> World:
+        save_file(self.tensors, self.base / BASE)
+        tiny.write_json(self.base / "config.json", self.base_config)
+        self.write_adapter("adapter", self.factors)
+        (self.folder / "link").symlink_to(self.base)
+        for harm in self.harms:
+            harm(self)
+        return self
+
+    def write_adapter(self, name: str, factors: Tensors) -> Path:
+        tiny.write_adapter(self.folder / name, {}, **self.config)
+        named = {f"base_model.model.{name}": factor for name, factor in factors.items()}
+        save_file(named, self.folder / name / ADAPTER)
+        return self.folder / name
+
+    def merge(self, out: Path | None = None, **how: Any) -> MergeResult:
+        return merge(self.base, self.adapters, self.out if out is None else out, **self.how, **how)
+
+
+Spoil = Callable[[World], Any]
+
+
+def both(*spoils: Spoil) -> Spoil:
+    return lambda world: [spoil(world) for spoil in spoils]
+
+
+def adds(factors: Tensors | None = None, /, **config: Any) -> Spoil:
+    return lambda world: (world.factors.update(factors or {}), world.config.update(config))
+
+
+def base(tensors: Tensors | None = None, /, **config: Any) -> Spoil:
+    return lambda world: (world.tensors.update(tensors or {}), world.base_config.update(config))
+
+
+def said(**options: Any) -> Spoil:
+    return lambda world: world.how.update(options=PlanOptions(**options))
+
+
+def harm(what: Spoil) -> Spoil:
+    return lambda world: world.harms.append(what)
+
+
+def meanwhile(what: Spoil) -> Spoil:
+    return lambda world: world.how.update(on_plan=lambda _: what(world))
+
+
+def second(factors: Tensors) -> Spoil:
+    return harm(lambda world: world.adapters.append(world.write_adapter("second", factors)))
+
+
+def plain(**metadata: str) -> Spoil:
+    """A bare file of factors, for a square in a base that does not say what it is."""
+    write = harm(lambda world: save_file(lora("x", 5, 5), world.folder / "plain.safetensors", metadata))
+    return both(SQUARES, write, lambda world: world.adapters.__setitem__(0, world.folder / "plain.safetensors"))
+
+
+def head(stored: torch.Tensor, rows: int = 20, **beside: torch.Tensor) -> Spoil:
+    """An adapter that holds the head whole, in float32, for a base that stores it as it likes."""
+    tensors = {HEAD: stored} | {f"lm_head.{name}": tensor for name, tensor in beside.items()}
+    return both(base(tensors), adds({HEAD: torch.ones(rows, 8)}, modules_to_save=["lm_head"]))
+
+
+def kohya(path: Path) -> Path:
+    save_file({"lora_unet_down_0.lora_down.weight": torch.ones(2, 8)}, path)
+    return path
+
+
+NAN = {f"{UP}.lora_A.weight": torch.tensor([[1.0] * 7 + [torch.nan]] * 2)}
+SQUARES = base({"x.weight": torch.ones(5, 5), "y.weight": torch.ones(4, 5)}, model_type=None)
+TWO_WAYS = both(SQUARES, adds(lora("x", 5, 5)), second(lora("x", 5, 5) | lora("y", 5, 4)))
+ROWS: list[tuple[str, str, str, Spoil]] = [
+    ("transposed factors", "Shape", Q, adds(lora(Q, 8, 12))),
+    ("another width", "Shape", "delta is (12 × 9)", adds(lora(Q, 12, 9))),
+    ("every wrong shape is named", "Shape", UP, adds(lora(Q, 12, 9) | lora(UP, 15, 8))),
+    ("rank of the config", "Shape", "rank 2, r says 3", adds(r=3)),
+    ("rank of a pattern", "Shape", "rank_pattern['q_proj'] says 5", adds(rank_pattern={"q_proj": 5})),
+    ("vocabulary of a delta", "Shape", "24 rows in the adapter, 20 in", adds(lora("lm_head", 24, 8))),
+    ("vocabulary of a head", "Shape", "24 rows in the adapter, 20 in", head(torch.ones(20, 8), 24)),
+    ("square", "Shape", "--orientation", plain(alpha="1")),
+    ("square in two ways", "Shape", "x.weight", TWO_WAYS),
+    ("A without B", "Names", "k.lora_A.weight has no B", adds({"k.lora_A.weight": torch.ones(2, 8)})),
+    ("B without A", "Names", "k.lora_B.weight has no A", adds({"k.lora_B.weight": torch.ones(8, 2)})),
+    ("a bias alone", "Names", "k.lora_B.bias belongs to no", adds({"k.lora_B.bias": torch.ones(8)}, lora_bias=True)),
+    ("no name", "Names", "Nothing in this adapter", both(lambda w: w.factors.clear(), adds(lora("a.b", 12, 8)))),
+    ("some names", "Names", f"q_prj.weight (nearest: {Q}.weight", adds(lora(Q.replace("proj", "prj"), 12, 8))),
+    ("all such names", "Names", "zz.weight", adds(lora("m.yy", 12, 8) | lora("m.zz", 12, 8))),
+    ("two heads", "Names", HEAD, both(head(torch.ones(20, 8)), second({HEAD: torch.zeros(20, 8)}))),
+    ("no scale", "Usage", "--alpha", plain()),
+    ("weights", "Usage", "once per adapter", said(weights=(1.0, 2.0))),
+    ("weight NaN", "Usage", "finite", said(weights=(float("nan"),))),
+    ("map", "Usage", "OLD=NEW", said(maps=("a",))),
+    ("memory", "Usage", "MiB or more", lambda world: world.how.update(memory=1 << 20)),
+    ("no adapter", "Usage", "No adapter", harm(lambda world: world.adapters.clear())),
+    ("no such adapter", "Usage", "not found", harm(lambda world: world.adapters.append(Path("nowhere/at all")))),
+    ("NaN in A", "Numeric", f"{UP}.weight", adds(NAN)),
+    ("infinity in B", "Numeric", "factor B holds", adds(lora(UP, 16, 8, torch.inf))),
+    ("NaN in the base", "Numeric", Q, base({f"{Q}.weight": torch.full((12, 8), torch.nan)})),
+    ("too large", "Numeric", "float16", both(adds(lora(UP, 16, 8, 4e4)), said(dtype="fp16"))),
+    ("too large, no target", "Numeric", HEAD, both(base({HEAD: torch.full((4,), 1e6)}), said(dtype="fp16"))),
+    ("weight of a head", "Unsupported", "weight 0.5", both(head(torch.ones(20, 8)), said(weights=(0.5,)))),
+    ("fp8 blocks", "Unsupported", "scale_inv", base({f"{Q}.weight": FP8, f"{Q}.weight_scale_inv": torch.ones(1)})),
+    ("GPTQ", "Unsupported", "gptq", base(quantization_config={"quant_method": "gptq", "bits": 4})),
+    ("bitsandbytes", "Unsupported", "SCB", base({f"{Q}.weight": FP8.view(torch.int8), f"{Q}.SCB": torch.ones(12)})),
+    ("int8", "Unsupported", "I8", base({f"{Q}.weight": FP8.view(torch.int8)})),
+    ("head of fp8 blocks", "Unsupported", HEAD, head(FP8, 12, weight_scale_inv=torch.ones(1, 1))),
+    ("head of int8", "Unsupported", HEAD, head(FP8.view(torch.int8), 12)),
+    ("DoRA", "Unsupported", "DoRA", adds(use_dora=True)),
+    ("DoRA by name", "Unsupported", "DoRA", adds({f"{Q}.lora_magnitude_vector": torch.ones(12)})),
+    ("embedding", "Unsupported", "embeddings", adds({"model.embed_tokens.lora_embedding_A": torch.ones(2, 20)})),
+    ("convolution", "Unsupported", "convolutions", adds({"c.lora_A.weight": torch.ones(2, 8, 3, 3)})),
+    ("tokens", "Unsupported", "token rows", adds(trainable_token_indices=[1])),
+    ("expert parameters", "Unsupported", "expert", adds(target_parameters=["experts.gate_up_proj"])),
+    ("another tuner", "Unsupported", "LOHA", adds(peft_type="LOHA")),
+    ("unknown field", "Unsupported", "use_sparkle = 0.5", adds(use_sparkle=0.5)),
+    ("pissa", "Unsupported", "changed the base", adds(init_lora_weights="pissa_niter_4")),
+    ("kohya", "Unsupported", "kohya", harm(lambda w: w.adapters.append(kohya(w.folder / "kohya.safetensors")))),
+    ("several adapters", "Unsupported", "several", adds({"k.lora_A.b.weight": torch.ones(2, 8)})),
+    ("a slow pattern", "Unsupported", "forever", adds(alpha_pattern={"(a+)+b": 3})),
+    ("a field's type", "MalformedFile", "lora_alpha", adds(lora_alpha="4")),
+    ("cut off base", "MalformedFile", "bytes are missing", harm(lambda w: os.truncate(w.base / BASE, 99))),
+    ("cut off adapter", "MalformedFile", "bytes are missing", harm(lambda w: os.truncate(w.adapters[0] / ADAPTER, 99))),
+    ("cut off meanwhile", "MalformedFile", BASE, meanwhile(lambda w: os.truncate(w.base / BASE, 4000))),
+    ("touched meanwhile", "MalformedFile", "changed", meanwhile(lambda w: os.utime(w.base / BASE))),
+    ("a side file gone", "MalformedFile", "config.json", meanwhile(lambda w: (w.base / "config.json").unlink())),
+    (
+        "pickled adapter",
+        "UnsafeInput",
+        "weights_only",
+        harm(lambda w: (w.adapters[0] / ADAPTER).rename(w.adapters[0] / "a.pt")),
+    ),
+    ("pickled base", "UnsafeInput", "weights_only", harm(lambda w: (w.base / BASE).rename(w.base / "a.bin"))),
+]
+EXITS = {"Usage": 2, "MalformedFile": 10, "UnsafeInput": 11, "Unsupported": 12, "Names": 20, "Shape": 21, "Numeric": 22}
+
+
+@pytest.mark.parametrize(("kind", "words", "spoil"), [pytest.param(*row[1:], id=row[0]) for row in ROWS])
+def test_refused_by_name_and_without_a_trace(tmp_path: Path, kind: str, words: str, spoil: Spoil) -> None:
+    world = World(tmp_path)
+    spoil(world)
+    before = {path: what for path, what in tiny.listing(world.write().folder).items() if path != "place"}
+    with pytest.raises(errors.LoraCliError) as caught:
+        world.merge()
+    error = caught.value
+    assert (type(error).__name__, error.exit_code) == (f"{kind}Error", EXITS[kind])
+    said = (error.message, error.file, error.tensor, error.expected, error.found, error.hint, *error.details)
+    assert words in " ".join(str(part) for part in said if part)
+    assert list(world.place.iterdir()) == []
+    after = {path: what for path, what in tiny.listing(tmp_path).items() if path != "place"}
+    assert "on_plan" in world.how or after == before
+
+
+ACCEPTED: dict[str, Spoil] = {
+    "fields that are not set": adds(use_sparkle=None, use_dora=False, sparkles=[], layer_replication={}),
+    "an ignored field": both(adds(use_sparkle=0.5), said(read=ReadOptions(ignore_fields=("use_sparkle",)))),
+    "names that are allowed": both(adds(lora("m.yy", 12, 8)), said(allow_unmapped=True)),
+    "a square that is said": both(plain(alpha="1"), said(orientation="ab")),
+    "a quantised model's own exceptions": base(quantization_config={"ignore": ["self_attn", "up_proj"]}),
+    "the same head twice": both(head(torch.ones(20, 8)), second({HEAD: torch.ones(20, 8)})),
+}
+
+
+@pytest.mark.parametrize("spoil", ACCEPTED.values(), ids=ACCEPTED)
+def test_what_is_close_to_a_refusal_is_done(tmp_path: Path, spoil: Spoil) -> None:
+    world = World(tmp_path)
+    spoil(world)
+    assert world.write().merge().ledger["applied"] > 0
+    assert [path.name for path in world.place.iterdir()] == ["out"]
+
+
+PLACES: dict[str, tuple[str, Callable[[World], object]]] = {
+    "the base": ("OutputExists", lambda w: w.base),
+    "in the base": ("OutputExists", lambda w: w.base / "out"),
+    "in the adapter": ("OutputExists", lambda w: w.adapters[0] / "deep.safetensors"),
+    "around the inputs": ("OutputExists", lambda w: w.folder),
+    "by a link into the base": ("OutputExists", lambda w: w.folder / "link" / "out"),
+    "a link": ("OutputExists", lambda w: w.out.symlink_to("elsewhere")),
+    "a shard": ("OutputExists", lambda w: w.base / BASE),
+    "a second name of a shard": ("OutputExists", lambda w: os.link(w.base / BASE, w.out.with_suffix(".safetensors"))),
+    "a file": ("OutputExists", lambda w: w.out.write_text("mine")),
+    "a folder with something": ("OutputExists", lambda w: (w.out / "deep").mkdir(parents=True)),
+    "no parent": ("Usage", lambda w: w.out / "deep" / "out"),
+    "a file as parent": ("Usage", lambda w: w.out / str(w.out.write_text("mine"))),
+    "nowhere": ("Usage", lambda _: Path()),
+}
+
+
+@pytest.mark.parametrize(("kind", "where"), PLACES.values(), ids=PLACES)
+def test_an_output_goes_to_a_place_of_its_own(tmp_path: Path, kind: str, where: Callable[[World], object]) -> None:
+    world = World(tmp_path).write()
+    out = where(world)
+    found = out if isinstance(out, Path) else next(world.place.iterdir())
+    before = tiny.listing(tmp_path)
+    for force in (False, True):
+        with pytest.raises(errors.LoraCliError) as caught:
+            world.merge(found, force=force)
+        assert type(caught.value).__name__ == f"{kind}Error"
+    assert tiny.listing(tmp_path) == before
+
+
+def test_force_replaces_only_what_a_receipt_lists(tmp_path: Path) -> None:
+    world = World(tmp_path).write()
+    for out in (world.out, world.out.with_suffix(".safetensors")):
+        first = world.merge(out)
+        with pytest.raises(errors.OutputExistsError, match="exists already"):
+            world.merge(out)
+        again = world.merge(out, force=True, options=PlanOptions(dtype="bf16"))
+        assert again.files == first.files
+        assert again.bytes_written < first.bytes_written
+    for put in (Path.touch, lambda path: path.symlink_to(world.place)):
+        put(world.out / "mine")
+        before = tiny.listing(world.place)
+        with pytest.raises(errors.OutputExistsError):
+            world.merge(force=True)
+        assert tiny.listing(world.place) == before
+        (world.out / "mine").unlink()
+
+
+@pytest.mark.parametrize("name", ["out", "out.safetensors"])
+def test_of_two_runs_one_wins_and_the_other_leaves_no_trace(tmp_path: Path, name: str) -> None:
+    world = World(tmp_path).write()
+    world.out = world.out.with_name(name)
+
+    class Rival(Progress):
+        def file_done(self, name: str, file_bytes: int) -> None:
+            if not world.out.exists():
+                world.merge()
+
+    with pytest.raises(errors.OutputExistsError):
+        world.merge(progress=Rival())
+    assert {path.name for path in world.place.iterdir()} == {name, *(["out.lora_merge.json"] if "." in name else [])}
