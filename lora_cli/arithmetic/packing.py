@@ -10,10 +10,11 @@ interval reaches zero and holds three values or more, a flag says whether the we
 sign follows, else its index. Where it holds the two zeros alone, the sign is all there is to say. That costs
 dense weights next to nothing, and in pruned ones leaves runs of equal bits for a general compressor.
 
-A stream is little-endian and has five parts, of which the first four are worth compressing. The last, mostly
+A stream is little-endian and has five parts, of which the middle three are worth compressing. The last, mostly
 the bulk, is noise.
 
-    header         28 bytes: version, kind, counts, the length of the last part, a checksum of all else
+    header         version and kind (u2 each), then u4: elements, flags, signs, exceptions, bytes of the last
+                   part, CRC-32 of all else
     zero flags     one bit for each interval that reaches zero and holds three values or more
     zero signs     one bit for each flag that is set and each pair of zeros, in order; set where it was -0.0
     exceptions     positions in the block (u4, rising), then their patterns: elements that the rules get wrong
@@ -28,7 +29,7 @@ from __future__ import annotations
 import struct
 import zlib
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -207,10 +208,10 @@ def read_stream(data: Buffer, kind: int, elements: int, pattern: np.dtype[Any]) 
         raise _malformed(f"counts up to {elements}", f"{questions}, {zeros}, {exceptions}")
     lengths = (_bytes_for(questions), _bytes_for(zeros), 4 * exceptions, pattern.itemsize * exceptions, planes)
     _expect("its length", HEADER_BYTES + sum(lengths), len(view))
-    header, content = view[: _HEADER.size], view[HEADER_BYTES:]
-    _expect("the checksum", _checksum(header, content), _CHECKSUM.unpack_from(view, _HEADER.size)[0])
-    ends = list(accumulate(lengths))
-    parts = [np.frombuffer(content[end - length : end], np.uint8) for end, length in zip(ends, lengths, strict=True)]
+    checksum = _checksum(view[: _HEADER.size], view[HEADER_BYTES:])
+    _expect("the checksum", checksum, _CHECKSUM.unpack_from(view, _HEADER.size)[0])
+    ends = list(accumulate(lengths, initial=HEADER_BYTES))
+    parts = [np.frombuffer(view, np.uint8)[start:end] for start, end in pairwise(ends)]
     choices = Choices(questions, zeros, parts[0], parts[1], parts[4])
     return choices, Exceptions(_positions(parts[2].view("<u4"), elements), parts[3].view(pattern))
 

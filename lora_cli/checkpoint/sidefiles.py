@@ -68,12 +68,13 @@ def side_files(checkpoint: Checkpoint) -> tuple[list[SideFile], list[str]]:
     root = checkpoint.folder
     own = {shard.name for shard in checkpoint.shards} | ({checkpoint.index.name} if checkpoint.index else set())
     allowed = [root.resolve(), *([checkpoint.links_inside.resolve()] if checkpoint.links_inside else [])]
-    for path in sorted([*root.glob("*"), *root.glob("*/*")]):
+    for path in sorted(root.rglob("*")):
         name = path.relative_to(root).as_posix()
         if name in own or path.is_dir() or any(part.startswith(".") for part in name.split("/")):
             continue
         inside = not path.is_symlink() or any(real in path.resolve().parents for real in allowed)
-        if inside and path.is_file() and belongs(path) and path.stat().st_size <= SIDE_FILE_LIMIT:
+        shallow = name.count("/") <= 1
+        if shallow and inside and path.is_file() and belongs(path) and path.stat().st_size <= SIDE_FILE_LIMIT:
             taken.append(SideFile(name, path, path.stat().st_size))
         else:
             left.append(name)
