@@ -199,11 +199,12 @@ class Preimages:
         """Return what `_first` does, by bisection, which gallops away from a closer guess until it can halve."""
         near = self._guess(threshold, delta, closely=True)
         low, high = np.full_like(near, ~self._top - 1), np.full_like(near, self._top + 1)
-        first, at, reach = high.copy(), np.arange(near.size), 2
+        first, at, reach, one = high.copy(), np.arange(near.size), 2, near.dtype.type(1)
         while at.size:
             anchor = np.maximum(np.minimum(near[at], self._top - reach), ~self._top + reach)
             middle = (low & high) + ((low ^ high) >> 1)
             probe = np.maximum(np.minimum(middle, anchor + reach), anchor - reach)
+            probe = np.maximum(np.minimum(probe, high - one), low + one)
             reached = self._reached(probe, delta[at], threshold[at])
             low, high = np.where(reached, low, probe), np.where(reached, probe, high)
             first[at] = high

@@ -32,7 +32,7 @@ def shown(value: object, limit: int = LONGEST) -> str:
 
 def _escaped(character: str) -> str:
     return (
-        character.encode("ascii", "backslashreplace").decode() if ord(character) > 126 else f"\\x{ord(character):02x}"
+        character.encode("ascii", "backslashreplace").decode() if ord(character) > 127 else f"\\x{ord(character):02x}"
     )
 
 

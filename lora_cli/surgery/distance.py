@@ -135,12 +135,12 @@ def _run(
         with open_readers() as readers, np.errstate(all="ignore"):
             return [work(bench, part, readers) for part in unit]
 
-    found: defaultdict[str, list[tuple[int, Distance]]] = defaultdict(list)
+    found: defaultdict[str, list[Distance]] = defaultdict(list)
     for unit, distances in run_units(_units(parts), one, _Bench, threads):
         for part, distance in zip(unit, distances, strict=True):
-            found[part.pair.key].append((part.begin, distance))
+            found[part.pair.key].append(distance)
         advance(sum((part.end - part.begin) * part.pair.a.dtype.bits // 8 for part in unit))
-    return {key: _together([d for _, d in sorted(several, key=lambda at: at[0])]) for key, several in found.items()}
+    return {key: _together(several) for key, several in found.items()}
 
 
 def _together(parts: Sequence[Distance]) -> Distance:

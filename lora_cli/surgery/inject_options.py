@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, Literal, get_args
 
 from lora_cli.adapters.adapter import Scale
 from lora_cli.adapters.inits import GAUSSIAN_STD, check_rule
+from lora_cli.adapters.peft_config import LARGEST
 from lora_cli.adapters.target_files import patterns, read_mapping
 from lora_cli.adapters.targets import ALL_LINEAR
 from lora_cli.checkpoint.dtypes import DTYPES, DType
@@ -135,7 +135,7 @@ _TYPES: Mapping[str, tuple[str, tuple[type, ...]]] = {
 
 
 def _positive(value: float | None) -> bool:
-    return value is None or (math.isfinite(value) and value > 0)
+    return value is None or 0 < value < LARGEST  # NaN is not
 
 
 def _check(right: bool, option: str, expected: str, found: object) -> None:

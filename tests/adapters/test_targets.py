@@ -107,6 +107,7 @@ MOE: Shapes = {
         for expert in range(3)
         for name in ("gate_proj", "up_proj")
     },
+    "model.layers.0.mlp.experts.0.norm.weight": (8,),  # no matrix, so nobody misses it
     "model.layers.0.mlp.shared_expert.gate_proj.weight": (6, 8),
     "model.layers.0.mlp.shared_expert_gate.weight": (1, 8),
     "model.layers.1.mlp.gate.weight": (8, 8),  # no experts beside it: a gate of another kind

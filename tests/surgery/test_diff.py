@@ -81,6 +81,15 @@ def findings(result: DiffResult) -> DiffResult:
 # Checkpoints, by value
 
 
+@pytest.fixture(params=["as it is", "cut small"])
+def cuts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles, strips and units so small that a tensor of this test has many."""
+    if request.param == "cut small":
+        for name, value in (("TILE_ELEMENTS", 1 << 10), ("STRIP_BYTES", 1 << 14), ("UNIT_BYTES", 1 << 16)):
+            monkeypatch.setattr(distance, name, value)
+
+
+@pytest.mark.usefixtures("cuts")
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_every_number_is_that_of_the_whole_tensors(compare: Callable[..., DiffResult], dtype: torch.dtype) -> None:
     a = gaussian(0, *ODD).to(dtype)
@@ -96,6 +105,7 @@ def test_every_number_is_that_of_the_whole_tensors(compare: Callable[..., DiffRe
     assert change.max_ulp == int(ulp_distances(a, b).max())
 
 
+@pytest.mark.usefixtures("cuts")
 @pytest.mark.parametrize("place", [0, 200_000, 999_999])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.float8_e5m2])
 def test_one_bit_is_found_wherever_it_is(compare: Callable[..., DiffResult], dtype: torch.dtype, place: int) -> None:
@@ -107,7 +117,17 @@ def test_one_bit_is_found_wherever_it_is(compare: Callable[..., DiffResult], dty
     size = abs(float(a[place].double() - b[place].double()))
     assert change.max_abs == size
     assert (change.max_ulp, change.changed_fraction) == (1, 1e-6)
-    assert change.relative_norm == pytest.approx(size / float(a.double().norm()), rel=1e-12)
+    assert change.relative_norm == pytest.approx(size / float(a.double().norm()), rel=1e-12, abs=0)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_the_ends_of_the_line_are_farthest_apart(compare: Callable[..., DiffResult], dtype: torch.dtype) -> None:
+    """More steps than the signed integers of the dtype's width can count."""
+    largest = torch.finfo(dtype).max
+    a, b = (torch.tensor([sign * largest, 1.0], dtype=torch.float64).to(dtype) for sign in (1, -1))
+    change = only_change(compare({"w": a}, {"w": b}))
+    assert change.max_ulp == int(ulp_distances(a, b).max())
+    assert change.max_abs == (2 * largest if dtype != torch.float64 else math.inf)
 
 
 def test_the_sign_of_zero_is_a_change_of_no_size(compare: Callable[..., DiffResult]) -> None:
@@ -161,7 +181,7 @@ def test_what_is_no_float_is_compared_by_elements(tmp_path: Path, name: str) -> 
     data = np.random.default_rng(0).integers(0, 256, elements * bits // 8, dtype=np.uint8)
     other = np.unpackbits(data, bitorder="little")
     for place in places:
-        other[place * bits + place % bits] ^= 1
+        other[place * bits : (place + 1) * bits] ^= 1
     header = render_header([("w", DTYPES[name], (elements,))], None)
     for file, content in (("a", data), ("b", np.packbits(other, bitorder="little"))):
         length = len(header.raw).to_bytes(8, "little")

@@ -286,6 +286,16 @@ def test_a_shard_without_targets_is_the_base_s_own(make_base: MakeBase, tmp_path
     assert len(same) == 3
 
 
+def test_a_shard_without_targets_keeps_a_header_that_others_would_write_otherwise(base: Path, tmp_path: Path) -> None:
+    """Its bytes are copied, not made again: spaces behind the header stay."""
+    shard = base / "model-00002-of-00002.safetensors"
+    data = shard.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    shard.write_bytes((length + 64).to_bytes(8, "little") + data[8 : 8 + length] + b" " * 64 + data[8 + length :])
+    inject(base, tmp_path / "out", rank=2, layout="wrapped", targets=["layers.1.mlp.up_proj"])
+    assert (tmp_path / "out" / shard.name).read_bytes() == shard.read_bytes()
+
+
 def test_one_file_in_and_out(tmp_path: Path) -> None:
     folder = tiny.write_base(tmp_path / "base", shards=1)
     bare = (folder / "model.safetensors").rename(tmp_path / "bare.safetensors")
@@ -389,6 +399,21 @@ def test_factors_are_those_of_the_inits(base: Path, tmp_path: Path) -> None:
             b = found[f"base_model.model.{module}.lora_B.weight"]
             assert b.shape == (tiny.out_of(module), 3)
             assert not b.any()
+
+
+def test_the_deviation_and_the_patterns_of_a_file_are_those_given(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("targets: [mlp]\nexclude: [layers.0.**]\n")
+    out = tmp_path / "out"
+    inject(base, out, rank=3, init="gaussian", std=2.5, targets=[str(tmp_path / "mine.yaml")])
+    key = "model.layers.1.mlp.up_proj.lora_A.weight"
+    found = load_file(out / "adapter_model.safetensors")
+    assert len(found) == 2
+    expected = draw("gaussian", key, (3, tiny.WIDTH), std=2.5).astype(np.float32)
+    assert np.array_equal(found[f"base_model.model.{key}"].numpy(), expected)
+    receipt = find_receipt(out)
+    assert receipt is not None
+    said = receipt["options"]
+    assert (said["targets"], said["exclude"], said["std"]) == (["mlp"], ["layers.0.**"], 2.5)
 
 
 def test_inspect_reads_it(base: Path, tmp_path: Path) -> None:
@@ -518,6 +543,7 @@ def test_a_config_names_the_field_that_is_wrong(tmp_path: Path, text: str, field
         ({"alpha": 0}, UsageError),
         ({"alpha": math.nan}, UsageError),
         ({"alpha": math.inf}, UsageError),
+        ({"alpha": 1e40}, UsageError),
         ({"init": "pissa"}, UsageError),
         ({"std": 0.1}, UsageError),
         ({"init": "gaussian", "std": -0.1}, UsageError),
@@ -563,6 +589,8 @@ def test_what_is_said_on_the_way(base: Path, make_base: MakeBase, tmp_path: Path
     assert heard.warnings == ["rank 13 is more than 4 of 4 modules can use: model.layers.0.mlp.up_proj is (16 × 8)"]
     assert heard.notes == ["left out: 1 of kind head, which no preset takes; a pattern can name them"]
     heard = Heard()
+    inject(base, tmp_path / "full", rank=8, progress=heard)
+    assert heard.warnings == []
     moe = make_base("qwen2-moe")
     prepare(moe, InjectOptions(rank=4, targets=("experts.0.up_proj",)), progress=heard)
     assert heard.warnings == [

@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 
 from lora_cli import errors
 from lora_cli.adapters.source import ReadOptions
-from lora_cli.progress import Progress
 from lora_cli.surgery.merge import MergeResult, merge
 from lora_cli.surgery.placing import PlanOptions
 
@@ -34,10 +33,11 @@ class World:
     """A base and an adapter that fit; to be spoilt, and then written."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.base, self.place, self.out = folder, folder / "base", folder / "place", folder / "place/out"
+        self.folder, self.base, self.adapter = folder, folder / "base", folder / "adapter"
+        self.place, self.out = folder / "place", folder / "place" / "out"
         self.tensors = {name: torch.from_numpy(array) for name, array in tiny.base_tensors().items()}
         self.base_config: dict[str, Any] = dict(tiny.CONFIG)
-        self.adapters, self.factors = [folder / "adapter"], lora(Q, 12, 8) | lora(UP, 16, 8)
+        self.adapters, self.factors = [self.adapter], lora(Q, 12, 8) | lora(UP, 16, 8)
         self.config: dict[str, Any] = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
         self.how: dict[str, Any] = {}
         self.harms: list[Spoil] = []
@@ -94,9 +94,9 @@ def second(factors: Tensors) -> Spoil:
     return harm(lambda world: world.adapters.append(world.write_adapter("second", factors)))
 
 
-def plain(**metadata: str) -> Spoil:
+def plain(factors: Tensors, **metadata: str) -> Spoil:
     """A bare file of factors, for a square in a base that does not say what it is."""
-    write = harm(lambda world: save_file(lora("x", 5, 5), world.folder / "plain.safetensors", metadata))
+    write = harm(lambda world: save_file(factors, world.folder / "plain.safetensors", metadata))
     return both(SQUARES, write, lambda world: world.adapters.__setitem__(0, world.folder / "plain.safetensors"))
 
 
@@ -106,23 +106,17 @@ def head(stored: torch.Tensor, rows: int = 20, **beside: torch.Tensor) -> Spoil:
     return both(base(tensors), adds({HEAD: torch.ones(rows, 8)}, modules_to_save=["lm_head"]))
 
 
-def kohya(path: Path) -> Path:
-    save_file({"lora_unet_down_0.lora_down.weight": torch.ones(2, 8)}, path)
-    return path
-
-
 NAN = {f"{UP}.lora_A.weight": torch.tensor([[1.0] * 7 + [torch.nan]] * 2)}
 SQUARES = base({"x.weight": torch.ones(5, 5), "y.weight": torch.ones(4, 5)}, model_type=None)
 TWO_WAYS = both(SQUARES, adds(lora("x", 5, 5)), second(lora("x", 5, 5) | lora("y", 5, 4)))
 ROWS: list[tuple[str, str, str, Spoil]] = [
     ("transposed factors", "Shape", Q, adds(lora(Q, 8, 12))),
-    ("another width", "Shape", "delta is (12 × 9)", adds(lora(Q, 12, 9))),
-    ("every wrong shape is named", "Shape", UP, adds(lora(Q, 12, 9) | lora(UP, 15, 8))),
+    ("another width, and another", "Shape", "delta is (15 × 8)", adds(lora(Q, 12, 9) | lora(UP, 15, 8))),
     ("rank of the config", "Shape", "rank 2, r says 3", adds(r=3)),
     ("rank of a pattern", "Shape", "rank_pattern['q_proj'] says 5", adds(rank_pattern={"q_proj": 5})),
     ("vocabulary of a delta", "Shape", "24 rows in the adapter, 20 in", adds(lora("lm_head", 24, 8))),
     ("vocabulary of a head", "Shape", "24 rows in the adapter, 20 in", head(torch.ones(20, 8), 24)),
-    ("square", "Shape", "--orientation", plain(alpha="1")),
+    ("square", "Shape", "--orientation", plain(lora("x", 5, 5), alpha="1")),
     ("square in two ways", "Shape", "x.weight", TWO_WAYS),
     ("A without B", "Names", "k.lora_A.weight has no B", adds({"k.lora_A.weight": torch.ones(2, 8)})),
     ("B without A", "Names", "k.lora_B.weight has no A", adds({"k.lora_B.weight": torch.ones(8, 2)})),
@@ -131,13 +125,11 @@ ROWS: list[tuple[str, str, str, Spoil]] = [
     ("some names", "Names", f"q_prj.weight (nearest: {Q}.weight", adds(lora(Q.replace("proj", "prj"), 12, 8))),
     ("all such names", "Names", "zz.weight", adds(lora("m.yy", 12, 8) | lora("m.zz", 12, 8))),
     ("two heads", "Names", HEAD, both(head(torch.ones(20, 8)), second({HEAD: torch.zeros(20, 8)}))),
-    ("no scale", "Usage", "--alpha", plain()),
+    ("no scale", "Usage", "--alpha", plain(lora("x", 5, 5))),
     ("weights", "Usage", "once per adapter", said(weights=(1.0, 2.0))),
     ("weight NaN", "Usage", "finite", said(weights=(float("nan"),))),
-    ("map", "Usage", "OLD=NEW", said(maps=("a",))),
     ("memory", "Usage", "MiB or more", lambda world: world.how.update(memory=1 << 20)),
     ("no adapter", "Usage", "No adapter", harm(lambda world: world.adapters.clear())),
-    ("no such adapter", "Usage", "not found", harm(lambda world: world.adapters.append(Path("nowhere/at all")))),
     ("NaN in A", "Numeric", f"{UP}.weight", adds(NAN)),
     ("infinity in B", "Numeric", "factor B holds", adds(lora(UP, 16, 8, torch.inf))),
     ("NaN in the base", "Numeric", Q, base({f"{Q}.weight": torch.full((12, 8), torch.nan)})),
@@ -159,12 +151,10 @@ ROWS: list[tuple[str, str, str, Spoil]] = [
     ("another tuner", "Unsupported", "LOHA", adds(peft_type="LOHA")),
     ("unknown field", "Unsupported", "use_sparkle = 0.5", adds(use_sparkle=0.5)),
     ("pissa", "Unsupported", "changed the base", adds(init_lora_weights="pissa_niter_4")),
-    ("kohya", "Unsupported", "kohya", harm(lambda w: w.adapters.append(kohya(w.folder / "kohya.safetensors")))),
+    ("kohya", "Unsupported", "kohya", plain({"lora_unet_down_0.lora_down.weight": torch.ones(2, 8)})),
     ("several adapters", "Unsupported", "several", adds({"k.lora_A.b.weight": torch.ones(2, 8)})),
-    ("a slow pattern", "Unsupported", "forever", adds(alpha_pattern={"(a+)+b": 3})),
-    ("a field's type", "MalformedFile", "lora_alpha", adds(lora_alpha="4")),
     ("cut off base", "MalformedFile", "bytes are missing", harm(lambda w: os.truncate(w.base / BASE, 99))),
-    ("cut off adapter", "MalformedFile", "bytes are missing", harm(lambda w: os.truncate(w.adapters[0] / ADAPTER, 99))),
+    ("cut off adapter", "MalformedFile", "bytes are missing", harm(lambda w: os.truncate(w.adapter / ADAPTER, 99))),
     ("cut off meanwhile", "MalformedFile", BASE, meanwhile(lambda w: os.truncate(w.base / BASE, 4000))),
     ("touched meanwhile", "MalformedFile", "changed", meanwhile(lambda w: os.utime(w.base / BASE))),
     ("a side file gone", "MalformedFile", "config.json", meanwhile(lambda w: (w.base / "config.json").unlink())),
@@ -172,7 +162,7 @@ ROWS: list[tuple[str, str, str, Spoil]] = [
         "pickled adapter",
         "UnsafeInput",
         "weights_only",
-        harm(lambda w: (w.adapters[0] / ADAPTER).rename(w.adapters[0] / "a.pt")),
+        harm(lambda w: (w.adapter / ADAPTER).rename(w.adapter / "a.pt")),
     ),
     ("pickled base", "UnsafeInput", "weights_only", harm(lambda w: (w.base / BASE).rename(w.base / "a.bin"))),
 ]
@@ -183,7 +173,7 @@ EXITS = {"Usage": 2, "MalformedFile": 10, "UnsafeInput": 11, "Unsupported": 12, 
 def test_refused_by_name_and_without_a_trace(tmp_path: Path, kind: str, words: str, spoil: Spoil) -> None:
     world = World(tmp_path)
     spoil(world)
-    before = {path: what for path, what in tiny.listing(world.write().folder).items() if path != "place"}
+    before = tiny.listing(world.write().base) | tiny.listing(world.adapter)
     with pytest.raises(errors.LoraCliError) as caught:
         world.merge()
     error = caught.value
@@ -191,15 +181,14 @@ def test_refused_by_name_and_without_a_trace(tmp_path: Path, kind: str, words: s
     said = (error.message, error.file, error.tensor, error.expected, error.found, error.hint, *error.details)
     assert words in " ".join(str(part) for part in said if part)
     assert list(world.place.iterdir()) == []
-    after = {path: what for path, what in tiny.listing(tmp_path).items() if path != "place"}
-    assert "on_plan" in world.how or after == before
+    assert "on_plan" in world.how or tiny.listing(world.base) | tiny.listing(world.adapter) == before
 
 
 ACCEPTED: dict[str, Spoil] = {
     "fields that are not set": adds(use_sparkle=None, use_dora=False, sparkles=[], layer_replication={}),
     "an ignored field": both(adds(use_sparkle=0.5), said(read=ReadOptions(ignore_fields=("use_sparkle",)))),
     "names that are allowed": both(adds(lora("m.yy", 12, 8)), said(allow_unmapped=True)),
-    "a square that is said": both(plain(alpha="1"), said(orientation="ab")),
+    "a square that is said": both(plain(lora("x", 5, 5), alpha="1"), said(orientation="ab")),
     "a quantised model's own exceptions": base(quantization_config={"ignore": ["self_attn", "up_proj"]}),
     "the same head twice": both(head(torch.ones(20, 8)), second({HEAD: torch.ones(20, 8)})),
 }
@@ -216,7 +205,7 @@ def test_what_is_close_to_a_refusal_is_done(tmp_path: Path, spoil: Spoil) -> Non
 PLACES: dict[str, tuple[str, Callable[[World], object]]] = {
     "the base": ("OutputExists", lambda w: w.base),
     "in the base": ("OutputExists", lambda w: w.base / "out"),
-    "in the adapter": ("OutputExists", lambda w: w.adapters[0] / "deep.safetensors"),
+    "in the adapter": ("OutputExists", lambda w: w.adapter / "deep.safetensors"),
     "around the inputs": ("OutputExists", lambda w: w.folder),
     "by a link into the base": ("OutputExists", lambda w: w.folder / "link" / "out"),
     "a link": ("OutputExists", lambda w: w.out.symlink_to("elsewhere")),
@@ -259,18 +248,3 @@ def test_force_replaces_only_what_a_receipt_lists(tmp_path: Path) -> None:
             world.merge(force=True)
         assert tiny.listing(world.place) == before
         (world.out / "mine").unlink()
-
-
-@pytest.mark.parametrize("name", ["out", "out.safetensors"])
-def test_of_two_runs_one_wins_and_the_other_leaves_no_trace(tmp_path: Path, name: str) -> None:
-    world = World(tmp_path).write()
-    world.out = world.out.with_name(name)
-
-    class Rival(Progress):
-        def file_done(self, name: str, file_bytes: int) -> None:
-            if not world.out.exists():
-                world.merge()
-
-    with pytest.raises(errors.OutputExistsError):
-        world.merge(progress=Rival())
-    assert {path.name for path in world.place.iterdir()} == {name, *(["out.lora_merge.json"] if "." in name else [])}

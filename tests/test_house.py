@@ -1,0 +1,95 @@
+"""The house rules that a machine can check: who may import whom, who may print, and what is public."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+import torch
+
+import lora_cli
+from lora_cli import errors
+from lora_cli.arithmetic.rounding import MERGEABLE as TORCH_MERGEABLE
+from lora_cli.checkpoint.dtypes import DTYPES
+from lora_cli.surgery.placing import MERGEABLE
+
+PACKAGE = Path(lora_cli.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+FLOORS = ("arithmetic", "checkpoint", "adapters", "surgery", "cli")
+"""From the ground up; files that stand on no floor may be imported from all."""
+
+
+def floor_of(module: str) -> int:
+    """Position of the floor that `lora_cli.x.y` is on; -1 for the ground."""
+    parts = module.split(".")
+    return FLOORS.index(parts[1]) if len(parts) > 1 and parts[1] in FLOORS else -1
+
+
+def imports_of(file: Path) -> list[str]:
+    tree = ast.parse(file.read_text("utf-8"))
+    found = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
+    return found + [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+
+
+def name_of(file: Path) -> str:
+    return ".".join(("lora_cli", *file.relative_to(PACKAGE).with_suffix("").parts))
+
+
+@pytest.mark.parametrize("file", FILES, ids=name_of)
+def test_a_room_imports_only_from_floors_below_or_its_own(file: Path) -> None:
+    own = floor_of(name_of(file))
+    above = [name for name in imports_of(file) if name.startswith("lora_cli") and floor_of(name) > own]
+    assert not above or file.name in ("__init__.py", "__main__.py")
+
+
+@pytest.mark.parametrize("file", FILES, ids=name_of)
+def test_only_the_command_line_prints(file: Path) -> None:
+    if floor_of(name_of(file)) == FLOORS.index("cli"):
+        return
+    names = imports_of(file)
+    assert (
+        not [name for name in names if name.split(".")[0] in ("typer", "rich", "click")] or file.name == "__main__.py"
+    )
+    calls = [node.func for node in ast.walk(ast.parse(file.read_text("utf-8"))) if isinstance(node, ast.Call)]
+    assert not [call for call in calls if isinstance(call, ast.Name) and call.id == "print"]
+
+
+@pytest.mark.parametrize("file", FILES, ids=name_of)
+def test_files_stay_small(file: Path) -> None:
+    assert len(file.read_text("utf-8").splitlines()) <= 400
+
+
+def test_floors_below_the_engine_load_without_torch() -> None:
+    """Checked on the text: what must not load torch does not import it at its top."""
+    for file in FILES:
+        top = [
+            node for node in ast.parse(file.read_text("utf-8")).body if isinstance(node, ast.Import | ast.ImportFrom)
+        ]
+        names = [getattr(node, "module", None) or node.names[0].name for node in top]
+        if floor_of(name_of(file)) in (1, 2, 4) or file.parent == PACKAGE:
+            assert not [name for name in names if name.split(".")[0] in ("torch", "transformers")], file
+
+
+def test_public_names_are_sorted_and_there() -> None:
+    names = [name for name in lora_cli.__all__ if not name.startswith("__")]
+    assert names == sorted(names)
+    for name in lora_cli.__all__:
+        member = getattr(lora_cli, name)
+        assert name == "__version__" or member.__doc__
+    assert set(lora_cli.__all__) <= set(dir(lora_cli))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        lora_cli.nothing  # noqa: B018
+
+
+def test_both_lists_of_types_that_take_a_delta_agree() -> None:
+    assert {getattr(torch, str(DTYPES[name].torch_name)) for name in MERGEABLE} == set(TORCH_MERGEABLE)
+
+
+def test_every_error_has_its_own_code() -> None:
+    classes = errors.LoraCliError.__subclasses__()
+    assert len({kind.code for kind in classes}) == len(classes)
+    codes = [kind.exit_code for kind in classes if kind is not errors.Interrupted]
+    assert len(set(codes)) == len(codes)
+    assert not {0, 1} & set(codes)
+    assert [errors.Interrupted(number).exit_code for number in (1, 2, 15)] == [129, 130, 143]
