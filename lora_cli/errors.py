@@ -34,12 +34,13 @@ class LoraCliError(Exception):
         tensor: The tensor or config field concerned.
         expected: What would have been right.
         found: What is there instead.
-        hint: One action that mends it.
+        hint: One action that mends it; the class's own advice unless given.
         details: Every mismatch of a batch, one a line, never only the first.
     """
 
     code: ClassVar[str] = "internal"
     exit_code: int = 70
+    advice: ClassVar[str] = "run again with --debug and report what it prints"
 
     def __init__(
         self,
@@ -58,7 +59,7 @@ class LoraCliError(Exception):
         self.tensor = tensor
         self.expected = None if expected is None else str(expected)
         self.found = None if found is None else str(found)
-        self.hint = hint
+        self.hint = hint or self.advice
         self.details = tuple(details)
 
 
@@ -67,6 +68,7 @@ class UsageError(LoraCliError):
 
     code = "usage"
     exit_code = 2
+    advice = "see lora-cli COMMAND --help"
 
 
 class MalformedFileError(LoraCliError):
@@ -74,6 +76,7 @@ class MalformedFileError(LoraCliError):
 
     code = "malformed-file"
     exit_code = 10
+    advice = "download or export the file again; lora-cli inspect shows what it holds"
 
 
 class UnsafeInputError(LoraCliError):
@@ -81,6 +84,7 @@ class UnsafeInputError(LoraCliError):
 
     code = "unsafe-input"
     exit_code = 11
+    advice = "get the file from a source that you trust"
 
 
 class UnsupportedError(LoraCliError):
@@ -88,6 +92,7 @@ class UnsupportedError(LoraCliError):
 
     code = "unsupported"
     exit_code = 12
+    advice = "lora-cli inspect shows what the files hold; the README lists what is supported"
 
 
 class NamesError(LoraCliError):
@@ -95,6 +100,7 @@ class NamesError(LoraCliError):
 
     code = "names"
     exit_code = 20
+    advice = "lora-cli inspect ADAPTER --base BASE shows which names resolve"
 
 
 class ShapeError(LoraCliError):
@@ -102,6 +108,7 @@ class ShapeError(LoraCliError):
 
     code = "shape"
     exit_code = 21
+    advice = "check that this is the base that the adapter was trained on"
 
 
 class NumericError(LoraCliError):
@@ -109,6 +116,7 @@ class NumericError(LoraCliError):
 
     code = "numeric"
     exit_code = 22
+    advice = "check the training run, or merge with a smaller --weight"
 
 
 class WrongInputError(LoraCliError):
@@ -116,6 +124,7 @@ class WrongInputError(LoraCliError):
 
     code = "wrong-input"
     exit_code = 23
+    advice = "check that these files belong together"
 
 
 class OutputExistsError(LoraCliError):
@@ -123,6 +132,7 @@ class OutputExistsError(LoraCliError):
 
     code = "output-exists"
     exit_code = 30
+    advice = "choose another place with -o"
 
 
 class DiskFullError(LoraCliError):
@@ -130,6 +140,7 @@ class DiskFullError(LoraCliError):
 
     code = "disk-full"
     exit_code = 31
+    advice = "free some space or choose another disk with -o"
 
 
 class WriteError(LoraCliError):
@@ -137,6 +148,7 @@ class WriteError(LoraCliError):
 
     code = "write"
     exit_code = 32
+    advice = "check the rights and the disk of the output's folder"
 
 
 class LockedError(LoraCliError):
@@ -144,6 +156,7 @@ class LockedError(LoraCliError):
 
     code = "locked"
     exit_code = 33
+    advice = "wait for the other run to end"
 
 
 class HubError(LoraCliError):
@@ -151,12 +164,14 @@ class HubError(LoraCliError):
 
     code = "hub"
     exit_code = 40
+    advice = "check the name and the network"
 
 
 class Interrupted(LoraCliError):  # noqa: N818 (it is no error, it is an order)
     """A signal asked the program to stop; nothing was left behind."""
 
     code = "interrupted"
+    advice = "run the same command again"
 
     def __init__(self, signal_number: int) -> None:
         super().__init__("Interrupted; nothing was written")

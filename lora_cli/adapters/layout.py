@@ -44,7 +44,7 @@ def settle_square(
     model_type = base_config.get("model_type")
     if isinstance(model_type, str):
         leaf = target.module.rpartition(".")[2]
-        return leaf in _conv1d_modules().get(model_type, ())
+        return leaf in conv1d_modules().get(model_type, ())
     if len(others) == 1:
         return next(iter(others))
     if adapter.orientation is not None:
@@ -53,7 +53,7 @@ def settle_square(
 
 
 @lru_cache(maxsize=1)
-def _conv1d_modules() -> Mapping[str, tuple[str, ...]]:
+def conv1d_modules() -> Mapping[str, tuple[str, ...]]:
     """Model type → last name parts of the modules that store (in × out)."""
     text = (resources.files("lora_cli") / "data" / "conv1d.yaml").read_text("utf-8")
     return {name: tuple(modules) for name, modules in yaml.safe_load(text).items()}

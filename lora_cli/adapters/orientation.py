@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from lora_cli.adapters.layout import _conv1d_modules as conv1d_modules  # one table for reading and writing
+from lora_cli.adapters.layout import conv1d_modules
 from lora_cli.checkpoint.checkpoint import Checkpoint, StoredTensor
 from lora_cli.errors import ShapeError
 

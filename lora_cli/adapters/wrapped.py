@@ -98,6 +98,7 @@ def unwrap(checkpoint: Checkpoint, options: ReadOptions) -> Wrapped | None:
         evidence=f"{len(targets)} modules hold a base weight and factors",
         targets=targets,
         config=said,
+        transposed_hint=said.get("fan_in_fan_out") is True,
         orientation="ba",
     )
     plain = First((mapper, Identity()))

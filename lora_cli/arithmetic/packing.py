@@ -118,6 +118,8 @@ def decode_choices(choices: Choices, intervals: Intervals) -> Bits:
     keys: Bits = index.view(intervals.first.dtype)
     keys += intervals.first
     keys[zeros] = -signs.view(np.int8)
+    outside = int(np.count_nonzero((keys - intervals.first).view(index.dtype) > intervals.spare))
+    _expect("values outside of their intervals", 0, outside)
     return keys
 
 
@@ -163,9 +165,6 @@ def _decode_planes(planes: Bytes, spare: Counts) -> Counts:
         alive, left = alive[more], left[more]
         start, bit = end, bit + 1
     _expect("bytes of index planes", start, planes.size)
-    outside = int(np.count_nonzero(index > spare))
-    if outside:
-        raise _malformed("indices within their intervals", f"{outside} outside")
     return index
 
 

@@ -83,7 +83,7 @@ class Preimages:
 
         Returns:
             A flag for each element, perhaps in a buffer that the next call overwrites. An element with
-            several preimages that is overlooked (at a tie between subnormals, say) only costs space later.
+            several preimages that is overlooked (ties between subnormals in bytes) only costs space later.
         """
         difference = self._difference[: merged.numel()]
         if merged.dtype.itemsize == 1:
@@ -114,6 +114,9 @@ class Preimages:
         finite, fraction = np.iinfo(merged.dtype).max, fraction_bits(self.base)
         np.bitwise_and(candidate, finite, out=magnitude)
         np.bitwise_and(merged, finite >> fraction << fraction, out=binade)
+        if self.base.itemsize > 1:
+            # Subnormal ties do not show below. Bytes are left out, many of which may be subnormal.
+            np.maximum(binade, 1 << fraction, out=binade)
         np.less_equal(magnitude, binade, out=flags)
         dropped = fraction_bits(self.work) - fraction
         np.bitwise_and(difference, (1 << dropped) - 1, out=difference)

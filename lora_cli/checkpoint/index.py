@@ -46,11 +46,10 @@ class Index:
         """Return the bytes of this index for other tensors, everything else kept."""
         metadata = self.document.get("metadata")
         kept = dict(metadata) if isinstance(metadata, dict) else {}
-        document = {
-            **self.document,
-            "metadata": {**kept, "total_size": total_size},
-            "weight_map": dict(weight_map),
-        }
+        if list(self.weight_map) == sorted(self.weight_map):
+            weight_map = dict(sorted(weight_map.items()))  # as most writers leave it
+        changed = {"metadata": {**kept, "total_size": total_size}, "weight_map": dict(weight_map)}
+        document = {**self.document, **changed}
         return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
 
 

@@ -70,7 +70,8 @@ def run(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
     except Exception as error:  # noqa: BLE001 (the last line of defence)
-        return _failed(_as_ours(error))
+        if not stop.signal:  # else a library turned the interrupt into something of its own
+            return _failed(_as_ours(error))
     if stop.signal:
         return _failed(Interrupted(stop.signal))
     return code if isinstance(code, int) else 0
@@ -88,9 +89,9 @@ def main() -> None:
     except BrokenPipeError:
         _silence_stdout()
         code = code or 141
-    except OSError:
+    except OSError as error:
         _silence_stdout()
-        code = code or WriteError.exit_code
+        code = _failed(_as_ours(error))
     sys.exit(code)
 
 
@@ -101,7 +102,8 @@ class _Stop:
         self.signal = 0
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             try:
-                signal.signal(number, self)
+                if signal.getsignal(number) is not signal.SIG_IGN:  # nohup wants it ignored
+                    signal.signal(number, self)
             except ValueError:  # not the main thread: whoever runs us there handles signals
                 return
 

@@ -33,7 +33,7 @@ def inject(
     out: opt.OutOption = "",
     rank: Annotated[int | None, typer.Option("--rank", metavar="R", help="Rank of the factors.")] = None,
     alpha: Annotated[
-        float | None, typer.Option("--alpha", metavar="A", help="Alpha; the scale is alpha / rank. [default: the rank]")
+        float | None, typer.Option("--alpha", metavar="A", help="Alpha; the scale is alpha / rank. (default: the rank)")
     ] = None,
     target: Annotated[
         list[str] | None,
@@ -54,18 +54,18 @@ def inject(
     ] = None,
     init: Annotated[
         Literal["kaiming", "gaussian", "orthogonal"] | None,
-        typer.Option("--init", help="How A begins; B is zero. [default: kaiming]", rich_help_panel=_INIT),
+        typer.Option("--init", help="How A begins; B is zero. (default: kaiming)", rich_help_panel=_INIT),
     ] = None,
     std: Annotated[
         float | None,
-        typer.Option("--std", metavar="STD", help="Spread of --init gaussian. [default: 0.01]", rich_help_panel=_INIT),
+        typer.Option("--std", metavar="STD", help="Spread of --init gaussian. (default: 0.01)", rich_help_panel=_INIT),
     ] = None,
     seed: Annotated[
-        int | None, typer.Option("--seed", metavar="N", help="Decides A. [default: 0]", rich_help_panel=_INIT)
+        int | None, typer.Option("--seed", metavar="N", help="Decides A. (default: 0)", rich_help_panel=_INIT)
     ] = None,
     dtype: Annotated[
         Literal["fp32", "bf16", "fp16"] | None,
-        typer.Option("--dtype", help="Type of the factors. [default: fp32]", rich_help_panel=_INIT),
+        typer.Option("--dtype", help="Type of the factors. (default: fp32)", rich_help_panel=_INIT),
     ] = None,
     rslora: Annotated[
         bool, typer.Option("--rslora", help="Scale by alpha / √rank instead.", rich_help_panel=_INIT)
@@ -100,7 +100,7 @@ def inject(
     options = settle_options(Path(config) if config else None, given)
     budget = opt.memory_bytes(memory)
     if dry:
-        plan = surgery.prepare(base, options, progress=output.progress()).plan()
+        plan = surgery.prepare(base, options, progress=output.progress()).plan().for_output(Path(out))
         if out:
             surgery.check_injection_output(plan, Path(out), options, force=force)
         planned = DryRun(plan, out, threads, budget)

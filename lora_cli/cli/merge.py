@@ -73,7 +73,7 @@ def merge(
     )
     budget = opt.memory_bytes(memory)
     if dry:
-        plan = surgery.plan_merge(base, adapters or (), options, progress=output.progress())
+        plan = surgery.plan_merge(base, adapters or (), options, progress=output.progress()).for_output(Path(out))
         if out:
             surgery.check_output(plan, Path(out), force=force)
         planned = DryRun(plan, out, threads, budget)
@@ -90,8 +90,6 @@ def merge(
         progress=output.progress(),
         on_plan=lambda plan: output.show(summary(plan)),
     )
-    for warning in result.warnings:
-        output.warn(warning)
     output.result(result, "merge", lambda: view(result))
 
 

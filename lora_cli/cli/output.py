@@ -107,8 +107,12 @@ class Output:
     def _console(self, stream: Any) -> Console:
         from rich.console import Console
 
+        class OurConsole(Console):
+            def on_broken_pipe(self) -> None:
+                raise ClosedPipe  # rich would end the program with exit code 1, which means differences
+
         # highlight would colour numbers; markup would let a tensor's name draw.
-        return Console(file=stream, highlight=False, markup=False, emoji=False)
+        return OurConsole(file=stream, highlight=False, markup=False, emoji=False)
 
     def _print_json(self, document: Mapping[str, Any]) -> None:
         with _pipe():

@@ -71,6 +71,7 @@ def unmerge(
         plan = surgery.plan_unmerge(
             merged, adapters or (), options, approximate=approximate, progress=output.progress()
         )
+        plan = plan.for_output(Path(out))
         if out:
             check_output(plan, Path(out), force=force)
         planned = DryRun(plan, out, threads, budget)
@@ -88,8 +89,6 @@ def unmerge(
         progress=output.progress(),
         on_plan=lambda plan: output.show(summary(plan)),
     )
-    for warning in result.warnings:
-        output.warn(warning)
     output.result(result, "unmerge", lambda: view(result))
 
 

@@ -54,7 +54,7 @@ def execute(
         staged = [staging.create(name, file.size) for name, file in zip(names, plan.files, strict=True)]
         _fill(plan, staged, budget, progress)
         # The index, and then the receipt, come last: without them a folder does not look complete.
-        smalls = sorted(plan.side_files, key=lambda side: side.name.endswith(".index.json")) if folder else []
+        smalls = sorted(plan.side_files, key=lambda side: side.name.endswith(".index.json"))
         for side in [*smalls, *extra_files]:
             staging.write_small(side.name, side.read())
         staging.publish()

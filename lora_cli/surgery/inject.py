@@ -141,8 +141,8 @@ def inject(
     )
     with measured() as run:
         injection = prepare(base, options, progress=progress)
-        made = injection.plan()
         target = Path(out)
+        made = injection.plan().for_output(target)
         check_injection_output(made, target, options, force=force)
         if on_plan:
             on_plan(made)

@@ -203,7 +203,7 @@ def _inspect_adapter(
         format=adapter.format,
         evidence=adapter.evidence,
         parameters=sum(math.prod(tensor.shape) for tensor in adapter.tensors),
-        bytes=sum(tensor.nbytes for tensor in adapter.tensors),
+        bytes=sum({tensor.shard.source: tensor.shard.source.size for tensor in adapter.tensors}.values()),
         dtypes=_dtypes(adapter.tensors),
         adapter_kind=adapter.kind,
         base=str(named) if named else None,

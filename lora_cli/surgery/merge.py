@@ -71,7 +71,10 @@ def plan_merge(
     """
     options = options or PlanOptions()
     opened = open_base(base, progress)
-    return plan(opened, open_adapters(adapters, options.read, progress), options)
+    made = plan(opened, open_adapters(adapters, options.read, progress), options)
+    for warning in made.warnings:
+        progress.warn(warning)
+    return made
 
 
 def merge(
@@ -105,8 +108,8 @@ def merge(
         LoraCliError: Anything that does not fit; see the error classes.
     """
     with measured() as run:
-        made = plan_merge(base, adapters, options, progress=progress)
         target = Path(out)
+        made = plan_merge(base, adapters, options, progress=progress).for_output(target)
         check_output(made, target, force=force)
         if on_plan:
             on_plan(made)

@@ -87,7 +87,10 @@ class Placement:
         self.warnings = [f"{adapter.label}: {text}" for adapter in self.adapters for text in adapter.warnings]
         self._problems: list[tuple[type[LoraCliError], str]] = []
         if not self.adapters:
-            raise UsageError("No adapter given, and the base carries none", hint="name an adapter after the base")
+            raise UsageError(
+                "No adapter given, and the base carries none",
+                hint="name an adapter: merge BASE ADAPTER, verify --adapter ADAPTER",
+            )
         for position, adapter in enumerate(self.adapters):
             self._place(position, adapter)
         self._raise_problems()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -199,6 +199,13 @@ class Plan:
     dropped: tuple[str, ...]
     inputs: tuple[Path, ...]
     warnings: tuple[str, ...]
+
+    def for_output(self, target: Path) -> Plan:
+        """The plan for this output: one file alone has no side files."""
+        if target.suffix != ".safetensors":
+            return self
+        left_out = sorted([*self.left_out, *(side.name for side in self.side_files)])
+        return replace(self, side_files=(), left_out=tuple(left_out))
 
     @property
     def edits(self) -> Iterable[Edit]:

@@ -56,7 +56,7 @@ class _Layout:
             ledger=tuple(placed.ledger),
             dropped=tuple(sorted(placed.carried)),
             inputs=(*self.base.paths, *(path for adapter in placed.adapters for path in adapter.paths)),
-            warnings=(*self.base.warnings, *placed.warnings, *warnings),
+            warnings=(*(f"{self.base.label}: {text}" for text in self.base.warnings), *placed.warnings, *warnings),
         )
 
     def _output_file(self, shard: Shard) -> OutputFile:

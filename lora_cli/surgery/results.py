@@ -24,10 +24,7 @@ Reference = str | Path
 def open_base(reference: Reference, progress: Progress = SILENT) -> Checkpoint:
     """Open a checkpoint from a path or a Hub id."""
     place = locate(str(reference), role="checkpoint", progress=progress)
-    checkpoint = open_checkpoint(place.path, label=place.label, links_inside=place.links_inside)
-    for warning in checkpoint.warnings:
-        progress.warn(f"{checkpoint.label}: {warning}")
-    return checkpoint
+    return open_checkpoint(place.path, label=place.label, links_inside=place.links_inside)
 
 
 def open_adapters(references: Iterable[Reference], options: ReadOptions, progress: Progress = SILENT) -> list[Adapter]:

@@ -42,13 +42,21 @@ class Undecided:
 
 
 @dataclass(frozen=True)
+class WrittenFile:
+    """A file of the output; its digest is None where the base's is not known to compare with."""
+
+    name: str
+    digest: str | None
+
+
+@dataclass(frozen=True)
 class UnmergeResult:
     """What an unmerge wrote.
 
     Attributes:
         out: The output.
         exact: Whether every byte of the base is proved.
-        files: Names of the files written.
+        files: The files written.
         tensors: Output tensors by what happened to them.
         undecided: The tensors that are not proved in full.
         kept: Tensors that the adapter had replaced: their base values are not in the merged file, so they stay.
@@ -60,7 +68,7 @@ class UnmergeResult:
 
     out: str
     exact: bool
-    files: tuple[str, ...]
+    files: tuple[WrittenFile, ...]
     tensors: dict[str, int]
     undecided: tuple[Undecided, ...]
     kept: tuple[str, ...]
@@ -90,9 +98,11 @@ def plan_unmerge(
             "Name the adapter that was merged", hint="lora-cli unmerge MERGED ADAPTER -o OUT --approximate"
         )
     options = options or PlanOptions()
-    return plan(
-        open_base(merged, progress), open_adapters(adapters, options.read, progress), options, operation="unmerge"
-    )
+    opened = open_adapters(adapters, options.read, progress)
+    made = plan(open_base(merged, progress), opened, options, operation="unmerge")
+    for warning in made.warnings:
+        progress.warn(warning)
+    return made
 
 
 def unmerge(
@@ -128,8 +138,8 @@ def unmerge(
     """
     options = options or PlanOptions()
     with measured() as run:
-        made = plan_unmerge(merged, adapters, options, approximate=approximate, progress=progress)
         target = Path(out)
+        made = plan_unmerge(merged, adapters, options, approximate=approximate, progress=progress).for_output(target)
         check_output(made, target, force=force)
         if on_plan:
             on_plan(made)
@@ -158,7 +168,7 @@ def unmerge(
     return UnmergeResult(
         out=str(out),
         exact=not undecided and not any(entry.outcome in ("replaced", "added") for entry in made.ledger),
-        files=(*output_names(made, target), receipt.name),
+        files=tuple(WrittenFile(name, None) for name in (*output_names(made, target), receipt.name)),
         tensors=made.counts(),
         undecided=undecided,
         kept=stays,

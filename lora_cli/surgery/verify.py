@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -92,6 +93,8 @@ def verify(
     with measured() as run:
         candidate = open_base(merged, progress)
         made = plan(open_base(base, progress), open_adapters(adapters, options.read, progress), options)
+        for warning in (*(f"{candidate.label}: {text}" for text in candidate.warnings), *made.warnings):
+            progress.warn(warning)
         different, checked = _compare_names(made, candidate)
         comparable = {key for key, tensor in candidate.tensors.items() if key in checked}
         found = _compare_values(made, candidate, comparable, max_ulp, threads, memory, progress)
@@ -145,11 +148,17 @@ def _compare_values(
     from lora_cli.surgery.compare import compare_plan
 
     budget = settle_budget(made, memory=memory, threads=threads or default_threads())
-    progress.begin("verify", sum(edit.nbytes for edit in made.edits if edit.key in keys))
+    compared = {edit.key: file.name for file in made.files for edit in file.edits if edit.key in keys}
+    left = Counter({file.name: sum(e.nbytes for e in file.edits if e.key in keys) for file in made.files})
+    progress.begin("verify", left.total())
+    sizes = dict(left)
     tallies: dict[str, _Tally] = {}
     tensors: dict[str, StoredTensor] = {key: candidate.tensors[key] for key in keys}
     for key, nbytes, elements, ulp in compare_plan(made, tensors, budget, max_ulp):
         progress.advance(nbytes)
+        left[compared[key]] -= nbytes
+        if not left[compared[key]]:
+            progress.file_done(compared[key], sizes[compared[key]])
         if elements:
             tally = tallies.setdefault(key, _Tally())
             tally.elements += elements

@@ -150,7 +150,7 @@ def test_the_edge_of_uneven_noise_is_its_largest_row_and_column() -> None:
     variances[3] *= 9
     variances[:, 5] *= 9
     noise = Noise(70)
-    for part in variances.split(20):
+    for part in (variances[:20], variances[20:40], variances[40:]):
         noise.add(part)
     assert noise.edge == pytest.approx(float(variances.sum(1).max().sqrt() + variances.sum(0).max().sqrt()))
     assert noise.energy == pytest.approx(float(variances.sum()))

@@ -36,8 +36,8 @@ def some_intervals(seed: int, width: int, count: int) -> tuple[Bits, Intervals]:
     """Intervals anywhere on the line, of any length, many of them around zero, and a key in each."""
     rng = np.random.default_rng(seed)
     top = (1 << 8 * width - 1) - 2
-    ends = np.sort([[int(rng.integers(~top, top, endpoint=True)) for _ in range(2)] for _ in range(count)], axis=1)
-    first, last = ends.T.astype(f"i{width}")
+    ends = [sorted(int(rng.integers(~top, top, endpoint=True)) for _ in range(2)) for _ in range(count)]
+    first, last = np.array(ends, f"i{width}").reshape(count, 2).T
     last = np.where(rng.random(count) < 0.5, first, last)
     around = rng.random(count) < 0.3
     reach = rng.integers(0, min(top, 100), count)
@@ -74,12 +74,16 @@ def sealed(stream: bytes | bytearray) -> bytes:
     return bytes(stream[:24]) + struct.pack("<I", checksum) + bytes(stream[28:])
 
 
+def header_of(stream: bytes) -> Header:
+    return dict(zip(FIELDS, struct.unpack_from("<HHIIIII", stream), strict=True))
+
+
 def with_header(stream: bytes, **changes: int) -> bytes:
-    header = dict(zip(FIELDS, struct.unpack_from("<HHIIIII", stream), strict=True)) | changes
+    header = header_of(stream) | changes
     return sealed(struct.pack("<HHIIIII", *header.values()) + stream[24:])
 
 
-def read_small(stream: bytes) -> tuple[NDArray[Any], Exceptions]:
+def read_small(stream: packing.Buffer) -> tuple[NDArray[Any], Exceptions]:
     choices, exceptions = read_stream(stream, KIND, 100, INT16)
     return decode_choices(choices, small()[1]), exceptions
 
@@ -121,17 +125,15 @@ def test_the_bytes_of_version_1() -> None:
 
 @pytest.mark.parametrize("width", [1, 2, 4, 8])
 def test_an_index_takes_as_many_bits_as_its_interval_needs(width: int) -> None:
-    count = 8 * 25
+    count = 24
     for bits in range(1, 8 * width):
-        for spare in (2 ** (bits - 1), 2**bits - 1):
-            first = np.full(count, 1 if bits < 8 * width - 1 else -(2 ** (8 * width - 2)), f"i{width}")
-            intervals = Intervals(first, np.full(count, spare, f"u{width}"))
-            choices = encode_choices(first.copy(), intervals)
-            planes = bits if choices.questions == 0 else 0
-            assert choices.planes.size * 8 >= planes * count
-            if first[0] > 0:
-                assert choices.planes.size * 8 == bits * count
-                assert choices.questions == choices.zeros == 0
+        # All within the negative values, where no zero is near.
+        first = np.full(count, -(1 << 8 * width - 1) + 1, f"i{width}")
+        for spare in (1 << bits - 1, (1 << bits) - 1):
+            intervals = Intervals(first, np.full(count, min(spare, (1 << 8 * width - 1) - 4), f"u{width}"))
+            choices = encode_choices(first + first.dtype.type(1), intervals)
+            assert choices.planes.size * 8 == bits * count
+            assert choices.questions == choices.zeros == 0
 
 
 def test_zeros_cost_runs_of_equal_bits() -> None:
@@ -182,19 +184,14 @@ def test_every_flipped_bit_is_found() -> None:
 
 
 @pytest.mark.parametrize("field", FIELDS)
-@pytest.mark.parametrize("change", [-1, 1, 2**31])
-def test_a_wrong_header_is_found_without_the_checksum(field: str, change: int) -> None:
+@pytest.mark.parametrize("flip", [1, 2, 0x8000, 1 << 31])
+def test_a_wrong_header_is_found_without_the_checksum(field: str, flip: int) -> None:
     stream = small_stream()
-    value = dict(zip(FIELDS, struct.unpack_from("<HHIIIII", stream), strict=True))[field]
-    limit = 2**16 if field in ("version", "kind") else 2**32
+    value = header_of(stream)[field]
     started = time.monotonic()
     with pytest.raises(MalformedFileError):
-        read_small(
-            with_header(stream, **{field: (value + change) % limit})
-            if (value + change) % limit != value
-            else with_header(stream, **{field: value ^ 0x8000})
-        )
-    assert time.monotonic() - started < 1, "nothing of a declared size is allocated"
+        read_small(with_header(stream, **{field: value ^ (flip if field in FIELDS[2:] else flip & 0xFFFF or 4)}))
+    assert time.monotonic() - started < 1, "nothing is allocated because a header says so"
 
 
 def test_headers_whose_lengths_add_up_are_checked_against_the_intervals() -> None:
@@ -218,25 +215,32 @@ def test_headers_whose_lengths_add_up_are_checked_against_the_intervals() -> Non
 @pytest.mark.parametrize(
     ("place", "value"),
     [
-        (28, 0b1011),  # a flag too many
-        (28, 0b111),  # another flag than there are signs
-        (29, 0b1101),  # a sign too many
-        (28 + 14 - 4, 0b11001),  # see below; a bit beyond the plane
+        (28, 0b1011),  # a fourth flag
+        (28, 0b111),  # more flags set than there are signs
+        (28, 0b001),
+        (29, 0b1101),  # a fourth sign
+        (-3, 0b11001),  # a fifth bit in a plane of four
+        (-1, 0b111),
     ],
 )
 def test_bits_beyond_the_last_are_found(place: int, value: int) -> None:
     stream = bytearray(small_stream())
-    stream[place if place < 30 else -3] = value
+    stream[place] = value
     with pytest.raises(MalformedFileError):
         read_small(sealed(stream))
 
 
-def test_indices_outside_of_their_interval_are_found() -> None:
+def test_values_outside_of_their_intervals_are_found() -> None:
     stream = bytearray(small_stream())
-    stream[-2] |= 1  # bit 1 of the interval of five: index 6
-    with pytest.raises(MalformedFileError, match="damaged") as caught:
+    stream[-2] |= 1  # the second bit of the interval of five: index 6
+    with pytest.raises(MalformedFileError) as caught:
         read_small(sealed(stream))
-    assert caught.value.expected == "indices within their intervals"
+    assert caught.value.expected == "values outside of their intervals: 0"
+    # The zeros of an interval that begins at +0.0 do not include -0.0.
+    intervals = Intervals(np.array([0], np.int16), np.array([9], np.uint16))
+    minus = encode_choices(np.array([-1], np.int16), Intervals(np.array([-1], np.int16), np.array([9], np.uint16)))
+    with pytest.raises(MalformedFileError):
+        decode_choices(minus, intervals)
 
 
 @pytest.mark.parametrize("positions", [(70, 3), (3, 3), (3, 100), (3, 2**32 - 1)])

@@ -89,7 +89,7 @@ def intervals_of(base: torch.dtype, merged: Tensor, deltas: Tensor) -> Intervals
 def test_intervals_are_those_of_brute_force(name: str, out_name: str) -> None:
     base, merged = DTYPES[name], DTYPES[out_name]
     pairs = 0
-    for delta in some_deltas(1, base, merged, 60 if base.itemsize == 1 else 24):
+    for delta in some_deltas(1, base, merged, 80 if base.itemsize == 1 else 40):
         results, first, spare = brute_force(base, merged, delta)
         deltas = torch.full(results.shape, delta, dtype=work_dtype(base, merged))
         found = intervals_of(base, results, deltas)
@@ -238,8 +238,11 @@ def test_casts_change_at_the_edges_of_every_value(name: str, work: torch.dtype) 
 def test_edges_of_float32_are_midpoints_in_float64() -> None:
     values = torch.tensor([1.0, 1.0 + 2.0**-23, -1.0, torch.finfo(torch.float32).max, 2.0**-149, 0.0, -0.0])
     least, beyond = edges_of(bits_view(values), torch.float32, torch.float64)
-    up, down = (lambda x: math.nextafter(x, math.inf)), (lambda x: math.nextafter(x, -math.inf))
     limit = overflow_limit(torch.float32)
+
+    def up(value: float) -> float:
+        return math.nextafter(value, math.inf)
+
     assert least.tolist() == [
         1 - 2.0**-25,
         up(1 + 2.0**-24),
@@ -258,7 +261,6 @@ def test_edges_of_float32_are_midpoints_in_float64() -> None:
         up(2.0**-150),
         0.0,
     ]
-    assert down(up(limit)) == limit
 
 
 @pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2"])
@@ -274,7 +276,7 @@ def test_the_table_of_bytes_holds_their_values(name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "out_name"), list(product(SMALL, SMALL)))
-def test_the_survey_overlooks_nothing_but_ties_of_subnormals(name: str, out_name: str) -> None:
+def test_the_survey_overlooks_nothing_but_ties_of_subnormals_in_bytes(name: str, out_name: str) -> None:
     base, merged = DTYPES[name], DTYPES[out_name]
     preimages = Preimages(base, merged, 1 << 16)
     for delta in some_deltas(5, base, merged, 24 if base.itemsize == 1 else 12):
@@ -283,7 +285,7 @@ def test_the_survey_overlooks_nothing_but_ties_of_subnormals(name: str, out_name
         deltas = torch.full(results.shape, delta, dtype=preimages.work)
         flags = preimages.survey(results, deltas, out)
         overlooked = ~flags & ((spare > 0) | (keys_of(out) != first))
-        if base == merged:
+        if base == merged and base.itemsize == 1:
             overlooked &= (out.float().abs() > torch.finfo(base).smallest_normal).numpy()
         assert not overlooked.any(), delta
 

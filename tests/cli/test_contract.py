@@ -16,7 +16,10 @@ from lora_cli.errors import LoraCliError
 ERROR_FIELDS = {"schema", "code", "exit", "message", "file", "tensor", "expected", "found", "hint", "details"}
 MERGE_FIELDS = "out tensors ledger entries adapters bytes_written seconds peak_rss_bytes"
 PLAN_FIELDS = "operation base tensors ledger adapters files bytes_to_read bytes_to_write free_disk_bytes fits"
+DIFF_FIELDS = "same only_in_a only_in_b changed unchanged"
 VERIFY_FIELDS = "verified max_ulp tensors different"
+INPUTS = "--base {base} --adapter {adapter}"
+UNMERGE = "unmerge {merged} {adapter} --approximate"
 UNMERGE_FIELDS = "out exact files tensors undecided"
 
 
@@ -30,6 +33,7 @@ class Command:
         fields: That the JSON has, at least.
         code: Exit code.
         shards: Whether it goes through the base's shards, so that -v has a line for each.
+        plan: Whether the plan is on stderr first.
     """
 
     line: str
@@ -37,6 +41,7 @@ class Command:
     fields: str
     code: int = 0
     shards: bool = False
+    plan: bool = False
 
 
 COMMANDS = {
@@ -46,13 +51,18 @@ COMMANDS = {
     "inspect file": Command("inspect {file}", "inspect", "kind format parameters tensors"),
     "inspect plain": Command("inspect {plain} --scale 2", "inspect", "kind format parameters modules"),
     "inspect merged": Command("inspect {merged}", "inspect", "kind format parameters tensors receipt"),
-    "merge": Command("merge {base} {adapter} -o {out}", "merge", MERGE_FIELDS, shards=True),
-    "merge file": Command("merge {file} {plain} --alpha 3 -o {out}.safetensors", "merge", MERGE_FIELDS),
+    "merge": Command("merge {base} {adapter} -o {out}", "merge", MERGE_FIELDS, shards=True, plan=True),
+    "merge file": Command("merge {file} {plain} --scale 3 -o {out}.safetensors", "merge", MERGE_FIELDS, plan=True),
     "merge dry": Command("merge {base} {adapter} -o {out} --dry-run", "plan", PLAN_FIELDS),
-    "verify": Command("verify {merged} --base {base} --adapter {adapter}", "verify", VERIFY_FIELDS, shards=True),
-    "verify other": Command("verify {base} --base {base} --adapter {adapter}", "verify", VERIFY_FIELDS, code=1),
-    "unmerge": Command("unmerge {merged} {adapter} -o {out} --approximate", "unmerge", UNMERGE_FIELDS, shards=True),
-    "unmerge dry": Command("unmerge {merged} {adapter} --approximate --dry-run", "plan", PLAN_FIELDS),
+    "verify": Command(f"verify {{merged}} {INPUTS}", "verify", VERIFY_FIELDS, shards=True),
+    "verify other": Command(f"verify {{base}} {INPUTS}", "verify", VERIFY_FIELDS, code=1, shards=True),
+    "diff": Command("diff {base} {merged}", "diff", DIFF_FIELDS, code=1),
+    "diff same": Command("diff {base} {single}", "diff", DIFF_FIELDS),
+    "diff adapters": Command("diff {adapter} {adapter}", "diff", DIFF_FIELDS),
+    "inject": Command("inject {base} -o {out} --rank 2", "inject", "out"),
+    "inject wrapped": Command("inject {base} --rank 2 -o {out} --layout wrapped", "inject", "out", shards=True),
+    "unmerge": Command(f"{UNMERGE} -o {{out}}", "unmerge", UNMERGE_FIELDS, shards=True, plan=True),
+    "unmerge dry": Command(f"{UNMERGE} --dry-run", "plan", PLAN_FIELDS),
 }  # fmt: skip
 """Every command in every way that gives a result; a new one is a new line."""
 
@@ -82,9 +92,8 @@ def test_text(call: Call, world: World, tmp_path: Path, command: Command) -> Non
     assert not ran.out.startswith("{")
     assert "error" not in ran.err
     assert "warning" not in ran.err
-    writes = "{out}" in command.line and "dry-run" not in command.line
-    assert ran.err.startswith("plan: ") == writes  # the plan comes first, beside the result
-    assert "plan: " not in ran.out or "dry-run" in command.line
+    assert ran.err.startswith("plan: ") == command.plan
+    assert ("plan: " in ran.out) == (command.schema == "plan")
 
 
 @before_or_after

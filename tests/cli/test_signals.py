@@ -73,7 +73,8 @@ def merge_with_a_signal(
 def test_a_signal_stops_a_merge_and_leaves_nothing(world: World, tmp_path: Path, number: int, code: int) -> None:
     returned, out, err = merge_with_a_signal(world, tmp_path, number, "-q")
     assert (returned, out) == (code, "")
-    assert err == "error: Interrupted; nothing was written\n"
+    assert err.splitlines()[0] == "error: Interrupted; nothing was written"
+    assert len(err.splitlines()) <= 2
     assert list((tmp_path / "work").iterdir()) == []
 
 

@@ -152,9 +152,10 @@ def test_wrong_merges_are_not_verified(make: Make, case: Case, dtype: torch.dtyp
     assert check(made, wrong).verified
 
 
+@pytest.mark.parametrize("name", ["bert-mlm", "bert-published"])  # one replaces tensors, the other adds some
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_one_bit_anywhere_is_a_difference(make: Make, dtype: torch.dtype, tmp_path: Path) -> None:
-    made, wrong = make(BY_NAME["bert-published"], dtype), tmp_path / "wrong"
+def test_one_bit_anywhere_is_a_difference(make: Make, name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    made, wrong = make(BY_NAME[name], dtype), tmp_path / "wrong"
     merge(made.base_dir, [made.adapter_dir], wrong)
     tensors, terms = in_memory(wrong), made.terms()
     replaced = next(iter(made.replaced.values()))

@@ -18,9 +18,8 @@ import numpy as np
 import pytest
 import tiny
 
+import lora_cli
 from lora_cli import errors
-from lora_cli.surgery.merge import MergeResult, merge
-from lora_cli.surgery.placing import PlanOptions
 
 Raw = tuple[str, list[int], bytes]
 Patch = pytest.MonkeyPatch
@@ -100,8 +99,8 @@ class Job:
         self.base, self.out = self.base / SHARDS[0], self.out.with_suffix(".safetensors")
         return self
 
-    def merge(self, **how: Any) -> MergeResult:
-        return merge(self.base, [self.adapter], self.out, threads=2, **how)
+    def merge(self, **how: Any) -> lora_cli.MergeResult:
+        return lora_cli.merge(self.base, [self.adapter], self.out, threads=2, **how)
 
     @contextmanager
     def no_trace(self, kind: type[BaseException]) -> Iterator[pytest.ExceptionInfo[BaseException]]:
@@ -110,7 +109,7 @@ class Job:
         with pytest.raises(kind) as caught:
             yield caught
         assert state(self.place) == before
-        assert len(list(Path("/dev/fd").iterdir())) == opened
+        assert len(list(Path("/dev/fd").iterdir())) <= opened
 
 
 @pytest.fixture
@@ -129,6 +128,7 @@ def test_only_the_bytes_of_targets_change(job: Job, single: bool) -> None:
         new[target] = old[target]
         assert new == old
     assert state(job.folder / "base") == before
+    assert lora_cli.verify(job.out, job.base, [job.adapter]).verified
     assert sorted(result.files) == sorted(path.name for path in (job.place if single else job.out).iterdir())
     if not single:
         assert {name for name, _ in state(job.out).items() & before.items()} == {"config.json", INDEX}
@@ -137,7 +137,7 @@ def test_only_the_bytes_of_targets_change(job: Job, single: bool) -> None:
 
 def test_a_changed_layout_keeps_the_rest(job: Job) -> None:
     job.write_adapter("x", **{"head.weight": np.arange(6.0)})
-    result = job.merge(options=PlanOptions(dtype="bf16"))
+    result = job.merge(options=lora_cli.PlanOptions(dtype="bf16"))
     assert result.tensors == {"total": 13, "edited": 5, "copied": 7, "added": 1, "dropped": 0}
     total = 0
     for name in SHARDS:
@@ -189,7 +189,7 @@ def test_a_hub_cache_is_read_through_its_links(job: Job) -> None:
         path.rename(cache / "blobs" / f"b{number}")
         (snapshot / path.name).symlink_to(f"../../blobs/b{number}")
     before = state(cache)
-    merge(snapshot, [job.adapter], job.place / "again")
+    lora_cli.merge(snapshot, [job.adapter], job.place / "again")
     assert state(cache) == before
     assert {name for name, _ in state(job.out).items() ^ state(job.place / "again").items()} == {"lora_merge.json"}
 
@@ -213,7 +213,7 @@ CALLS = ["pwrite", "posix_fallocate", "copy_file_range", "fsync", "rename", "lin
 
 @pytest.mark.parametrize("single", [False, True])
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
-@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("call", [call for call in CALLS if hasattr(os, call)])
 def test_a_fault_at_any_call_leaves_nothing(job: Job, call: str, number: int, single: bool, monkeypatch: Patch) -> None:
     job, real, fails, calls = job.single() if single else job, getattr(os, call), 0, itertools.count(1)
     kind: type[Exception] = errors.DiskFullError if number == errno.ENOSPC else errors.WriteError

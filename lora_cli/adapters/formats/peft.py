@@ -110,6 +110,7 @@ def _sort(
         _refuse_unsupported(name, tensor, source)
         if match := _FACTOR.fullmatch(name):
             adapter_names.add(match["adapter"] or "default")
+            _refuse_several(adapter_names, source)
             if match["parameter"] == "weight":
                 pairs.setdefault(match["module"], Pair()).put(match["side"], tensor)
             else:
@@ -118,6 +119,10 @@ def _sort(
             skipped.append((tensor, "a copy of the base's own tensor"))
         else:
             replacements.append(_replacement(name, tensor, config))
+    return pairs, biases, replacements, skipped
+
+
+def _refuse_several(adapter_names: set[str], source: AdapterSource) -> None:
     if len(adapter_names) > 1:
         raise UnsupportedError(
             "The file holds several adapters",
@@ -125,7 +130,6 @@ def _sort(
             found=", ".join(sorted(adapter_names)),
             hint="save each of them on its own",
         )
-    return pairs, biases, replacements, skipped
 
 
 def _refuse_unsupported(name: str, tensor: StoredTensor, source: AdapterSource) -> None:
