@@ -168,11 +168,13 @@ class HubError(LoraCliError):
 
 
 class Interrupted(LoraCliError):  # noqa: N818 (it is no error, it is an order)
-    """A signal asked the program to stop; nothing was left behind."""
+    """A signal asked the program to stop; the output is absent, or was complete already."""
 
     code = "interrupted"
     advice = "run the same command again"
 
-    def __init__(self, signal_number: int) -> None:
-        super().__init__("Interrupted; nothing was written")
+    def __init__(self, signal_number: int, written: str | None = None) -> None:
+        super().__init__(
+            f"Interrupted; {written} was complete by then" if written else "Interrupted; nothing was written"
+        )
         self.exit_code = 128 + signal_number

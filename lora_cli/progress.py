@@ -7,7 +7,7 @@ class Progress:
     """Receives the steps of an operation; this one is silent.
 
     Operations call these methods from the thread that started them, in order: any number of `note` and `warn`,
-    then `begin`, `advance` and `file_done` as work goes on. Override what you want to show.
+    then `begin`, `advance` and `file_done` as work goes on, and `published` at the end. Override what you want to show.
     """
 
     def note(self, text: str) -> None:
@@ -24,6 +24,9 @@ class Progress:
 
     def file_done(self, name: str, file_bytes: int) -> None:
         """Say that one file is complete."""
+
+    def published(self, out: str) -> None:
+        """Say that the output is complete and in its place."""
 
 
 SILENT = Progress()

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 from collections.abc import Sequence
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from lora_cli.cli import diff, inject, inspect, merge, unmerge, verify
 from lora_cli.cli.options import CURRENT, GLOBAL, DebugOption, JsonOption, QuietOption, VerboseOption
 from lora_cli.cli.output import ClosedPipe, Output
-from lora_cli.errors import Interrupted, LoraCliError, UsageError, WriteError
+from lora_cli.errors import Interrupted, LoraCliError, WriteError
 from lora_cli.version import __version__
 
 HELP = """Checkpoint surgery for low-rank adapters: merge them into checkpoints, take them out, compare, inspect and
@@ -61,20 +62,20 @@ def _before(
 def run(arguments: Sequence[str]) -> int:
     """Run the program with these arguments and return its exit code."""
     CURRENT[0] = Output(json=_wants_json(arguments))
-    stop = _Stop()
-    try:
-        code = app(list(arguments) or ["--help"], prog_name="lora-cli", standalone_mode=False)
-    except ClosedPipe:
-        _silence_stdout()
-        return 141
-    except KeyboardInterrupt:
-        code = 128 + signal.SIGINT
-    except Exception as error:  # noqa: BLE001 (the last line of defence)
-        if not stop.signal:  # else a library turned the interrupt into something of its own
-            return _failed(_as_ours(error))
-    if stop.signal:
-        return _failed(Interrupted(stop.signal))
-    return code if isinstance(code, int) else 0
+    with _Stop() as stop:
+        try:
+            code = app(list(arguments) or ["--help"], prog_name="lora-cli", standalone_mode=False)
+        except (ClosedPipe, SystemExit):  # Typer leaves by SystemExit when nobody reads its help
+            _silence_stdout()
+            return 141
+        except KeyboardInterrupt:
+            code = 128 + signal.SIGINT
+        except Exception as error:  # noqa: BLE001 (the last line of defence)
+            if not stop.signal:  # else a library turned the interrupt into something of its own
+                return _failed(_as_ours(error))
+        if stop.signal:
+            return _failed(Interrupted(stop.signal, CURRENT[0].written))
+        return code if isinstance(code, int) else 0
 
 
 def main() -> None:
@@ -96,16 +97,24 @@ def main() -> None:
 
 
 class _Stop:
-    """Makes the signals that ask a program to stop unwind it, so that nothing is left behind; the second one kills."""
+    """While entered, signals that ask a program to stop unwind it, so that nothing is left behind; the second kills."""
 
     def __init__(self) -> None:
         self.signal = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _Stop:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             try:
                 if signal.getsignal(number) is not signal.SIG_IGN:  # nohup wants it ignored
-                    signal.signal(number, self)
+                    self._before[number] = signal.signal(number, self)
             except ValueError:  # not the main thread: whoever runs us there handles signals
-                return
+                break
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
@@ -117,7 +126,10 @@ def _failed(error: LoraCliError) -> int:
     try:
         CURRENT[0].error(error)
     except (ClosedPipe, OSError):
+        # Nobody reads stdout, or it is full: a document cannot be shown there, but a line on stderr can.
         _silence_stdout()
+        with contextlib.suppress(ClosedPipe, OSError):
+            Output().error(error)
     return error.exit_code
 
 
@@ -137,8 +149,9 @@ def _as_ours(error: Exception) -> LoraCliError:
     if isinstance(error, OSError) and error.filename is None:
         # Files are opened on the floors below, which raise errors of ours: this is stdout.
         return WriteError(f"The result cannot be shown: {error.strerror}")
+    written = CURRENT[0].written
     wrapped = LoraCliError(
-        "Internal error; nothing was written",
+        f"Internal error; {written} was complete by then" if written else "Internal error; nothing was written",
         found=f"{type(error).__name__}: {error}",
         hint="run again with --debug and report what it prints",
     )

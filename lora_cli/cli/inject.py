@@ -33,7 +33,8 @@ def inject(
     out: opt.OutOption = "",
     rank: Annotated[int | None, typer.Option("--rank", metavar="R", help="Rank of the factors.")] = None,
     alpha: Annotated[
-        float | None, typer.Option("--alpha", metavar="A", help="Alpha; the scale is alpha / rank. (default: the rank)")
+        float | None,
+        typer.Option("--alpha", metavar="A", help="The scale is alpha / rank.", show_default="the rank"),
     ] = None,
     target: Annotated[
         list[str] | None,
@@ -54,18 +55,18 @@ def inject(
     ] = None,
     init: Annotated[
         Literal["kaiming", "gaussian", "orthogonal"] | None,
-        typer.Option("--init", help="How A begins; B is zero. (default: kaiming)", rich_help_panel=_INIT),
+        typer.Option("--init", help="How A begins; B is zero.", show_default="kaiming", rich_help_panel=_INIT),
     ] = None,
     std: Annotated[
         float | None,
-        typer.Option("--std", metavar="STD", help="Spread of --init gaussian. (default: 0.01)", rich_help_panel=_INIT),
+        typer.Option("--std", metavar="STD", help="Spread of gaussian.", show_default="0.01", rich_help_panel=_INIT),
     ] = None,
     seed: Annotated[
-        int | None, typer.Option("--seed", metavar="N", help="Decides A. (default: 0)", rich_help_panel=_INIT)
+        int | None, typer.Option("--seed", metavar="N", help="Decides A.", show_default="0", rich_help_panel=_INIT)
     ] = None,
     dtype: Annotated[
         Literal["fp32", "bf16", "fp16"] | None,
-        typer.Option("--dtype", help="Type of the factors. (default: fp32)", rich_help_panel=_INIT),
+        typer.Option("--dtype", help="Type of the factors.", show_default="fp32", rich_help_panel=_INIT),
     ] = None,
     rslora: Annotated[
         bool, typer.Option("--rslora", help="Scale by alpha / √rank instead.", rich_help_panel=_INIT)

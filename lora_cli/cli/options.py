@@ -45,7 +45,7 @@ OutOption = Annotated[
 ]
 WeightOption = Annotated[
     list[float] | None,
-    typer.Option("--weight", metavar="W", help="Strength of each adapter, once per adapter in order. (default: 1)"),
+    typer.Option("--weight", metavar="W", help="Strength, once per adapter in their order.", show_default="1"),
 ]
 AlphaOption = Annotated[
     float | None,
@@ -86,7 +86,7 @@ DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the plan an
 ThreadsOption = Annotated[
     int | None,
     typer.Option(
-        "--threads", metavar="N", min=1, help="Units of work at once. (default: all cores)", rich_help_panel=_RUN
+        "--threads", metavar="N", min=1, help="Units of work at once.", show_default="all cores", rich_help_panel=_RUN
     ),
 ]
 MemoryOption = Annotated[

@@ -38,12 +38,14 @@ class Output:
         quiet: Errors only.
         verbose: A line per file instead of a bar.
         debug: Tracebacks with errors.
+        written: The output, once it is in its place.
     """
 
     json: bool = False
     quiet: bool = False
     verbose: bool = False
     debug: bool = False
+    written: str | None = None
 
     def result(self, value: object, command: str, view: Callable[[], Iterable[RenderableType]]) -> None:
         """Show a result: as JSON under the schema of its command, or as the view draws it."""
@@ -150,6 +152,9 @@ class _ShownProgress(Progress):
 
     def warn(self, text: str) -> None:
         self._output.warn(text)
+
+    def published(self, out: str) -> None:
+        self._output.written = out
 
     def begin(self, label: str, total_bytes: int) -> None:
         self.end()

@@ -92,7 +92,7 @@ class Comparison:
                 pairs.append(pair)
             else:
                 self.changed.append(Changed(key, "dtype", before=pair.a.dtype.name, after=pair.b.dtype.name))
-        distances = distance.measure(pairs, self._threads_for(distance.THREAD_BYTES), self._progress) if pairs else {}
+        distances = distance.measure(pairs, self._threads_for(distance.THREAD_BYTES), self._progress)
         differing = [pair for pair in pairs if self._differs(pair, distances[pair.key])]
         matrices = [pair for pair in differing if self._rank and _has_rank(pair, distances[pair.key])]
         spectra = directions.measure_changes(

@@ -59,6 +59,8 @@ def measure_changes(pairs: Sequence[Pair], *, memory: int, threads: int, progres
     Works on as many matrices at once as fit into `memory`; one that does not fit is alone, and takes what it needs:
     24 bytes times (out + in) times the probes (32 at first, at most 256), and a few MiB.
     """
+    if not pairs:
+        return {}
     progress.begin("rank", sum(pair.a.nbytes for pair in pairs))
     found = {}
 
@@ -137,6 +139,8 @@ def measure_deltas(
     pairs: Sequence[tuple[str, Delta, Delta]], threads: int, progress: Progress
 ) -> dict[str, DeltaDistance]:
     """Compare deltas from their factors; only those that differ have an entry."""
+    if not pairs:
+        return {}
     progress.begin("compare deltas", sum(_stored_bytes(a) for _, a, _ in pairs))
     found = {}
     for (key, a, _), distance in run_units(pairs, lambda pair, _: _delta_distance(*pair[1:]), lambda: None, threads):

@@ -93,6 +93,8 @@ class Distance:
 
 def measure(pairs: Sequence[Pair], threads: int, progress: Progress) -> dict[str, Distance]:
     """Compare tensors element by element, all of them; needs `THREAD_BYTES` for each thread."""
+    if not pairs:
+        return {}
     progress.begin("compare", sum(pair.a.nbytes for pair in pairs))
     found = _run(_parts(pairs), _Bench.compare, threads, progress.advance)
     # ‖a‖ is asked for only where something changed; what was the same there is read once more.

@@ -58,6 +58,7 @@ def execute(
         for side in [*smalls, *extra_files]:
             staging.write_small(side.name, side.read())
         staging.publish()
+    progress.published(str(out))
     return plan.bytes_to_write
 
 

@@ -47,7 +47,12 @@ def test_the_lookup_is_that_of_peft(lora_patterns: dict[str, int], module: str) 
     from peft.utils.other import get_pattern_key
 
     expected = lora_patterns.get(get_pattern_key(list(lora_patterns), module))
-    found = peft_lookup(lora_patterns, module)
+    try:
+        found = peft_lookup(lora_patterns, module)
+    except UnsupportedError:
+        # Which patterns are too slow is a matter of judgement; nobody writes four repeats into one.
+        assert any(key.count("*") + key.count("+") > 3 for key in lora_patterns)
+        return
     assert (found[1] if found else None) == expected
     assert found is None or lora_patterns[found[0]] == found[1]
 
@@ -61,6 +66,7 @@ EXPLOSIVE = [
 HARMLESS = [
     *("q_proj", r".*\.v_proj", "(q|v)_proj", r"layers\.\d+\.mlp\.(gate|up)_proj", r"^model\.layers\.0\..*"),
     *(r"model\.layers\.([0-9]|1[0-9])\..*", r"(.*\.)?q_proj", r"h\.\d{1,2}\.(attn|mlp)\.c_\w+", "q_proj|v_proj"),
+    *(r".*\.layers\.\d+\..*_proj", r".*\.layers\.\d+\.mlp\.experts\.\d+\..*", r"(.*\.)?layers\.\d+\.(mlp\.)?.*"),
 ]
 
 
@@ -78,7 +84,16 @@ def test_a_pattern_that_could_take_forever_does_not(tmp_path: Path, pattern: str
 
 @pytest.mark.parametrize("pattern", HARMLESS)
 def test_patterns_that_people_write_are_taken(pattern: str) -> None:
-    peft_lookup({pattern: 1}, "model.layers.0.self_attn.q_proj")
+    """Also on the long names of real models."""
+    from peft.utils.other import get_pattern_key
+
+    for module in (
+        "model.layers.0.self_attn.q_proj",
+        "model.language_model.layers.47.mlp.experts.127.gate_up_proj",
+        "base_model.model.vision_tower.vision_model.encoder.layers.23.self_attn.out_proj",
+    ):
+        expected = get_pattern_key([pattern], module)
+        assert peft_lookup({pattern: 1}, module) == ((pattern, 1) if expected == pattern else None)
 
 
 def test_a_broken_pattern_is_refused() -> None:

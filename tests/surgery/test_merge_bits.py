@@ -161,11 +161,11 @@ class Work:
         return digest(out)
 
 
-@pytest.fixture(scope="module", params=[torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.fixture(scope="module", params=["bfloat16", "float32", "float64"])
 def work(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Work:
     with Patch.context() as patch:
         one_tile_each(patch)
-        return Work(tmp_path_factory.mktemp("work"), request.param)
+        return Work(tmp_path_factory.mktemp("work"), DTYPES[request.param])
 
 
 CUTS = {
