@@ -15,7 +15,7 @@ import typer
 from lora_cli.cli import diff, inject, inspect, merge, unmerge, verify
 from lora_cli.cli.options import CURRENT, GLOBAL, DebugOption, JsonOption, QuietOption, VerboseOption
 from lora_cli.cli.output import ClosedPipe, Output
-from lora_cli.errors import Interrupted, LoraCliError, WriteError
+from lora_cli.errors import Interrupted, LoraCliError, UsageError, WriteError
 from lora_cli.version import __version__
 
 HELP = """Checkpoint surgery for low-rank adapters: merge them into checkpoints, take them out, compare, inspect and
