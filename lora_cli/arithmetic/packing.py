@@ -203,8 +203,6 @@ def read_stream(data: Buffer, kind: int, elements: int, pattern: np.dtype[Any]) 
     version, *declared, questions, zeros, exceptions, planes = _HEADER.unpack_from(view)
     _expect("the version", VERSION, version)
     _expect("kind and elements", [kind, elements], declared)
-    if max(questions, zeros, exceptions) > elements:
-        raise _malformed(f"counts up to {elements}", f"{questions}, {zeros}, {exceptions}")
     lengths = (_bytes_for(questions), _bytes_for(zeros), 4 * exceptions, pattern.itemsize * exceptions, planes)
     _expect("its length", HEADER_BYTES + sum(lengths), len(view))
     checksum = _checksum(view[: _HEADER.size], view[HEADER_BYTES:])

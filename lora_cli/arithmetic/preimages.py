@@ -178,7 +178,7 @@ class Preimages:
         return first
 
     def _guess(self, threshold: Values, delta: Values, *, closely: bool) -> Bits:
-        """Return the key of a finite base value near to where sums begin to reach the threshold.
+        """Return the key of a base value near to where sums begin to reach the threshold; it may be infinite.
 
         They do so from the middle between the threshold and the number below on, not from itself. That
         matters where the base is spaced as narrowly as the working type, or nearly cancels.
@@ -187,8 +187,7 @@ class Preimages:
             values = threshold - delta
             if closely:
                 values -= (threshold - stepped(threshold, -1)) / 2
-        keys = to_ordered(bits_view(torch.from_numpy(values).to(self.base)))
-        return np.clip(keys, ~self._top, self._top, out=keys)
+        return to_ordered(bits_view(torch.from_numpy(values).to(self.base)))
 
     def _reached(self, keys: Bits, delta: Values, threshold: Values) -> Flags:
         """Return whether the sums of base values and deltas are at least `threshold`: all there is of f."""

@@ -18,7 +18,6 @@ from lora_cli.errors import DiskFullError, LoraCliError, OutputExistsError, Usag
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
-    from types import TracebackType
 
     from lora_cli.checkpoint.source import Reader
 
@@ -117,7 +116,7 @@ class StagedFile:
 
 
 class Staging:
-    """An output being made beside its target, as a context: left without `publish`, it leaves nothing.
+    """An output being made beside its target: what is not published by the end of `opened` leaves no trace.
 
     Args:
         target: The folder to make, or the `.safetensors` file.
@@ -133,17 +132,17 @@ class Staging:
         check_target(target, folder=folder, may_replace=may_replace)
         self.place = target.parent / f".{target.name}.lora-cli-{secrets.token_hex(6)}"
 
-    def __enter__(self) -> Staging:
-        with _write_errors(self.target.name):
-            self.place.mkdir(mode=0o777)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for file in self._files:
-            file.abandon()
-        shutil.rmtree(self.place, ignore_errors=True)
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[Staging]:
+        """The staging folder for as long as the context lasts; whatever ends it, even a signal, the folder goes."""
+        try:
+            with _write_errors(self.target.name):
+                self.place.mkdir(mode=0o777)
+            yield self
+        finally:
+            for file in self._files:
+                file.abandon()
+            shutil.rmtree(self.place, ignore_errors=True)
 
     def create(self, name: str, size: int) -> StagedFile:
         """Create one output file of `size` bytes; `name` may hold a sub-folder."""
@@ -174,20 +173,20 @@ class Staging:
     def _publish_folder(self) -> None:
         for path in {self.place, *(file.path.parent for file in self._files)}:
             _sync_folder(path)
-        aside = None
-        if self.target.is_dir() and any(self.target.iterdir()):
-            check_target(self.target, folder=True, may_replace=self._may_replace)
-            aside = self.place.with_name(self.place.name + "-old")
-            self.target.rename(aside)
+        aside = self.place.with_name(self.place.name + "-old")
         try:
+            if self.target.is_dir() and any(self.target.iterdir()):
+                check_target(self.target, folder=True, may_replace=self._may_replace)
+                self.target.rename(aside)
             self.place.rename(self.target)
         except OSError as error:
-            if aside is not None:
-                aside.rename(self.target)
             if error.errno in {errno.ENOTEMPTY, errno.EEXIST}:
                 raise OutputExistsError("The output was made by somebody else meanwhile", file=self.target) from error
             raise
-        if aside is not None:
+        finally:
+            # Also when a signal came between the two: what was there before goes back, or goes for good.
+            if aside.exists() and not self.target.exists():
+                aside.rename(self.target)
             shutil.rmtree(aside, ignore_errors=True)
 
     def _publish_files(self) -> None:

@@ -27,17 +27,33 @@ def line(*parts: object, style: str = "") -> Text:
     return text
 
 
-def facts(rows: Iterable[tuple[str, object]]) -> Table:
-    """Names on the left, what is to be said of them on the right; rows without content are left out."""
-    from rich.table import Table
+NARROW = 40
+"""On fewer columns than this, tables become plain lines: columns would lose what they say."""
 
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in rows:
-        if value not in (None, "", (), []):
-            table.add_row(f"  {name}", line(value) if not hasattr(value, "__rich_console__") else value)
-    return table
+
+def facts(rows: Iterable[tuple[str, object]]) -> Facts:
+    """Names on the left, what is to be said of them on the right; rows without content are left out."""
+    return Facts([(name, value) for name, value in rows if value not in (None, "", (), [])])
+
+
+class Facts:
+    """A table of two columns, or plain lines where there is no room for it."""
+
+    def __init__(self, rows: list[tuple[str, object]]) -> None:
+        self._rows = rows
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        from rich.table import Table
+
+        if options.max_width < NARROW:
+            yield from (line(f"{name}: {value}" if name else value) for name, value in self._rows)
+            return
+        table = Table.grid(padding=(0, 2))
+        table.add_column(style="dim", no_wrap=True)
+        table.add_column(overflow="fold")
+        for name, value in self._rows:
+            table.add_row(f"  {name}", line(value))
+        yield table
 
 
 def grid(heads: Sequence[str], rows: Iterable[Sequence[object]], right: Iterable[int] = ()) -> NameTable:
@@ -60,6 +76,9 @@ class NameTable:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         from rich.measure import Measurement
 
+        if options.max_width < NARROW:
+            yield from (line("  ".join("" if cell is None else str(cell) for cell in row)) for row in self._rows)
+            return
         table = self._table("")
         shared = _shared_prefix([str(row[0]) for row in self._rows])
         if shared and Measurement.get(console, options.update(max_width=10_000), table).maximum > options.max_width:

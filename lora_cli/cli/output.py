@@ -114,7 +114,10 @@ class Output:
                 raise ClosedPipe  # rich would end the program with exit code 1, which means differences
 
         # highlight would colour numbers; markup would let a tensor's name draw.
-        return OurConsole(file=stream, highlight=False, markup=False, emoji=False)
+        console = OurConsole(file=stream, highlight=False, markup=False, emoji=False)
+        if console.width < 1:
+            console.width = 80  # a terminal that does not know its width
+        return console
 
     def _print_json(self, document: Mapping[str, Any]) -> None:
         with _pipe():

@@ -49,7 +49,7 @@ def execute(
     folder = out.suffix != ".safetensors"
     check_apart(out, plan.inputs)
     check_space(out, plan.bytes_to_write)
-    with Staging(out, folder=folder, may_replace=may_replace) as staging:
+    with Staging(out, folder=folder, may_replace=may_replace).opened() as staging:
         names = [file.name if folder else out.name for file in plan.files]
         staged = [staging.create(name, file.size) for name, file in zip(names, plan.files, strict=True)]
         _fill(plan, staged, budget, progress)

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from patterns import DTYPES, from_patterns, gaussian, same_bits
 from torch import Tensor
 
-from lora_cli.arithmetic.edges import by_pattern, edges_of, values_at
-from lora_cli.arithmetic.ordered import bits_view, from_ordered, largest_key, to_ordered
+from lora_cli.arithmetic.edges import Values, by_pattern, edges_of, values_at
+from lora_cli.arithmetic.ordered import Bits, bits_view, from_ordered, largest_key, to_ordered
 from lora_cli.arithmetic.preimages import Intervals, Preimages
 from lora_cli.arithmetic.rounding import TileKernel, cast, overflow_limit, work_dtype
 
@@ -216,6 +216,33 @@ def test_results_that_nothing_merges_to_do_no_harm() -> None:
         Preimages(base, merged, 5).survey(results, deltas, torch.empty(5, dtype=base))
 
 
+def test_a_result_that_nothing_merges_to_needs_no_index() -> None:
+    """Around 1024 bfloat16 values lie 8 apart, so that no sum with 1024 is a half."""
+    found = intervals_of(torch.bfloat16, torch.tensor([0.5]).to(torch.bfloat16), torch.tensor([1024.0]))
+    assert found.spare.tolist() == [0]
+
+
+@pytest.mark.parametrize(
+    ("name", "share"), [("bfloat16", 0.002), ("float16", 0.01), ("float32", 0.001), ("float64", 0.5)]
+)
+def test_hardly_any_interval_needs_a_search(name: str, share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    searched = 0
+    search = Preimages._search
+
+    def counted(self: Preimages, threshold: Values, delta: Values) -> Bits:
+        nonlocal searched
+        searched += threshold.size
+        return search(self, threshold, delta)
+
+    monkeypatch.setattr(Preimages, "_search", counted)
+    dtype = DTYPES[name]
+    values = gaussian(1, 1 << 16, dtype=dtype, std=0.02)
+    values[::3] = 0
+    deltas = gaussian(2, 1 << 16, dtype=work_dtype(dtype), std=0.001)
+    intervals_of(dtype, stored(merge_keys(values, deltas, dtype), dtype), deltas)
+    assert searched < share * 2 * values.numel()
+
+
 # Edges.
 
 
@@ -314,6 +341,14 @@ def test_candidates_are_what_subtracting_gives(name: str) -> None:
     assert same_bits(out, kernel.subtract(values, deltas, expected))
 
 
+def test_candidates_are_rounded_once() -> None:
+    """From float64 to bfloat16 by way of float32 a number just above a tie would go to the even side."""
+    merged, delta = torch.tensor([1 + 2.0**-8]), torch.tensor([-(2.0**-50)], dtype=torch.float64)
+    out = torch.empty(1, dtype=torch.bfloat16)
+    Preimages(torch.bfloat16, torch.float32, 1).survey(merged, delta, out)
+    assert float(out) == 1 + 2.0**-7
+
+
 @pytest.mark.parametrize("name", reference.FORMATS)
 def test_candidates_stay_finite(name: str) -> None:
     dtype = DTYPES[name]
@@ -325,12 +360,14 @@ def test_candidates_stay_finite(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "ratio", "most"), [("bfloat16", 0.015, 0.042), ("float16", 0.015, 0.036), ("float32", 0.015, 0.036)]
+    ("name", "out_name", "most"),
+    [("bfloat16",) * 2 + (0.042,), ("float16",) * 2 + (0.04,), ("float32",) * 2 + (0.036,), ("float64",) * 2 + (0.07,)]
+    + [("bfloat16", "float32", 0.0002), ("bfloat16", "float16", 0.01)],
 )
-def test_the_survey_flags_few(name: str, ratio: float, most: float) -> None:
-    dtype = DTYPES[name]
-    values = gaussian(1, 1 << 17, dtype=dtype, std=0.02)
-    deltas = gaussian(2, 1 << 17, dtype=work_dtype(dtype), std=0.02 * ratio)
-    results = stored(merge_keys(values, deltas, dtype), dtype)
-    flags = Preimages(dtype, dtype, 1 << 17).survey(results, deltas, torch.empty_like(values))
-    assert 0.02 < flags.mean() < most
+def test_the_survey_flags_few(name: str, out_name: str, most: float) -> None:
+    base, merged = DTYPES[name], DTYPES[out_name]
+    values = gaussian(1, 1 << 17, dtype=base, std=0.02)
+    deltas = gaussian(2, 1 << 17, dtype=work_dtype(base, merged), std=0.02 * 0.015)
+    results = stored(merge_keys(values, deltas, merged), merged)
+    flags = Preimages(base, merged, 1 << 17).survey(results, deltas, torch.empty_like(values))
+    assert 0 < flags.mean() < most
