@@ -32,6 +32,15 @@ every_dtype = pytest.mark.parametrize("name", reference.FORMATS)
 SCALE = {"float8_e4m3fn": 4.0, "float8_e5m2": 4.0}
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As the workers have it: a thread to a core, and none of torch's own."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def merge(base: Tensor, deltas: Tensor, merged: torch.dtype) -> tuple[Tensor, Tensor]:
     """The merged values, and the deltas as the kernel rounds them."""
     kernel = TileKernel(work_dtype(base.dtype, merged), base.numel())

@@ -153,9 +153,9 @@ ROWS: list[tuple[str, str, str, Spoil]] = [
     ("pissa", "Unsupported", "changed the base", adds(init_lora_weights="pissa_niter_4")),
     ("kohya", "Unsupported", "kohya", plain({"lora_unet_down_0.lora_down.weight": torch.ones(2, 8)})),
     ("several adapters", "Unsupported", "several", adds({"k.lora_A.b.weight": torch.ones(2, 8)})),
-    ("cut off base", "MalformedFile", "bytes are missing", harm(lambda w: os.truncate(w.base / BASE, 4000))),
+    ("cut off base", "MalformedFile", "bytes are missing", harm(lambda w: os.truncate(w.base / BASE, 3000))),
     ("cut off adapter", "MalformedFile", "bytes are missing", harm(lambda w: os.truncate(w.adapter / ADAPTER, 99))),
-    ("cut off meanwhile", "MalformedFile", BASE, meanwhile(lambda w: os.truncate(w.base / BASE, 4000))),
+    ("cut off meanwhile", "MalformedFile", BASE, meanwhile(lambda w: os.truncate(w.base / BASE, 3000))),
     ("touched meanwhile", "MalformedFile", "changed", meanwhile(lambda w: os.utime(w.base / BASE, (1, 1)))),
     ("a side file gone", "MalformedFile", "config.json", meanwhile(lambda w: (w.base / "config.json").unlink())),
     (
