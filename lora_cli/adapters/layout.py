@@ -23,6 +23,16 @@ def fits(delta: tuple[int, int], base: tuple[int, ...]) -> set[bool]:
     return {transposed for transposed in (False, True) if tuple(reversed(delta) if transposed else delta) == base}
 
 
+def expected(target: Target, base_config: Mapping[str, Any], said: Orientation | None) -> bool | None:
+    """How the base stores the target's matrix by what the user said, or by the architecture; None if neither says."""
+    if said is not None:
+        return said == "ab"
+    model_type = base_config.get("model_type")
+    if not isinstance(model_type, str):
+        return None
+    return target.module.rpartition(".")[2] in conv1d_modules().get(model_type, ())
+
+
 def settle_square(
     target: Target,
     adapter: Adapter,
@@ -39,12 +49,9 @@ def settle_square(
         base_config: The base's `config.json`.
         said: `--orientation`: `ba` for a base stored (out × in), `ab` for (in × out).
     """
-    if said is not None:
-        return said == "ab"
-    model_type = base_config.get("model_type")
-    if isinstance(model_type, str):
-        leaf = target.module.rpartition(".")[2]
-        return leaf in conv1d_modules().get(model_type, ())
+    told = expected(target, base_config, said)
+    if told is not None:
+        return told
     if len(others) == 1:
         return next(iter(others))
     if adapter.orientation is not None:

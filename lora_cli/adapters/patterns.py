@@ -7,47 +7,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
-from lora_cli.errors import UnsupportedError, UsageError
-
-_LONGEST = 2000
-_MOST_STEPS = 20_000_000
-"""Steps that matching may take at worst: about a fifth of a second."""
-
-_TOKEN = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\)[*+{]|[*+?{]", re.DOTALL)
-
-
-@dataclass(frozen=True, slots=True)
-class _PeftPattern:
-    """A compiled pattern, and what its worst case depends on."""
-
-    pattern: re.Pattern[str]
-    repeats: int
-    options: int
-
-    def matches(self, module: str) -> bool:
-        # Each repeat may start anywhere in the name, each optional part may be there or not. PEFT adds one of both.
-        if len(module) ** (self.repeats + 1) * 2 ** (self.options + 1) > _MOST_STEPS:
-            raise UnsupportedError(
-                "A pattern of the config could take forever to match", found=self.pattern.pattern[:80], tensor=module
-            )
-        return self.pattern.match(module) is not None
-
-
-@lru_cache(maxsize=4096)
-def _peft_pattern(key: str) -> _PeftPattern:
-    """Compile a pattern as PEFT does; refuse groups that repeat, whose time no simple bound holds."""
-    tokens = [match[0] for match in _TOKEN.finditer(key)]
-    if len(key) > _LONGEST or any(token[0] == ")" for token in tokens):
-        raise UnsupportedError("A pattern of the config could take forever to match", found=key[:80])
-    try:
-        pattern = re.compile(rf"(.*\.)?({key})$")
-    except (re.error, OverflowError) as error:
-        raise UnsupportedError(f"A pattern of the config is no regular expression: {error}", found=key[:80]) from error
-    return _PeftPattern(pattern, sum(map(tokens.count, "*+{")), tokens.count("?"))
+from lora_cli.errors import UsageError
+from lora_cli.regex import untrusted
 
 
 def peft_lookup(patterns: Mapping[str, Any], module: str) -> tuple[str, Any] | None:
@@ -59,7 +22,7 @@ def peft_lookup(patterns: Mapping[str, Any], module: str) -> tuple[str, Any] | N
         UnsupportedError: A pattern is no regular expression, or could take forever.
     """
     for key, value in patterns.items():
-        if _peft_pattern(key).matches(module):
+        if untrusted(key, r"(.*\.)?({})$")(module):
             return key, value
     return (module, patterns[module]) if module in patterns else None
 

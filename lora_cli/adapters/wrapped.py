@@ -23,8 +23,8 @@ from lora_cli.errors import MalformedFileError, NamesError, ShapeError, UsageErr
 WRAP_FILE = "lora_wrap.json"
 WRAP_SCHEMA = "lora-cli/wrap/1"
 
-_BASE = re.compile(r"(?P<module>.+)\.(?P<child>base|base_layer)\.(?P<parameter>weight|bias)")
-_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
+_BASE = re.compile(r"(?P<module>.+)\.(?P<child>base|base_layer)\.(?P<parameter>weight|bias)", re.DOTALL)
+_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight", re.DOTALL)
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ interval reaches zero and holds three values or more, a flag says whether the we
 sign follows, else its index. Where it holds the two zeros alone, the sign is all there is to say. That costs
 dense weights next to nothing, and in pruned ones leaves runs of equal bits for a general compressor.
 
-A stream is little-endian and has five parts, of which the middle three are worth compressing. The last, mostly
-the bulk, is noise.
+A stream is little-endian, the first bit of a byte its lowest, and has five parts. The three in the middle
+are worth compressing. The last, mostly the bulk, is noise.
 
     header         version and kind (u2 each), then u4: elements, flags, signs, exceptions, bytes of the last
                    part, CRC-32 of all else

@@ -16,11 +16,8 @@ that whoever reads an undo stream finds what its writer found. **What `survey` f
 of that stream**: another rule needs another version.
 
 f is evaluated in one place, `Preimages._reached`, and guessed backwards in one other, `_guess`. A map with
-a positive factor for each row is as monotone: it multiplies in the first, divides in the second, and is
-surveyed by probing.
-
-Midpoints and ties: IEEE 754-2019, 4.3.1. That differences of neighbouring floats are exact, which makes
-good guesses: Sterbenz 1974, "Floating-Point Computation", theorem 4.3.1.
+a positive factor for each row is as monotone: it would multiply in the first, divide in the second, and be
+surveyed by `_survey_neighbours`, which tries f itself.
 """
 
 from __future__ import annotations

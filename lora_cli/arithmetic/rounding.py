@@ -130,9 +130,13 @@ class TileKernel:
     def subtract(self, merged: Tensor, product: Tensor, out: Tensor) -> Tensor:
         """Take the product off again, approximately: what merging rounded away does not come back.
 
-        The same as `merge` with the opposite product; arguments, result and errors are as there.
+        The same as `merge` with the opposite product; arguments and result are as there. A result beyond the largest
+        value of the dtype becomes that value: rounding in the merge can have carried a weight that far.
+
+        Raises:
+            NumericError: The merged tile holds NaN or infinity.
         """
-        return self._subtract(merged, self.delta(product), out)
+        return self._subtract(merged, self.delta(product), out, clamp=True)
 
     def _signed(self, product: Tensor, operation: _Operation) -> Tensor:
         """Return zero plus or minus round_work(product): no zero of the result has a sign."""
@@ -140,13 +144,16 @@ class TileKernel:
         rounded = product if product.dtype == self.work else self._addend.copy_(product)
         return operation(self._zero, rounded, out=self._addend)
 
-    def _subtract(self, stored: Tensor, addend: Tensor, out: Tensor) -> Tensor:
+    def _subtract(self, stored: Tensor, addend: Tensor, out: Tensor, *, clamp: bool = False) -> Tensor:
         """Round work(stored) - addend into `out`."""
         self._check_tiles(stored, addend, out)
         total = self._total.copy_(stored)
         torch.sub(total, addend, out=total)
         if not _all_below(total, overflow_limit(out.dtype)):
-            raise _overflow(stored, total, out.dtype)
+            if not (clamp and bool(torch.isfinite(stored.to(torch.float64)).all())):
+                raise _overflow(stored, total, out.dtype)
+            largest = torch.finfo(out.dtype).max
+            total.clamp_(-largest, largest)
         if self.work == torch.float64 and out.dtype.itemsize <= 2:
             _make_sticky(total, addend)
         return out.copy_(total)

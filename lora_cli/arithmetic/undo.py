@@ -6,6 +6,9 @@ says which one it was. The writer has the base, and takes nothing on trust: it c
 candidate with the base, checks every index against its interval, and writes out what does not agree. So a
 survey that overlooks something costs bytes, never bits.
 
+Threads that encode and decode must not flush subnormal numbers to zero, as those that merge
+(`rounding.check_flush_to_zero`).
+
 The dtype may change in the merge. The intervals are then of the base's values, their edges the result's.
 To a wider dtype hardly anything is forgotten. From float32 to bfloat16 every element has some 2^16
 preimages, and its index is as long as what was cut off.
@@ -66,6 +69,7 @@ def encode(base: Tensor, merged: Tensor, delta: Tensor) -> bytes:
     Raises:
         ShapeError: The three differ in shape, one is not contiguous, or the block is too large.
         UsageError: The deltas are not in the working type.
+        UnsupportedError: A dtype cannot take a delta.
     """
     block = _Block(base, merged, delta)
     bits = bits_view(base.view(-1))
@@ -102,6 +106,7 @@ def decode(merged: Tensor, delta: Tensor, stream: Buffer, out: Tensor) -> Tensor
         MalformedFileError: The stream is damaged, or belongs to other data. `out` is then of no use.
         ShapeError: As in `encode`.
         UsageError: As in `encode`.
+        UnsupportedError: As in `encode`.
     """
     block = _Block(out, merged, delta)
     values = out.view(-1)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_cli.errors import MalformedFileError
+from lora_cli.checkpoint.source import read_whole
+from lora_cli.errors import MalformedFileError, UsageError
 
 if TYPE_CHECKING:
     from lora_cli.checkpoint.checkpoint import Checkpoint
@@ -49,7 +50,10 @@ class SideFile:
         if self.data is not None:
             return self.data
         assert self.source is not None  # noqa: S101 (either of the two is always set)
-        data = self.source.read_bytes()
+        try:
+            data = read_whole(self.source, limit=SIDE_FILE_LIMIT, name=self.name)
+        except UsageError as error:
+            raise MalformedFileError("The file went away while it was needed", file=self.name) from error
         if len(data) != self.size:
             raise MalformedFileError("The file changed while it was read", file=self.name)
         return data

@@ -57,7 +57,10 @@ def count(amount: int, noun: str) -> str:
 
 def duration(seconds: float) -> str:
     """A time for people: 0.3 s, 2 min 5 s."""
-    return f"{seconds:.1f} s" if seconds < 60 else f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s"
 
 
 def parse_size(text: str) -> int:

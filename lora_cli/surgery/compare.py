@@ -139,12 +139,11 @@ def _differences(piece: Piece, found: torch.Tensor, max_ulp: int) -> tuple[int, 
         return 0, 0
     index = torch.from_numpy(places)
     want, have = expected[index], found[index]
-    if not max_ulp:
-        return int(places.size), int(ulp_distances(want, have).max())
     w, m, h = (tensor.to(torch.float64) for tensor in (piece.source[index], want, have))
     unit = ulp(torch.maximum(torch.maximum(w.abs(), m.abs()), (m - w).abs()), expected.dtype)
     off = (h - m).abs() / unit
-    wrong = ~(off <= max_ulp)  # NaN is wrong
+    # NaN is wrong; and without leave every other bit is, be it the sign of a zero.
+    wrong = ~(off <= max_ulp) if max_ulp else torch.ones_like(off, dtype=torch.bool)
     if not bool(wrong.any()):
         return 0, 0
     worst = off[wrong].nan_to_num(nan=2.0**62, posinf=2.0**62).amax().ceil().clamp(max=2.0**62)

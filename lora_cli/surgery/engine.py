@@ -13,16 +13,15 @@ from typing import NamedTuple
 
 import torch
 
-from lora_cli.adapters.adapter import Load
 from lora_cli.adapters.inits import FreshTensor
-from lora_cli.arithmetic.product import ExactProduct, Term, prepare
+from lora_cli.arithmetic.product import ExactProduct, prepare
 from lora_cli.arithmetic.rounding import TileKernel, cast, check_flush_to_zero, slices_for, work_dtype
 from lora_cli.checkpoint.checkpoint import StoredTensor
 from lora_cli.checkpoint.dtypes import DType
 from lora_cli.checkpoint.source import Reader, SourceFile
 from lora_cli.errors import LoraCliError
 from lora_cli.surgery.budget import TILE_COLUMNS, TILE_ELEMENTS, UNIT_BYTES
-from lora_cli.surgery.plan import Contribution, Edit, OutputFile
+from lora_cli.surgery.plan import Edit, OutputFile
 
 
 def torch_dtype(dtype: DType) -> torch.dtype:
@@ -156,7 +155,7 @@ class Workshop:
 
     def _product(self, edit: Edit, readers: Readers) -> ExactProduct:
         work = work_dtype(torch_dtype(edit.source.dtype), torch_dtype(edit.dtype))
-        return prepare(_terms(edit.terms, readers.load), slices=slices_for(work))
+        return prepare([t.delta.term(readers.load, t.weight) for t in edit.terms], slices=slices_for(work))
 
     def _add(
         self,
@@ -219,18 +218,6 @@ def _made(edit: Edit, fresh: FreshTensor, begin: int, end: int) -> Iterator[Piec
     for offset, data in fresh.blocks(begin * columns, end * columns):
         result = torch.from_numpy(data).view(torch_dtype(edit.dtype))
         yield Piece(offset, result, result)
-
-
-def _terms(contributions: Sequence[Contribution], load: Load) -> list[Term]:
-    """Load the factors of all deltas on one tensor, turned the way the first one lies."""
-    transposed = contributions[0].transposed
-    terms = []
-    for contribution in contributions:
-        term = contribution.delta.term(load, contribution.weight)
-        if contribution.transposed != transposed:
-            term = Term(term.a.T, term.b.T, term.scale)
-        terms.append(term)
-    return terms
 
 
 def _pieces(begin: int, end: int, columns: int, elements: int) -> Iterator[tuple[slice, slice]]:

@@ -16,6 +16,7 @@ from lora_cli.progress import SILENT, Progress
 from lora_cli.surgery.budget import Budget
 from lora_cli.surgery.engine import Unit, Workshop, raw_bytes, units_of
 from lora_cli.surgery.plan import OutputFile, Plan
+from lora_cli.surgery.receipt import OPERATIONS, receipt_path
 from lora_cli.surgery.workers import run_units
 
 
@@ -46,6 +47,7 @@ def execute(
         DiskFullError: No space, before or during the work.
         WriteError: Anything else that kept a file from being written.
     """
+    extra_files = list(extra_files)
     folder = out.suffix != ".safetensors"
     check_apart(out, plan.inputs)
     check_space(out, plan.bytes_to_write)
@@ -58,8 +60,18 @@ def execute(
         for side in [*smalls, *extra_files]:
             staging.write_small(side.name, side.read())
         staging.publish()
+    if not folder:
+        _remove_older_receipts(out, {file.name for file in extra_files})
     progress.published(str(out))
     return plan.bytes_to_write
+
+
+def _remove_older_receipts(out: Path, written: set[str]) -> None:
+    """A file that was replaced has only its new receipt: one of another command would tell of what is gone."""
+    for operation in OPERATIONS:
+        place = receipt_path(out, operation)
+        if place.name not in written:
+            place.unlink(missing_ok=True)
 
 
 def _fill(plan: Plan, staged: list[StagedFile], budget: Budget, progress: Progress) -> None:

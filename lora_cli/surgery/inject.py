@@ -19,7 +19,7 @@ from lora_cli.progress import SILENT, Progress
 from lora_cli.surgery.budget import DEFAULT_MEMORY, settle_budget
 from lora_cli.surgery.inject_options import InjectOptions, Layout
 from lora_cli.surgery.injection import Injection
-from lora_cli.surgery.merge import check_output, output_names
+from lora_cli.surgery.merge import check_output, output_names, output_path
 from lora_cli.surgery.plan import Plan
 from lora_cli.surgery.receipt import make_receipt, written_by_us
 from lora_cli.surgery.results import Reference, measured, open_base
@@ -141,7 +141,7 @@ def inject(
     )
     with measured() as run:
         injection = prepare(base, options, progress=progress)
-        target = Path(out)
+        target = output_path(out)
         made = injection.plan().for_output(target)
         check_injection_output(made, target, options, force=force)
         if on_plan:

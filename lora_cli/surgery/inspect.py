@@ -148,16 +148,21 @@ def locate_any(reference: Reference, progress: Progress) -> Location:
 def is_adapter(path: Path) -> bool:
     """Whether a local path holds an adapter, by the files of a folder or the names in a file's header."""
     if path.is_dir():
-        return (path / CONFIG_FILE).exists() or (path / ADAPTER_FILE).exists()
-    if path.suffix != ".safetensors":
+        if (path / CONFIG_FILE).exists() or (path / ADAPTER_FILE).exists():
+            return True
+        files = list(path.glob("*.safetensors"))
+        return len(files) == 1 and not (path / "config.json").exists() and is_adapter(files[0])
+    if path.suffix != ".safetensors" or not path.exists():
         return False
     # A file is an adapter when its tensors are factors; a wrapped checkpoint holds base weights as well.
-    names = [info.name for info in open_shard(path).header.tensors]
-    factors = sum(1 for name in names if any(part in _FACTOR_PARTS for part in name.split(".")[-3:]))
-    return factors > 0 and 2 * factors >= len(names) and not any(".base.weight" in name for name in names)
+    names = [info.name.split(".") for info in open_shard(path).header.tensors]
+    factors = sum(not _FACTOR_PARTS.isdisjoint(name[-3:]) for name in names)
+    wrapped = any(name[-2:] in (["base", "weight"], ["base_layer", "weight"]) for name in names)
+    return factors > 0 and 2 * factors >= len(names) and not wrapped
 
 
 _FACTOR_PARTS = {"lora_A", "lora_B", "A", "B", "lora_a", "lora_b", "lora_down", "lora_up"}
+"""Last parts of names that only factors have."""
 
 
 def _inspect_adapter(

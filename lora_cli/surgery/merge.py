@@ -108,7 +108,7 @@ def merge(
         LoraCliError: Anything that does not fit; see the error classes.
     """
     with measured() as run:
-        target = Path(out)
+        target = output_path(out)
         made = plan_merge(base, adapters, options, progress=progress).for_output(target)
         check_output(made, target, force=force)
         if on_plan:
@@ -142,6 +142,17 @@ def merge(
     )
 
 
+def output_path(out: Reference) -> Path:
+    """The place of an output.
+
+    Raises:
+        UsageError: None was given.
+    """
+    if not str(out):
+        raise UsageError("No output given", hint="say where with -o OUT")
+    return Path(out)
+
+
 def check_output(made: Plan, target: Path, *, force: bool, beside: Sequence[str] = ()) -> None:
     """Refuse an output that cannot be written, before any work.
 
@@ -155,8 +166,6 @@ def check_output(made: Plan, target: Path, *, force: bool, beside: Sequence[str]
         UsageError: No output given, or a single file asked for a checkpoint of several.
         OutputExistsError: Something is there, or it is an input.
     """
-    if not str(target) or str(target) == ".":
-        raise UsageError("No output given", hint="say where with -o OUT")
     folder = target.suffix != ".safetensors"
     if not folder and len(made.files) != 1:
         raise UsageError(

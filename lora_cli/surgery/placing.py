@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from lora_cli.adapters.adapter import Adapter, Replacement, Target
-from lora_cli.adapters.layout import Orientation, fits, settle_square
+from lora_cli.adapters.layout import Orientation, expected, fits, settle_square
 from lora_cli.adapters.names import Identity, Mapper
 from lora_cli.adapters.resolve import Resolution, parse_maps, resolve, tied_to
 from lora_cli.adapters.source import ReadOptions
 from lora_cli.adapters.wrapped import Wrapped, unwrap
 from lora_cli.checkpoint.checkpoint import Checkpoint, StoredTensor
 from lora_cli.checkpoint.quantised import quantised
+from lora_cli.checkpoint.tied import tie_of
 from lora_cli.errors import LoraCliError, NamesError, ShapeError, UnsupportedError, UsageError
 from lora_cli.surgery.plan import AdapterUse, Contribution, LedgerEntry
 
@@ -183,6 +184,10 @@ class Placement:
             transposed = self._transposed(target, key, choices[target.name], adapter, others)
             if transposed is None:
                 continue
+            if any(term.transposed != transposed for term in self.terms[key]):
+                words = f"{key}: square, and two adapters read it in two ways; give --orientation ba or ab"
+                self._problems.append((ShapeError, words))
+                continue
             self._check_target(target, key)
             self.terms[key].append(Contribution(position, target.module, target.delta, weight, transposed))
             for tensor in target.delta.tensors:
@@ -198,6 +203,10 @@ class Placement:
         base = self.tensors[key]
         if target.parameter == "bias" and False in choices:
             return False
+        told = expected(target, self.base.config, self.options.orientation)
+        if adapter.orientation is not None and told is not None and choices == {not told}:
+            self._problems.append((ShapeError, f"{_shape_words(target, base, adapter)}, which fits only transposed"))
+            return None
         if len(choices) == 1:
             return next(iter(choices))
         if not choices:
@@ -213,11 +222,19 @@ class Placement:
 
     def _check_target(self, target: Target, key: str) -> None:
         base = self.tensors[key]
-        reason = quantised(self.base, base.key)
+        if base.dtype.name not in MERGEABLE:
+            self._problems.append((UnsupportedError, f"{key}: storage type {base.dtype.name} takes no delta"))
+        self._check_plain(key)
+
+    def _check_plain(self, key: str) -> None:
+        """Refuse a tensor that holds quantised numbers, or that the model uses twice."""
+        reason = quantised(self.base, self.tensors[key].key) if key in self.tensors else None
         if reason:
             self._problems.append((UnsupportedError, f"{key}: quantised, {reason}"))
-        elif base.dtype.name not in MERGEABLE:
-            self._problems.append((UnsupportedError, f"{key}: storage type {base.dtype.name} takes no delta"))
+        tie = tie_of(self.base, key, self.tensors)
+        if tie:
+            words = f"{key}: {tie} in this model, and the adapter changes only one of the two; ties are not supported"
+            self._problems.append((UnsupportedError, words))
 
     def _place_replacement(self, adapter: Adapter, replacement: Replacement, weight: float, key: str | None) -> None:
         tensor = replacement.tensor
@@ -229,6 +246,7 @@ class Placement:
             self._problems.append((UnsupportedError, words))
             return
         name = key or replacement.name
+        self._check_plain(name)
         earlier = self.replaced.get(name) or self.appended.get(name)
         if earlier and not _same_bytes(earlier.tensor, tensor):
             words = f"{name}: two adapters hold different tensors for it, one of them {adapter.label}"
@@ -243,6 +261,11 @@ class Placement:
                 f"{adapter.label} has shape {list(tensor.shape)}, {self.base.label} has {list(self.tensors[key].shape)}"
             )
             self._problems.append((ShapeError, f"{key}: {rows}{_vocabulary_hint(tensor, self.tensors[key])}"))
+            return
+        stored = self.tensors[key].dtype
+        if tensor.dtype != stored and not {tensor.dtype.name, stored.name} <= set(MERGEABLE):
+            words = f"{key}: {tensor.dtype.name} in {adapter.label} cannot become {stored.name}, as the base stores it"
+            self._problems.append((UnsupportedError, words))
             return
         self.replaced[key] = replacement
         self._enter(adapter, tensor, "replaced", key, replacement.reason)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Literal
 
 from lora_cli.adapters.adapter import Adapter, Replacement
@@ -14,6 +15,9 @@ from lora_cli.surgery.placing import Placement, PlanOptions
 from lora_cli.surgery.plan import Edit, Operation, OutputFile, Plan
 
 OUTPUT_DTYPES: Mapping[str, str | None] = {"keep": None, "bf16": "BF16", "fp16": "F16", "fp32": "F32"}
+
+KEPT = "it replaced a tensor whole, whose base values are lost"
+"""Why an unmerge leaves a tensor as it is."""
 
 _Row = tuple[str, Operation, StoredTensor, DType]
 
@@ -44,6 +48,8 @@ class _Layout:
 
     def plan(self) -> Plan:
         placed = self.placement
+        if self.operation == "unmerge":
+            self._keep_what_was_replaced()
         files = tuple(file for shard in self.base.shards if (file := self._output_file(shard)).edits)
         sides, left_out, warnings = self._side_files()
         return Plan(
@@ -58,6 +64,18 @@ class _Layout:
             inputs=(*self.base.paths, *(path for adapter in placed.adapters for path in adapter.paths)),
             warnings=(*(f"{self.base.label}: {text}" for text in self.base.warnings), *placed.warnings, *warnings),
         )
+
+    def _keep_what_was_replaced(self) -> None:
+        """Taking an adapter out cannot bring back what it replaced whole: such tensors stay as they are."""
+        placed = self.placement
+        placed.ledger = [
+            replace(entry, outcome="ignored", reason=KEPT if entry.outcome == "replaced" else "not in the checkpoint")
+            if entry.outcome in ("replaced", "added")
+            else entry
+            for entry in placed.ledger
+        ]
+        placed.replaced.clear()
+        placed.appended.clear()
 
     def _output_file(self, shard: Shard) -> OutputFile:
         """Lay out the output file that takes the place of one shard; the base's header stands if nothing changed."""

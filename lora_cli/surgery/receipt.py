@@ -43,9 +43,13 @@ def make_receipt(out: Path, operation: str, content: Mapping[str, Any], files: I
     return SideFile(name, None, len(data), data)
 
 
+OPERATIONS = ("merge", "unmerge", "inject")
+"""Commands that leave a receipt."""
+
+
 def find_receipt(path: Path) -> Mapping[str, Any] | None:
     """Read the receipt of a checkpoint or adapter that lora-cli wrote, or None."""
-    for operation in ("merge", "unmerge", "inject"):
+    for operation in OPERATIONS:
         place = receipt_path(path, operation)
         if place.is_file():
             try:
@@ -61,12 +65,17 @@ def written_by_us(out: Path) -> Callable[[], bool]:
 
     def check() -> bool:
         receipt = find_receipt(out)
-        listed = receipt.get("files") if receipt else None
-        if not isinstance(listed, list):
+        files = receipt.get("files") if receipt else None
+        if not isinstance(files, list):
             return False
-        if out.is_dir():
-            present = {path.relative_to(out).as_posix() for path in out.rglob("*") if not path.is_dir()}
-            return present <= set(listed)
-        return out.name in listed
+        if not out.is_dir():
+            return out.name in files
+        listed = {str(name) for name in files}
+        folders = {parent.as_posix() for name in listed for parent in Path(name).parents}
+        present = {path: path.relative_to(out).as_posix() for path in out.rglob("*")}
+        # A link to a folder is somebody's link, not a folder of ours.
+        return all(
+            name in (folders if path.is_dir() and not path.is_symlink() else listed) for path, name in present.items()
+        )
 
     return check

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from lora_cli.errors import UsageError, WrongInputError
+from lora_cli.checkpoint.checkpoint import Checkpoint
+from lora_cli.errors import UnsupportedError, UsageError, WrongInputError
 from lora_cli.progress import SILENT, Progress
 from lora_cli.surgery.budget import DEFAULT_MEMORY, settle_budget
-from lora_cli.surgery.merge import check_output, output_names, receipt_content
+from lora_cli.surgery.merge import check_output, output_names, output_path, receipt_content
 from lora_cli.surgery.placing import PlanOptions
 from lora_cli.surgery.plan import Plan
-from lora_cli.surgery.planning import plan
-from lora_cli.surgery.receipt import make_receipt, written_by_us
+from lora_cli.surgery.planning import KEPT, plan
+from lora_cli.surgery.receipt import find_receipt, make_receipt, written_by_us
 from lora_cli.surgery.results import Reference, measured, open_adapters, open_base
 from lora_cli.surgery.workers import default_threads
 
@@ -98,11 +98,28 @@ def plan_unmerge(
             "Name the adapter that was merged", hint="lora-cli unmerge MERGED ADAPTER -o OUT --approximate"
         )
     options = options or PlanOptions()
+    if options.dtype != "keep":
+        raise UsageError("Taking an adapter out keeps the storage types", found=f"dtype {options.dtype}")
+    checkpoint = open_base(merged, progress)
+    _refuse_other_type(checkpoint)
     opened = open_adapters(adapters, options.read, progress)
-    made = plan(open_base(merged, progress), opened, options, operation="unmerge")
+    made = plan(checkpoint, opened, options, operation="unmerge")
     for warning in made.warnings:
         progress.warn(warning)
     return made
+
+
+def _refuse_other_type(merged: Checkpoint) -> None:
+    """Refuse what the receipt says was stored in another type before the merge: no proof would hold."""
+    receipt = find_receipt(merged.path) or {}
+    options = receipt.get("options")
+    dtype = options.get("dtype") if isinstance(options, dict) else None
+    if receipt.get("operation") == "merge" and dtype not in (None, "keep"):
+        raise UnsupportedError(
+            "The merge changed the storage type, so the base cannot be found by subtracting",
+            file=merged.label,
+            found=f"--dtype {dtype} in its receipt",
+        )
 
 
 def unmerge(
@@ -138,12 +155,12 @@ def unmerge(
     """
     options = options or PlanOptions()
     with measured() as run:
-        target = Path(out)
+        target = output_path(out)
         made = plan_unmerge(merged, adapters, options, approximate=approximate, progress=progress).for_output(target)
         check_output(made, target, force=force)
         if on_plan:
             on_plan(made)
-        stays = tuple(entry.key for entry in made.ledger if entry.outcome == "replaced" and entry.key)
+        stays = tuple(entry.key for entry in made.ledger if entry.reason == KEPT and entry.key)
         for name in stays:
             progress.warn(f"{name}: the adapter replaced it whole; its base values are lost, the merged ones stay")
         receipt = make_receipt(target, "unmerge", receipt_content(made, options), output_names(made, target))
@@ -167,7 +184,7 @@ def unmerge(
     _warn_impossible(undecided, progress)
     return UnmergeResult(
         out=str(out),
-        exact=not undecided and not any(entry.outcome in ("replaced", "added") for entry in made.ledger),
+        exact=not undecided and not stays,
         files=tuple(WrittenFile(name, None) for name in (*output_names(made, target), receipt.name)),
         tensors=made.counts(),
         undecided=undecided,

@@ -150,6 +150,16 @@ def test_hostile_names_in_results(wide: Call, tmp_path: Path) -> None:
     assert_names(wide("inspect", tmp_path / "out", "-v"), wide("inspect", tmp_path / "out", "-v").out)
 
 
+@pytest.mark.parametrize("prefix", ["[/x]", "[link=http://evil]", "\x1b[2J", ":smile:"])
+def test_a_hostile_prefix_that_all_names_share(call: Call, tmp_path: Path, prefix: str) -> None:
+    """In a narrow terminal it stands once, in the head of the table."""
+    base = write_base(tmp_path / "base", {f"{prefix}.layers.{n}.{'x' * 60}": numbers(2) for n in range(3)}, shards=1)
+    ran = call("inspect", base)
+    assert ran.code == 0
+    assert_harmless(ran.out)
+    assert shown(prefix) in ran.out
+
+
 def test_hostile_names_are_exact_in_json(wide: Call, tmp_path: Path) -> None:
     base, adapter = hostile_base(tmp_path / "base"), hostile_adapter(tmp_path / "adapter")
     document = wide("inspect", base, "--json").document

@@ -17,14 +17,16 @@ from lora_cli.adapters.patterns import peft_lookup
 from lora_cli.adapters.peft_config import check_fields
 from lora_cli.adapters.source import CONFIG_FILE, AdapterSource, ReadOptions
 from lora_cli.checkpoint.checkpoint import StoredTensor
-from lora_cli.errors import ShapeError, UnsupportedError
+from lora_cli.errors import NumericError, ShapeError, UnsupportedError
 
 NAME = "peft"
 PREFIX = "base_model.model."
 
-_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.(?P<parameter>weight|bias)")
-_SAVED = re.compile(r"(?P<module>.+)\.modules_to_save\.(?P<adapter>[^.]+)\.(?P<parameter>[^.]+)")
-_BASE_LAYER = re.compile(r"(?P<module>.+)\.base_layer\.(?P<parameter>weight|bias)")
+_FACTOR = re.compile(
+    r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.(?P<parameter>weight|bias)", re.DOTALL
+)
+_SAVED = re.compile(r"(?P<module>.+)\.modules_to_save\.(?P<adapter>[^.]+)\.(?P<parameter>[^.]+)", re.DOTALL)
+_BASE_LAYER = re.compile(r"(?P<module>.+)\.base_layer\.(?P<parameter>weight|bias)", re.DOTALL)
 _ORIGINAL = re.compile(r".+\.original_module\.[^.]+")
 _UNSUPPORTED = {
     "lora_embedding_A": "LoRA on embeddings is not supported",
@@ -181,6 +183,13 @@ def _scale(module: str, config: Mapping[str, Any], options: ReadOptions) -> Scal
     )
     if options.alpha is not None:
         alpha, alpha_source = options.alpha, "--alpha"
+    elif not alpha:
+        raise NumericError(
+            "The adapter's alpha is 0, so it would change nothing",
+            file=CONFIG_FILE,
+            tensor=alpha_source,
+            hint="give the alpha it was trained with by --alpha A; to apply nothing on purpose use --weight 0",
+        )
     rslora = bool(config.get("use_rslora"))
     root = "√" if rslora else ""
     return Scale(float(alpha), int(rank), rslora, f"{alpha_source} / {root}{rank_source}")

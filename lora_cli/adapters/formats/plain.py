@@ -19,7 +19,7 @@ from lora_cli.errors import MalformedFileError, ShapeError, UsageError
 
 NAME = "plain"
 
-_FACTOR = re.compile(r"(?P<module>.+)\.(?:lora_)?(?P<side>[AB])(?:\.(?:default|weight|default\.weight))?")
+_FACTOR = re.compile(r"(?P<module>.+)\.(?:lora_)?(?P<side>[AB])(?:\.(?:default|weight|default\.weight))?", re.DOTALL)
 _PREFIX = "base_model.model."
 _ALPHA_NAMES = ("lora_alpha", "alpha")
 _SCALE_NAMES = ("scale", "scaling")
@@ -89,18 +89,16 @@ def _swapped(pair: Pair) -> bool | None:
 def _scale(rank: int, source: AdapterSource, options: ReadOptions) -> Scale:
     if options.scale is not None:
         return Scale(options.scale, None, False, "--scale")
-    rslora = False
+    said = {CONFIG_FILE: source.config or {}, "header metadata": source.shard.header.metadata or {}}
+    rslora = any(words.get("use_rslora") in (True, "true", "True") for words in said.values())
+    root = "√" if rslora else ""
     if options.alpha is not None:
-        return Scale(options.alpha, rank, rslora, "--alpha / rank of the factors")
-    for where, said in (
-        (CONFIG_FILE, source.config or {}),
-        ("header metadata", source.shard.header.metadata or {}),
-    ):
-        rslora = said.get("use_rslora") in (True, "true", "True")
-        scale, alpha = _number(said, _SCALE_NAMES, where), _number(said, _ALPHA_NAMES, where)
+        return Scale(options.alpha, rank, rslora, f"--alpha / {root}rank of the factors")
+    for where, words in said.items():
+        scale, alpha = _number(words, _SCALE_NAMES, where), _number(words, _ALPHA_NAMES, where)
         if alpha is not None:
-            _check_rank(rank, said, where)
-            return Scale(alpha[1], rank, rslora, f"{alpha[0]} of {where} / rank of the factors")
+            _check_rank(rank, words, where)
+            return Scale(alpha[1], rank, rslora, f"{alpha[0]} of {where} / {root}rank of the factors")
         if scale is not None:
             return Scale(scale[1], None, False, f"{scale[0]} of {where}")
     raise UsageError(
