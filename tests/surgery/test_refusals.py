@@ -215,7 +215,7 @@ PLACES: dict[str, tuple[str, Callable[[World], object]]] = {
     "a folder with something": ("OutputExists", lambda w: (w.out / "deep").mkdir(parents=True)),
     "no parent": ("Usage", lambda w: w.out / "deep" / "out"),
     "a file as parent": ("Usage", lambda w: w.out / str(w.out.write_text("mine"))),
-    "nowhere": ("Usage", lambda _: Path()),
+    "here": ("OutputExists", lambda _: Path()),
 }
 
 
