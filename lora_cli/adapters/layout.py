@@ -11,8 +11,6 @@ from functools import lru_cache
 from importlib import resources
 from typing import Any, Literal
 
-import yaml
-
 from lora_cli.adapters.adapter import Adapter, Target
 
 Orientation = Literal["ba", "ab"]
@@ -62,5 +60,7 @@ def settle_square(
 @lru_cache(maxsize=1)
 def conv1d_modules() -> Mapping[str, tuple[str, ...]]:
     """Model type → last name parts of the modules that store (in × out)."""
+    import yaml
+
     text = (resources.files("lora_cli") / "data" / "conv1d.yaml").read_text("utf-8")
     return {name: tuple(modules) for name, modules in yaml.safe_load(text).items()}

@@ -16,8 +16,6 @@ from importlib import resources
 from itertools import islice
 from typing import Any
 
-import yaml
-
 from lora_cli.adapters.names import First, Identity, Mapper, Prefix, Subtree
 from lora_cli.errors import NamesError, UsageError
 
@@ -195,6 +193,8 @@ def tied_to(name: str) -> str | None:
 
 @lru_cache(maxsize=1)
 def _table() -> Mapping[str, Any]:
+    import yaml
+
     table: Mapping[str, Any] = yaml.safe_load((resources.files("lora_cli") / "data" / "names.yaml").read_text("utf-8"))
     return table
 

@@ -11,7 +11,6 @@ import typer
 from lora_cli.cli import options as opt
 from lora_cli.cli.draw import facts, line
 from lora_cli.cli.output import Output
-from lora_cli.cli.planned import DryRun, dry_run
 from lora_cli.cli.text import count, duration, number, size
 
 if TYPE_CHECKING:
@@ -83,6 +82,7 @@ def inject(
 
     Merged as it is, it changes nothing: B is zero. One seed gives the same bytes on every machine.
     """
+    from lora_cli.cli.planned import DryRun, dry_run
     from lora_cli.surgery import inject as surgery
     from lora_cli.surgery.inject_options import settle_options
 

@@ -11,7 +11,6 @@ import typer
 from lora_cli.cli import options as opt
 from lora_cli.cli.draw import facts, line
 from lora_cli.cli.output import Output
-from lora_cli.cli.planned import DryRun, dry_run, ledger_words, summary, use_words
 from lora_cli.cli.text import count, duration, size
 
 if TYPE_CHECKING:
@@ -59,6 +58,7 @@ def merge(
     Every adapter tensor is applied or the merge is refused; tensors that no adapter changes keep their bytes. The
     result is the same on every machine. BASE may be a wrapped checkpoint that carries its own factors (see inject).
     """
+    from lora_cli.cli.planned import DryRun, dry_run, summary
     from lora_cli.surgery import merge as surgery
     from lora_cli.surgery.placing import PlanOptions
 
@@ -95,6 +95,8 @@ def merge(
 
 def view(result: MergeResult) -> Iterator[RenderableType]:
     """What a merge did, for people."""
+    from lora_cli.cli.planned import ledger_words, use_words
+
     tensors = result.tensors
     parts = [f"{tensors[name]:,} {name}" for name in ("edited", "copied", "added", "dropped") if tensors[name]]
     yield line(("merged ", "bold green"), (result.out, "bold"))

@@ -6,14 +6,16 @@ import inspect
 import math
 from collections.abc import Callable
 from functools import wraps
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from lora_cli.adapters.source import ReadOptions
 from lora_cli.cli.output import Output
 from lora_cli.cli.text import parse_size
 from lora_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from lora_cli.adapters.source import ReadOptions
 
 GLOBAL = Output()
 """What was said before the command's name."""
@@ -138,6 +140,8 @@ def read_options(alpha: float | None, scale: float | None, ignore_field: list[st
     Raises:
         UsageError: Both a scale and an alpha, or one that is no finite number.
     """
+    from lora_cli.adapters.source import ReadOptions
+
     if alpha is not None and scale is not None:
         raise UsageError("--alpha and --scale exclude each other", hint="give one of them")
     for name, value in (("--alpha", alpha), ("--scale", scale)):

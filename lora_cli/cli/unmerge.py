@@ -11,7 +11,6 @@ import typer
 from lora_cli.cli import options as opt
 from lora_cli.cli.draw import facts, grid, line
 from lora_cli.cli.output import Output
-from lora_cli.cli.planned import DryRun, dry_run, summary
 from lora_cli.cli.text import count, duration, size
 
 if TYPE_CHECKING:
@@ -55,6 +54,7 @@ def unmerge(
     With --approximate the adapter is subtracted: most weights are proved to be the base's own, and the others are
     counted, tensor by tensor. Name the adapters and weights of the merge.
     """
+    from lora_cli.cli.planned import DryRun, dry_run, summary
     from lora_cli.surgery import unmerge as surgery
     from lora_cli.surgery.merge import check_output
     from lora_cli.surgery.placing import PlanOptions
