@@ -204,6 +204,7 @@ class Adapter:
         transposed_hint: What the config claims of the base's layout: True for (in, out), None for nothing.
         orientation: `ba` when the format fixes that A is (rank × in), else None: shapes decide.
         ignored_fields: Config fields that the user told us to ignore.
+        stored: How many tensors its file holds; the ledger must account for as many.
         warnings: What a person should know about it.
     """
 
@@ -219,6 +220,7 @@ class Adapter:
     transposed_hint: bool | None = None
     orientation: Literal["ba"] | None = None
     ignored_fields: tuple[str, ...] = ()
+    stored: int = 0
     warnings: tuple[str, ...] = ()
 
     @property

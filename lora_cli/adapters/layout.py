@@ -21,33 +21,30 @@ def fits(delta: tuple[int, int], base: tuple[int, ...]) -> set[bool]:
     return {transposed for transposed in (False, True) if tuple(reversed(delta) if transposed else delta) == base}
 
 
-def expected(target: Target, base_config: Mapping[str, Any], said: Orientation | None) -> bool | None:
-    """How the base stores the target's matrix by what the user said, or by the architecture; None if neither says."""
-    if said is not None:
-        return said == "ab"
-    model_type = base_config.get("model_type")
-    if not isinstance(model_type, str):
-        return None
-    return target.module.rpartition(".")[2] in conv1d_modules().get(model_type, ())
+def by_architecture(target: Target, key: str, base_config: Mapping[str, Any]) -> bool | None:
+    """How the architecture in the base's config stores the target's matrix; None for one that is not listed.
+
+    Where a config holds others (an encoder and a decoder), the one that the key's name begins with decides.
+    """
+    config = base_config
+    for part in key.split(".")[:2]:
+        inner = config.get(part, config.get(f"{part}_config"))
+        config = inner if isinstance(inner, dict) else config
+    modules = conv1d_modules().get(str(config.get("model_type")))
+    return None if modules is None else target.module.rpartition(".")[2] in modules
 
 
-def settle_square(
-    target: Target,
-    adapter: Adapter,
-    others: set[bool],
-    base_config: Mapping[str, Any],
-    said: Orientation | None,
-) -> bool | None:
+def settle_square(adapter: Adapter, told: bool | None, others: set[bool], said: Orientation | None) -> bool | None:
     """Decide `transposed` for a square base; None when nothing decides.
 
     Args:
-        target: The target in question.
-        adapter: Its adapter.
+        adapter: Whose matrix it is.
+        told: What the architecture says.
         others: How the adapter's matrices lie that are not square.
-        base_config: The base's `config.json`.
         said: `--orientation`: `ba` for a base stored (out × in), `ab` for (in × out).
     """
-    told = expected(target, base_config, said)
+    if said is not None:
+        return said == "ab"
     if told is not None:
         return told
     if len(others) == 1:

@@ -89,7 +89,20 @@ def check_fields(config: Mapping[str, Any], *, file: str, ignore: Collection[str
             expected="LORA",
             found=tuner,
         )
-    refused = {name: _reason(name) for name, value in config.items() if _refused(name, value)}
+    ignored = refuse_set_fields(config, UNDERSTOOD, file=file, ignore=ignore)
+    _check_types(config, file)
+    return ignored
+
+
+def refuse_set_fields(
+    config: Mapping[str, Any], understood: Collection[str], *, file: str, ignore: Collection[str] = ()
+) -> tuple[str, ...]:
+    """Refuse every field that is set, not understood and not neutral; return those that the user told us to ignore.
+
+    Raises:
+        UnsupportedError: With all of them.
+    """
+    refused = {name: _reason(name) for name, value in config.items() if _refused(name, value, understood)}
     ignored = tuple(sorted(set(refused) & set(ignore)))
     problems = [f"{name} = {str(config[name])[:60]}: {why}" for name, why in refused.items() if name not in ignored]
     if problems:
@@ -99,16 +112,15 @@ def check_fields(config: Mapping[str, Any], *, file: str, ignore: Collection[str
             details=problems,
             hint="if you are sure that a field does not matter here: --ignore-field NAME",
         )
-    _check_types(config, file)
     return ignored
 
 
-def _refused(name: str, value: object) -> bool:
+def _refused(name: str, value: object, understood: Collection[str]) -> bool:
     if name == "init_lora_weights":
         # `1 in (True,)` is true in Python; compare types as well.
         return not any(value is plain or (isinstance(plain, str) and value == plain) for plain in PLAIN_INITS)
     is_set = value not in (None, False, "", [], {})
-    return is_set and name not in UNDERSTOOD and name not in NEUTRAL
+    return is_set and name not in understood and name not in NEUTRAL
 
 
 def _reason(name: str) -> str:

@@ -8,7 +8,7 @@ says the scale.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from lora_cli.adapters.formats.pairs import Pair, check_pairs
 from lora_cli.adapters.names import First, Identity, Mapper, Unwrap
 from lora_cli.adapters.source import ReadOptions
 from lora_cli.checkpoint.checkpoint import Checkpoint, read_config
-from lora_cli.errors import MalformedFileError, NamesError, ShapeError, UsageError
+from lora_cli.errors import MalformedFileError, NamesError, ShapeError, UnsupportedError, UsageError
 
 WRAP_FILE = "lora_wrap.json"
 WRAP_SCHEMA = "lora-cli/wrap/1"
@@ -100,10 +100,30 @@ def unwrap(checkpoint: Checkpoint, options: ReadOptions) -> Wrapped | None:
         config=said,
         transposed_hint=said.get("fan_in_fan_out") is True,
         orientation="ba",
+        stored=2 * len(targets),
     )
     plain = First((mapper, Identity()))
     _check_folding(checkpoint, plain)
     return Wrapped(mapper, adapter)
+
+
+_FACTOR_PARTS = {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "lora_diag"}
+
+
+def refuse_other_factors(checkpoint: Checkpoint, carried: Collection[str]) -> None:
+    """Refuse a checkpoint that holds factors of a kind that is not read from checkpoints: they would be lost in it.
+
+    Raises:
+        UnsupportedError: Names every such tensor.
+    """
+    others = [key for key in checkpoint.tensors if key not in carried and not _FACTOR_PARTS.isdisjoint(key.split("."))]
+    if others:
+        raise UnsupportedError(
+            "The checkpoint carries factors already, and they would be lost",
+            file=checkpoint.label,
+            details=others,
+            hint="merge a wrapped checkpoint first (lora-cli merge BASE -o OUT), or export these factors as an adapter",
+        )
 
 
 def _check_folding(checkpoint: Checkpoint, mapper: Mapper) -> None:
@@ -121,6 +141,14 @@ def _read_wrap_file(checkpoint: Checkpoint) -> Mapping[str, Any]:
     said = read_config(path)
     if said.get("schema") != WRAP_SCHEMA:
         raise MalformedFileError("Not a wrap file that this version knows", file=path.name, expected=WRAP_SCHEMA)
+    if said.get("scaling") not in ("alpha/rank", "alpha/sqrt(rank)"):
+        raise MalformedFileError(
+            "The wrap file has no scaling that is known",
+            file=path.name,
+            tensor="scaling",
+            expected="alpha/rank or alpha/sqrt(rank)",
+            found=repr(said.get("scaling"))[:60],
+        )
     return said
 
 
@@ -134,6 +162,8 @@ def _scale(module: str, pair: Pair, said: Mapping[str, Any], options: ReadOption
             found=f"A is {list(a.shape)}, B is {list(b.shape)}",
         )
     rank = a.shape[0]
+    if said.get("rank", rank) != rank:
+        raise ShapeError("Ranks do not agree", file=WRAP_FILE, tensor=module, expected=rank, found=said["rank"])
     if options.scale is not None:
         return Scale(options.scale, None, False, "--scale")
     if options.alpha is not None:

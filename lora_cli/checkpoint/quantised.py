@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from typing import Any
 
 from lora_cli.checkpoint.checkpoint import Checkpoint
@@ -59,12 +60,18 @@ def _companions(module: str) -> list[str]:
 
 
 def _excepted(settings: Mapping[str, Any], module: str) -> bool:
-    for name in _EXCEPTION_FIELDS:
-        for entry in settings.get(name) or ():
-            text = str(entry)
-            if text.startswith("re:"):  # only compressed-tensors writes these, anchored at the start
-                if untrusted(text[3:])(module):
-                    return True
-            elif f".{text}." in f".{module}.":
-                return True
-    return False
+    """Whether the settings say that a module is not quantised: by name, by glob, or by `re:` and a pattern."""
+    entries = [entry for name in _EXCEPTION_FIELDS for entry in _texts(settings.get(name))]
+    return any(_names(entry, module) for entry in entries)
+
+
+def _texts(value: object) -> list[str]:
+    return [entry for entry in value if isinstance(entry, str)] if isinstance(value, list) else []
+
+
+def _names(entry: str, module: str) -> bool:
+    if entry.startswith("re:"):  # only compressed-tensors writes these, anchored at the start
+        return untrusted(entry[3:])(module)
+    if "*" in entry:
+        return fnmatchcase(module, entry) or fnmatchcase(module, f"{entry}.*")
+    return f".{entry}." in f".{module}."

@@ -156,18 +156,26 @@ class Staging:
         file.write(0, data)
         file.finish()
 
-    def publish(self) -> None:
+    def publish(self, done: Callable[[], None] = lambda: None, outdated: Iterable[str] = ()) -> None:
         """Put everything in its place: for a folder by one rename, for files in the order they were created.
+
+        Args:
+            done: Is called as soon as the output is complete in its place.
+            outdated: Names of small files beside a file that was replaced, which tell of what it was before.
 
         Raises:
             OutputExistsError: Somebody made the target in the meantime.
             WriteError: The rename failed; the target is as it was before.
         """
         with _write_errors(self.target.name):
+            replacing = self.target.exists() and not self.folder
             if self.folder:
                 self._publish_folder()
             else:
                 self._publish_files()
+            done()
+            for name in outdated if replacing else ():
+                (self.target.parent / name).unlink(missing_ok=True)
             _sync_folder(self.target.parent)
 
     def _publish_folder(self) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from lora_cli.checkpoint.checkpoint import Checkpoint
 
-_EMBEDDINGS = {"embed_tokens", "wte", "word_embeddings", "shared", "embed_in", "tok_embeddings"}
+EMBEDDINGS = {"embed_tokens", "wte", "word_embeddings", "shared", "embed_in", "tok_embeddings"}
 _HEADS = {"lm_head", "embed_out", "decoder"}
 _WITH_HEAD = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM", "ForPreTraining")
 
@@ -22,12 +22,12 @@ def tie_of(checkpoint: Checkpoint, key: str, keys: Iterable[str]) -> str | None:
     """
     module, _, parameter = key.rpartition(".")
     role = module.rpartition(".")[2]
-    if parameter != "weight" or role not in _EMBEDDINGS | _HEADS or not _may_tie(checkpoint.config):
+    if parameter != "weight" or role not in EMBEDDINGS | _HEADS or not _may_tie(checkpoint.config):
         return None
-    partners = _HEADS if role in _EMBEDDINGS else _EMBEDDINGS
+    partners = _HEADS if role in EMBEDDINGS else EMBEDDINGS
     modules = {other.rpartition(".")[0].rpartition(".")[2] for other in keys if other.endswith(".weight")}
     stored_twice = bool(modules & partners) and role in modules
-    return None if stored_twice else f"{'head' if role in _EMBEDDINGS else 'embedding'} and {role} are one tensor"
+    return None if stored_twice else f"{'head' if role in EMBEDDINGS else 'embedding'} and {role} are one tensor"
 
 
 def _may_tie(config: Mapping[str, Any]) -> bool:

@@ -42,7 +42,7 @@ def diff(
     scale: opt.ScaleOption = None,
     ignore_field: opt.IgnoreFieldOption = None,
     threads: opt.ThreadsOption = None,
-    memory: opt.MemoryOption = "256MiB",
+    memory: opt.MemoryOption = None,
 ) -> None:
     """Compare two checkpoints tensor by tensor, or two adapters delta by delta.
 

@@ -76,7 +76,7 @@ def inject(
     dry: opt.DryRunOption = False,
     force: opt.ForceOption = False,
     threads: opt.ThreadsOption = None,
-    memory: opt.MemoryOption = "256MiB",
+    memory: opt.MemoryOption = None,
 ) -> None:
     """Make a fresh adapter for a checkpoint.
 

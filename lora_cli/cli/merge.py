@@ -51,7 +51,7 @@ def merge(
     ignore_field: opt.IgnoreFieldOption = None,
     tokenizer: TokenizerOption = "base",
     threads: opt.ThreadsOption = None,
-    memory: opt.MemoryOption = "256MiB",
+    memory: opt.MemoryOption = None,
 ) -> None:
     """Apply adapters to a checkpoint.
 

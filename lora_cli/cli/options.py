@@ -51,7 +51,7 @@ WeightOption = Annotated[
 ]
 AlphaOption = Annotated[
     float | None,
-    typer.Option("--alpha", metavar="A", help="Alpha; the scale is alpha / rank. For adapters without a config."),
+    typer.Option("--alpha", metavar="A", help="Alpha for all adapters, whatever they say; the scale is alpha / rank."),
 ]
 ScaleOption = Annotated[
     float | None, typer.Option("--scale", metavar="S", help="The scale itself, instead of alpha / rank.")
@@ -92,8 +92,10 @@ ThreadsOption = Annotated[
     ),
 ]
 MemoryOption = Annotated[
-    str,
-    typer.Option("--memory", metavar="SIZE", help="Bound on buffers in flight.", rich_help_panel=_RUN),
+    str | None,
+    typer.Option(
+        "--memory", metavar="SIZE", help="Bound on buffers in flight.", show_default="256MiB", rich_help_panel=_RUN
+    ),
 ]
 
 
@@ -150,13 +152,13 @@ def read_options(alpha: float | None, scale: float | None, ignore_field: list[st
     return ReadOptions(alpha, scale, tuple(ignore_field or ()))
 
 
-def memory_bytes(text: str) -> int:
-    """Parse `--memory`.
+def memory_bytes(text: str | None) -> int | None:
+    """Parse `--memory`; None when it was not given.
 
     Raises:
         UsageError: It is no size.
     """
     try:
-        return parse_size(text)
+        return None if text is None else parse_size(text)
     except ValueError as error:
         raise UsageError(f"--memory is no size: {error}", found=text, expected="such as 256MiB or 1GB") from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +17,16 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 _COPIES = ("keep", "rename")
+ROWS = 60
+"""Tensors that a plan lists for people; JSON has all of them."""
+FEW = 8
+"""Names in one line."""
 
 
 class DryRun:
     """A plan with what it would need of the machine."""
 
-    def __init__(self, plan: Plan, out: str, threads: int | None, memory: int) -> None:
+    def __init__(self, plan: Plan, out: str, threads: int | None, memory: int | None) -> None:
         self.plan = plan
         self.out = out
         budget = settle_budget(plan, memory=memory, threads=threads or default_threads())
@@ -61,9 +65,23 @@ def summary(plan: Plan) -> Iterator[RenderableType]:
             *(("names", use.rewrite) for use in plan.adapters[:1]),
             ("ledger", ledger_words(plan.ledger_counts())),
             ("writes", f"{size(plan.bytes_to_write)} in {shards} and {count(len(plan.side_files), 'side file')}"),
-            ("left out", ", ".join(plan.left_out)),
+            *(_exceptions(plan)),
+            ("left out", _few(plan.left_out)),
         ]
     )
+
+
+def _exceptions(plan: Plan) -> Iterator[tuple[str, str]]:
+    """Adapter tensors that do not change a tensor of the base in the ordinary way."""
+    for outcome in ("added", "ignored"):
+        entries = [entry for entry in plan.ledger if entry.outcome == outcome]
+        if entries:
+            yield outcome, _few([f"{entry.tensor} ({entry.reason})" for entry in entries])
+
+
+def _few(names: Sequence[str]) -> str:
+    more = f" … and {len(names) - FEW} more" if len(names) > FEW else ""
+    return ", ".join(names[:FEW]) + more
 
 
 def dry_run(planned: DryRun) -> Iterator[RenderableType]:
@@ -90,7 +108,9 @@ def dry_run(planned: DryRun) -> Iterator[RenderableType]:
         if edit.operation not in _COPIES
     ]
     yield line()
-    yield grid(("tensor", "edit", "shape", "type", "scale"), rows)
+    yield grid(("tensor", "edit", "shape", "type", "scale"), rows[:ROWS])
+    if len(rows) > ROWS:
+        yield line(f"… and {len(rows) - ROWS:,} more (--json lists all)", style="dim")
     yield line("nothing was written", style="dim")
 
 

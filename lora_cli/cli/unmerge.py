@@ -47,7 +47,7 @@ def unmerge(
     orientation: opt.OrientationOption = None,
     ignore_field: opt.IgnoreFieldOption = None,
     threads: opt.ThreadsOption = None,
-    memory: opt.MemoryOption = "256MiB",
+    memory: opt.MemoryOption = None,
 ) -> None:
     """Take adapters out of a merged checkpoint again.
 

@@ -45,7 +45,7 @@ def verify(
     orientation: opt.OrientationOption = None,
     ignore_field: opt.IgnoreFieldOption = None,
     threads: opt.ThreadsOption = None,
-    memory: opt.MemoryOption = "256MiB",
+    memory: opt.MemoryOption = None,
 ) -> None:
     """Say whether a checkpoint is exactly base + adapters; writes nothing.
 

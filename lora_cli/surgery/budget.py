@@ -39,15 +39,19 @@ class Budget:
     peak_bytes: int
 
 
-def settle_budget(plan: Plan, *, memory: int, threads: int) -> Budget:
-    """Find how many threads and how long pieces fit in `memory` bytes, with three pieces in each thread.
+def settle_budget(plan: Plan, *, memory: int | None, threads: int) -> Budget:
+    """Find how many threads and how long pieces fit in `memory` bytes, with four pieces in each thread.
+
+    Without a bound from the user it is `DEFAULT_MEMORY`, or more where one tensor's factors need it.
 
     Raises:
         UsageError: Not even one thread with the shortest piece fits; says what would.
     """
     factors = max((_factor_bytes(edit) for edit in plan.edits), default=0)
     fixed = _TILE_BYTES + factors
-    least = fixed + 3 * _LEAST_STRIP
+    least = fixed + 4 * _LEAST_STRIP
+    if memory is None:
+        memory = max(DEFAULT_MEMORY, least)
     if memory < least:
         raise UsageError(
             "The memory budget is too small for one tile",
@@ -55,8 +59,8 @@ def settle_budget(plan: Plan, *, memory: int, threads: int) -> Budget:
             found=f"{memory} bytes",
         )
     threads = max(1, min(threads, memory // least))
-    strip = min(STRIP_BYTES, (memory // threads - fixed) // 3)
-    return Budget(threads, strip, threads * (fixed + 3 * strip))
+    strip = min(STRIP_BYTES, (memory // threads - fixed) // 4)
+    return Budget(threads, strip, threads * (fixed + 4 * strip))
 
 
 def _factor_bytes(edit: Edit) -> int:

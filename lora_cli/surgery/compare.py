@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from lora_cli.arithmetic.ordered import ulp, ulp_distances
 from lora_cli.arithmetic.rounding import MERGEABLE
 from lora_cli.checkpoint.checkpoint import StoredTensor
-from lora_cli.surgery.budget import UNIT_BYTES, Budget
+from lora_cli.surgery.budget import TILE_ELEMENTS, UNIT_BYTES, Budget
 from lora_cli.surgery.engine import Piece, Workshop, open_readers, raw_bytes, torch_dtype
 from lora_cli.surgery.plan import Edit, Plan
 from lora_cli.surgery.workers import run_units
@@ -56,7 +56,11 @@ def compare_plan(plan: Plan, candidates: Mapping[str, StoredTensor], budget: Bud
 
     def work(part: _Part, tools: _Tools) -> Counted:
         candidate = candidates[part.edit.key]
-        return tools.copied(part, candidate) if part.edit.copies else tools.computed(part, candidate, max_ulp)
+        return (
+            tools.copied(part, candidate)
+            if part.edit.copies
+            else tools.computed(part, candidate, max_ulp if part.edit.terms else 0)
+        )
 
     parts = (part for edit in plan.edits if edit.key in candidates and edit.nbytes for part in _parts(edit))
     for _, counted in run_units(parts, work, lambda: _Tools(budget), budget.threads):
@@ -132,14 +136,21 @@ def _differences(piece: Piece, found: torch.Tensor, max_ulp: int) -> tuple[int, 
     The unit is that of the storage type at the largest of |w|, |w' - w| and |w'|: where a weight and its change cancel,
     a rounding of either is many units of the small result, and yet as good as it can be.
     """
-    expected = piece.result
-    size = expected.itemsize
-    places = _unequal(raw_view(expected), raw_view(found), size)
+    elements, worst = 0, 0
+    # In short runs: where all elements differ, the wide copies of a whole piece would not fit the budget.
+    for begin in range(0, found.numel(), TILE_ELEMENTS):
+        part = slice(begin, begin + TILE_ELEMENTS)
+        count, most = _different(piece.source[part], piece.result[part], found[part], max_ulp)
+        elements, worst = elements + count, max(worst, most)
+    return elements, worst
+
+
+def _different(source: torch.Tensor, expected: torch.Tensor, found: torch.Tensor, max_ulp: int) -> tuple[int, int]:
+    places = _unequal(raw_view(expected), raw_view(found), expected.itemsize)
     if not places.size:
         return 0, 0
     index = torch.from_numpy(places)
-    want, have = expected[index], found[index]
-    w, m, h = (tensor.to(torch.float64) for tensor in (piece.source[index], want, have))
+    w, m, h = (tensor[index].to(torch.float64) for tensor in (source, expected, found))
     unit = ulp(torch.maximum(torch.maximum(w.abs(), m.abs()), (m - w).abs()), expected.dtype)
     off = (h - m).abs() / unit
     # NaN is wrong; and without leave every other bit is, be it the sign of a zero.

@@ -64,7 +64,7 @@ def diff(
     only: str | None = None,
     rank: bool = False,
     threads: int | None = None,
-    memory: int = DEFAULT_MEMORY,
+    memory: int | None = None,
     options: ReadOptions | None = None,
     progress: Progress = SILENT,
 ) -> DiffResult:
@@ -83,7 +83,7 @@ def diff(
             `memory`, where that does not hold it, 24·(out + in)·256 bytes for the one matrix being looked at. For
             deltas that comes from the factors and is always there.
         threads: Pieces of work at once; all cores by default. No number depends on it.
-        memory: Bytes that buffers and factors may take.
+        memory: Bytes that buffers and factors may take; 256 MiB, or what one tensor needs, unless given.
         options: How adapters are read.
         progress: Hears of every step.
 
@@ -103,7 +103,7 @@ def diff(
                 found=f"{one.label} is {kinds[0]}, {other.label} is {kinds[1]}",
                 hint="merge the adapter first, or use verify",
             )
-        comparison = Comparison(tolerance, rank, threads or default_threads(), memory, progress)
+        comparison = Comparison(tolerance, rank, threads or default_threads(), memory or DEFAULT_MEMORY, progress)
         pattern = re.compile("") if only is None else compile_user_pattern(only)
         comparison.tensors(*(_chosen(_tensors(side), pattern) for side in (one, other)))
         comparison.deltas(*(_chosen(_deltas(side), pattern) for side in (one, other)))

@@ -19,7 +19,7 @@ from lora_cli.arithmetic.rounding import TileKernel, cast, check_flush_to_zero, 
 from lora_cli.checkpoint.checkpoint import StoredTensor
 from lora_cli.checkpoint.dtypes import DType
 from lora_cli.checkpoint.source import Reader, SourceFile
-from lora_cli.errors import LoraCliError
+from lora_cli.errors import LoraCliError, NumericError
 from lora_cli.surgery.budget import TILE_COLUMNS, TILE_ELEMENTS, UNIT_BYTES
 from lora_cli.surgery.plan import Edit, OutputFile
 
@@ -148,6 +148,8 @@ class Workshop:
                 reader.read_into(edit.source.offset + offset * stored.itemsize, raw_bytes(source))
                 target = _shaped(self._output, out, shape)
                 if product is None:
+                    if edit.operation in ("replace", "append"):
+                        _check_finite(source)
                     cast(source, target)
                 else:
                     self._add(edit, product, source, target, (rows.start, columns.start), observe)
@@ -218,6 +220,14 @@ def _made(edit: Edit, fresh: FreshTensor, begin: int, end: int) -> Iterator[Piec
     for offset, data in fresh.blocks(begin * columns, end * columns):
         result = torch.from_numpy(data).view(torch_dtype(edit.dtype))
         yield Piece(offset, result, result)
+
+
+def _check_finite(tensor: torch.Tensor) -> None:
+    """Refuse what an adapter holds whole and cannot have meant."""
+    wide = tensor.to(torch.float32) if tensor.itemsize == 1 else tensor
+    broken = int((~torch.isfinite(wide)).sum())
+    if broken:
+        raise NumericError("The adapter's tensor holds NaN or infinity", found=f"{broken} values in one piece")
 
 
 def _pieces(begin: int, end: int, columns: int, elements: int) -> Iterator[tuple[slice, slice]]:

@@ -59,19 +59,10 @@ def execute(
         smalls = sorted(plan.side_files, key=lambda side: side.name.endswith(".index.json"))
         for side in [*smalls, *extra_files]:
             staging.write_small(side.name, side.read())
-        staging.publish()
-    if not folder:
-        _remove_older_receipts(out, {file.name for file in extra_files})
-    progress.published(str(out))
+        others = [receipt_path(out, operation).name for operation in OPERATIONS]
+        outdated = [name for name in others if name not in {file.name for file in extra_files}]
+        staging.publish(lambda: progress.published(str(out)), outdated)
     return plan.bytes_to_write
-
-
-def _remove_older_receipts(out: Path, written: set[str]) -> None:
-    """A file that was replaced has only its new receipt: one of another command would tell of what is gone."""
-    for operation in OPERATIONS:
-        place = receipt_path(out, operation)
-        if place.name not in written:
-            place.unlink(missing_ok=True)
 
 
 def _fill(plan: Plan, staged: list[StagedFile], budget: Budget, progress: Progress) -> None:

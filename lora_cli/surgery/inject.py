@@ -11,15 +11,14 @@ from typing import Any
 
 from lora_cli.adapters.target_files import expand
 from lora_cli.adapters.targets import ALL_LINEAR, Selected, select
-from lora_cli.adapters.wrapped import WRAP_FILE
-from lora_cli.checkpoint.checkpoint import Checkpoint
+from lora_cli.adapters.wrapped import WRAP_FILE, refuse_other_factors
 from lora_cli.checkpoint.sidefiles import SideFile
-from lora_cli.errors import UnsupportedError, UsageError
+from lora_cli.errors import UsageError
 from lora_cli.progress import SILENT, Progress
-from lora_cli.surgery.budget import DEFAULT_MEMORY, settle_budget
+from lora_cli.surgery.budget import settle_budget
 from lora_cli.surgery.inject_options import InjectOptions, Layout
 from lora_cli.surgery.injection import Injection
-from lora_cli.surgery.merge import check_output, output_names, output_path
+from lora_cli.surgery.merge import check_output, output_names, output_path, output_sizes
 from lora_cli.surgery.plan import Plan
 from lora_cli.surgery.receipt import make_receipt, written_by_us
 from lora_cli.surgery.results import Reference, measured, open_base
@@ -92,7 +91,7 @@ def inject(
     seed: int = 0,
     force: bool = False,
     threads: int | None = None,
-    memory: int = DEFAULT_MEMORY,
+    memory: int | None = None,
     progress: Progress = SILENT,
     on_plan: Callable[[Plan], None] | None = None,
 ) -> InjectResult:
@@ -117,7 +116,7 @@ def inject(
         seed: Decides the numbers of A, together with the names of the modules.
         force: Replace `out` where a receipt says that lora-cli wrote all of it.
         threads: Units of work at once; all cores by default.
-        memory: Bytes that buffers and factors may take.
+        memory: Bytes that buffers and factors may take; 256 MiB, or what one tensor needs, unless given.
         progress: Hears of every step.
         on_plan: Is given the plan before anything is written.
 
@@ -185,7 +184,7 @@ def prepare(base: Reference, options: InjectOptions, *, progress: Progress = SIL
     """
     wanted, unwanted = expand(options.targets, options.exclude)
     checkpoint = open_base(base, progress)
-    _refuse_factors(checkpoint)
+    refuse_other_factors(checkpoint, ())
     selection = select(checkpoint, wanted, unwanted)
     for note in selection.notes:
         progress.note(note)
@@ -226,25 +225,14 @@ def _warnings(modules: Sequence[Selected], options: InjectOptions) -> list[str]:
     return warnings
 
 
-def _refuse_factors(checkpoint: Checkpoint) -> None:
-    carried = [key for key in checkpoint.tensors if {"lora_A", "lora_B"} & set(key.split("."))]
-    if carried:
-        raise UnsupportedError(
-            "The base carries factors already",
-            file=checkpoint.label,
-            tensor=carried[0],
-            hint="merge it first: lora-cli merge BASE -o OUT",
-        )
-
-
 def _extra_files(injection: Injection, made: Plan, target: Path) -> list[SideFile]:
     """The wrap's description and the receipt, which come last."""
     extras = []
     if injection.options.layout == "wrapped":
         data = injection.wrap_file()
         extras.append(SideFile(_wrap_name(target), None, len(data), data))
-    names = [*output_names(made, target), *(extra.name for extra in extras)]
-    return [*extras, make_receipt(target, "inject", _receipt_content(injection), names)]
+    sizes = {**output_sizes(made, target), **{extra.name: extra.size for extra in extras}}
+    return [*extras, make_receipt(target, "inject", _receipt_content(injection), sizes)]
 
 
 def _wrap_name(target: Path) -> str:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_cli.checkpoint.staging import check_apart, check_target, free_bytes
+from lora_cli.checkpoint.staging import check_apart, check_target
 from lora_cli.errors import UsageError
 from lora_cli.progress import SILENT, Progress
-from lora_cli.surgery.budget import DEFAULT_MEMORY, settle_budget
+from lora_cli.surgery.budget import settle_budget
 from lora_cli.surgery.placing import PlanOptions
 from lora_cli.surgery.plan import AdapterUse, LedgerEntry, Plan
 from lora_cli.surgery.planning import plan
@@ -85,7 +85,7 @@ def merge(
     *,
     force: bool = False,
     threads: int | None = None,
-    memory: int = DEFAULT_MEMORY,
+    memory: int | None = None,
     progress: Progress = SILENT,
     on_plan: Callable[[Plan], None] | None = None,
 ) -> MergeResult:
@@ -100,7 +100,7 @@ def merge(
         options: As for `plan_merge`.
         force: Replace `out` where a receipt says that lora-cli wrote all of it.
         threads: Units of work at once; all cores by default.
-        memory: Bytes that buffers and factors may take.
+        memory: Bytes that buffers and factors may take; 256 MiB, or what one tensor needs, unless given.
         progress: Hears of every step.
         on_plan: Is given the plan before torch is loaded and anything is written.
 
@@ -114,7 +114,7 @@ def merge(
         if on_plan:
             on_plan(made)
         receipt = make_receipt(
-            target, "merge", receipt_content(made, options or PlanOptions()), output_names(made, target)
+            target, "merge", receipt_content(made, options or PlanOptions()), output_sizes(made, target)
         )
         # torch is loaded only here, after the plan is on the screen.
         from lora_cli.surgery.execute import execute
@@ -187,6 +187,12 @@ def output_names(made: Plan, target: Path) -> tuple[str, ...]:
     return (*(file.name for file in made.files), *(side.name for side in made.side_files))
 
 
+def output_sizes(made: Plan, target: Path) -> dict[str, int]:
+    """Name → size of every file that a plan writes for `target`, without the receipt."""
+    sizes = [*(file.size for file in made.files), *(side.size for side in made.side_files)]
+    return dict(zip(output_names(made, target), sizes, strict=True))
+
+
 def receipt_content(made: Plan, options: PlanOptions) -> dict[str, Any]:
     """What a receipt says of a plan: inputs by label, scales with their sources, rewrites and options."""
     said = made.as_dict()
@@ -204,9 +210,3 @@ def receipt_content(made: Plan, options: PlanOptions) -> dict[str, Any]:
         "ledger": said["ledger"],
         "edited": [edit.key for edit in made.edits if edit.operation not in ("keep", "rename")],
     }
-
-
-def fits_on_disk(made: Plan, target: Path) -> tuple[int, bool]:
-    """Free bytes where `target` will be, and whether the plan's output fits."""
-    free = free_bytes(target)
-    return free, free >= made.bytes_to_write

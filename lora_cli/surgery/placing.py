@@ -9,19 +9,16 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from lora_cli.adapters.adapter import Adapter, Replacement, Target
-from lora_cli.adapters.layout import Orientation, expected, fits, settle_square
+from lora_cli.adapters.layout import Orientation, by_architecture, fits, settle_square
 from lora_cli.adapters.names import Identity, Mapper
 from lora_cli.adapters.resolve import Resolution, parse_maps, resolve, tied_to
 from lora_cli.adapters.source import ReadOptions
-from lora_cli.adapters.wrapped import Wrapped, unwrap
+from lora_cli.adapters.wrapped import Wrapped, refuse_other_factors, unwrap
 from lora_cli.checkpoint.checkpoint import Checkpoint, StoredTensor
 from lora_cli.checkpoint.quantised import quantised
 from lora_cli.checkpoint.tied import tie_of
 from lora_cli.errors import LoraCliError, NamesError, ShapeError, UnsupportedError, UsageError
-from lora_cli.surgery.plan import AdapterUse, Contribution, LedgerEntry
-
-MERGEABLE = ("BF16", "F16", "F32", "F64", "F8_E4M3", "F8_E5M2")
-"""Storage types that can take a delta; `arithmetic.rounding.MERGEABLE` has the same as torch's types."""
+from lora_cli.surgery.plan import MERGEABLE, AdapterUse, Contribution, LedgerEntry
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +72,7 @@ class Placement:
         wrapped = unwrap(base, options.read)
         self.mapper: Mapper = wrapped.mapper if wrapped else Identity()
         self.carried = wrapped.carried if wrapped else frozenset[str]()
+        refuse_other_factors(base, self.carried)
         self.adapters = _all_adapters(wrapped, adapters)
         self.weights = _weights(options.weights, self.adapters)
         self.tensors = {
@@ -93,8 +91,13 @@ class Placement:
                 hint="name an adapter: merge BASE ADAPTER, verify --adapter ADAPTER",
             )
         for position, adapter in enumerate(self.adapters):
+            before = len(self.ledger)
             self._place(position, adapter)
+            if not self._problems and len(self.ledger) - before != adapter.stored:
+                found = f"{len(self.ledger) - before} of {adapter.stored} tensors"
+                raise LoraCliError("The ledger of this adapter is not complete", file=adapter.label, found=found)
         self._raise_problems()
+        self._warn_unused_maps()
 
     # Names
 
@@ -128,8 +131,10 @@ class Placement:
     def _is_tied_copy(self, replacement: Replacement, adapter: Adapter, found: Resolution) -> bool:
         """Enter a tensor that is stored once under another name, which the adapter holds as well."""
         stored = tied_to(replacement.name)
+        if stored is None or replacement.name in found.keys:
+            return False
         other = next((r for r in adapter.replacements if r.name == stored and r.name in found.keys), None)
-        if replacement.name in found.keys or other is None or not _same_bytes(other.tensor, replacement.tensor):
+        if other is None or not _same_bytes(other.tensor, replacement.tensor):
             return False
         self._enter(adapter, replacement.tensor, "ignored", found.keys[other.name], f"the same tensor as {other.name}")
         return True
@@ -174,6 +179,13 @@ class Placement:
             "--allow-unmapped",
         )
 
+    def _warn_unused_maps(self) -> None:
+        names = [target.name for adapter in self.adapters for target in adapter.targets]
+        names += [replacement.name for adapter in self.adapters for replacement in adapter.replacements]
+        for leaf in parse_maps(self.options.maps):
+            if all(leaf(name) is None for name in names):
+                self.warnings.append(f"--map {leaf.old}={leaf.new} concerns no name of any adapter")
+
     # Deltas and replacements
 
     def _place_targets(self, position: int, adapter: Adapter, weight: float, found: Resolution) -> None:
@@ -200,23 +212,26 @@ class Placement:
     def _transposed(
         self, target: Target, key: str, choices: set[bool], adapter: Adapter, others: set[bool]
     ) -> bool | None:
-        base = self.tensors[key]
+        base, said = self.tensors[key], self.options.orientation
         if target.parameter == "bias" and False in choices:
             return False
-        told = expected(target, self.base.config, self.options.orientation)
-        if adapter.orientation is not None and told is not None and choices == {not told}:
-            self._problems.append((ShapeError, f"{_shape_words(target, base, adapter)}, which fits only transposed"))
-            return None
-        if len(choices) == 1:
-            return next(iter(choices))
         if not choices:
             self._problems.append((ShapeError, _shape_words(target, base, adapter)))
             return None
-        settled = settle_square(target, adapter, others, self.base.config, self.options.orientation)
+        told = by_architecture(target, key, self.base.config)
+        if len(choices) == 1:
+            fit = next(iter(choices))
+            against = "the architecture" if told is not None and fit != told else None
+            if fit and told is None and not adapter.transposed_hint:
+                against = "fan_in_fan_out"
+            if against and said is None and adapter.orientation is not None:
+                words = f"{_shape_words(target, base, adapter)}, which fits only against {against}; see --orientation"
+                self._problems.append((ShapeError, words))
+                return None
+            return fit
+        settled = settle_square(adapter, told, others, said)
         if settled is None:
-            words = (
-                f"{key}: square, so nothing says if it is stored (out × in) or (in × out); give --orientation ba or ab"
-            )
+            words = f"{key}: square, so nothing says if it is stored out × in or in × out; give --orientation ba or ab"
             self._problems.append((ShapeError, words))
         return settled
 
@@ -254,6 +269,7 @@ class Placement:
             return
         if key is None:
             self.appended[name] = replacement
+            self.warnings.append(f"{adapter.label}: {name} is not in the base and is added ({replacement.reason})")
             self._enter(adapter, tensor, "added", name, replacement.reason)
             return
         if tensor.shape != self.tensors[key].shape:

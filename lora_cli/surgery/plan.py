@@ -22,6 +22,9 @@ from lora_cli.checkpoint.sidefiles import SideFile
 if TYPE_CHECKING:
     from lora_cli.adapters.inits import FreshTensor
 
+MERGEABLE = ("BF16", "F16", "F32", "F64", "F8_E4M3", "F8_E5M2")
+"""Storage types that can take a delta; `arithmetic.rounding.MERGEABLE` has the same as torch's types."""
+
 Operation = Literal["keep", "rename", "cast", "add", "subtract", "replace", "append"]
 Outcome = Literal["applied", "replaced", "added", "ignored"]
 
@@ -88,8 +91,13 @@ class Edit:
 
     @property
     def copies(self) -> bool:
-        """Whether the output's bytes are the source's bytes."""
-        return self.fresh is None and not self.terms and self.dtype == self.source.dtype
+        """Whether the output's bytes are the source's bytes and need not be looked at.
+
+        Numbers from an adapter are looked at: NaN must not go through.
+        """
+        same = self.fresh is None and not self.terms and self.dtype == self.source.dtype
+        from_adapter = self.operation in ("replace", "append") and self.dtype.name in MERGEABLE
+        return same and not from_adapter
 
     @property
     def matrix(self) -> tuple[int, int]:
@@ -272,6 +280,10 @@ class Plan:
             ],
             "side_files": [
                 {"name": side.name, "bytes": side.size, "changed": side.data is not None} for side in self.side_files
+            ],
+            "entries": [
+                {"adapter": e.adapter, "tensor": e.tensor, "outcome": e.outcome, "key": e.key, "reason": e.reason}
+                for e in self.ledger
             ],
             "left_out": list(self.left_out),
             "dropped": list(self.dropped),

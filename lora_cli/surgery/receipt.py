@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,14 @@ def receipt_path(out: Path, operation: str) -> Path:
     return out / f"lora_{operation}.json"
 
 
-def make_receipt(out: Path, operation: str, content: Mapping[str, Any], files: Iterable[str]) -> SideFile:
+def make_receipt(out: Path, operation: str, content: Mapping[str, Any], files: Mapping[str, int]) -> SideFile:
     """Return the receipt of an output as a file to be written last.
 
     Args:
         out: The output.
         operation: Name of the command.
         content: What it was made of.
-        files: Names of every other file of the output.
+        files: Name → size of every other file of the output.
     """
     name = receipt_path(out, operation).name
     document = {
@@ -38,6 +38,7 @@ def make_receipt(out: Path, operation: str, content: Mapping[str, Any], files: I
         "tool": {"name": "lora-cli", "version": __version__},
         **content,
         "files": sorted([*files, name]),
+        "bytes": dict(files),
     }
     data = (json.dumps(document, indent=2, sort_keys=True, ensure_ascii=True, allow_nan=False) + "\n").encode()
     return SideFile(name, None, len(data), data)
@@ -68,9 +69,16 @@ def written_by_us(out: Path) -> Callable[[], bool]:
         files = receipt.get("files") if receipt else None
         if not isinstance(files, list):
             return False
-        if not out.is_dir():
-            return out.name in files
+        sizes = receipt.get("bytes") if receipt else None
         listed = {str(name) for name in files}
+        if not isinstance(sizes, dict):
+            return False
+        root = out if out.is_dir() else out.parent
+        # A file of another size is somebody's own work under one of our names.
+        if any((root / name).is_file() and (root / name).stat().st_size != size for name, size in sizes.items()):
+            return False
+        if not out.is_dir():
+            return out.name in listed
         folders = {parent.as_posix() for name in listed for parent in Path(name).parents}
         present = {path: path.relative_to(out).as_posix() for path in out.rglob("*")}
         # A link to a folder is somebody's link, not a folder of ours.

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from lora_cli.checkpoint.checkpoint import Checkpoint
 from lora_cli.errors import UnsupportedError, UsageError, WrongInputError
 from lora_cli.progress import SILENT, Progress
-from lora_cli.surgery.budget import DEFAULT_MEMORY, settle_budget
-from lora_cli.surgery.merge import check_output, output_names, output_path, receipt_content
+from lora_cli.surgery.budget import settle_budget
+from lora_cli.surgery.merge import check_output, output_names, output_path, output_sizes, receipt_content
 from lora_cli.surgery.placing import PlanOptions
 from lora_cli.surgery.plan import Plan
 from lora_cli.surgery.planning import KEPT, plan
@@ -131,7 +131,7 @@ def unmerge(
     approximate: bool = False,
     force: bool = False,
     threads: int | None = None,
-    memory: int = DEFAULT_MEMORY,
+    memory: int | None = None,
     progress: Progress = SILENT,
     on_plan: Callable[[Plan], None] | None = None,
 ) -> UnmergeResult:
@@ -145,7 +145,7 @@ def unmerge(
         approximate: Must be True: the caller says that a base with undecided weights will do.
         force: Replace `out` where a receipt says that lora-cli wrote all of it.
         threads: Units of work at once; all cores by default.
-        memory: Bytes that buffers and factors may take.
+        memory: Bytes that buffers and factors may take; 256 MiB, or what one tensor needs, unless given.
         progress: Hears of every step.
         on_plan: Is given the plan before anything is written.
 
@@ -163,7 +163,7 @@ def unmerge(
         stays = tuple(entry.key for entry in made.ledger if entry.reason == KEPT and entry.key)
         for name in stays:
             progress.warn(f"{name}: the adapter replaced it whole; its base values are lost, the merged ones stay")
-        receipt = make_receipt(target, "unmerge", receipt_content(made, options), output_names(made, target))
+        receipt = make_receipt(target, "unmerge", receipt_content(made, options), output_sizes(made, target))
         from lora_cli.surgery.execute import execute
         from lora_cli.surgery.proof import prove
 

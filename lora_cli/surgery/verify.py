@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from lora_cli.checkpoint.checkpoint import Checkpoint, StoredTensor
 from lora_cli.errors import UsageError
 from lora_cli.progress import SILENT, Progress
-from lora_cli.surgery.budget import DEFAULT_MEMORY, settle_budget
+from lora_cli.surgery.budget import settle_budget
 from lora_cli.surgery.placing import PlanOptions
 from lora_cli.surgery.plan import Plan
 from lora_cli.surgery.planning import plan
@@ -68,7 +68,7 @@ def verify(
     *,
     max_ulp: int = 0,
     threads: int | None = None,
-    memory: int = DEFAULT_MEMORY,
+    memory: int | None = None,
     progress: Progress = SILENT,
 ) -> VerifyResult:
     """Compare a checkpoint with what merging `adapters` into `base` gives, element by element.
@@ -81,7 +81,7 @@ def verify(
         max_ulp: Units in the last place by which an element of a tensor that the adapters change may differ, measured
             at its own magnitude. 0 means the same bytes. Tensors that they do not change must always be the same bytes.
         threads: Units of work at once; all cores by default.
-        memory: Bytes that buffers and factors may take.
+        memory: Bytes that buffers and factors may take; 256 MiB, or what one tensor needs, unless given.
         progress: Hears of every step.
 
     Raises:
@@ -142,7 +142,7 @@ def _compare_values(
     keys: set[str],
     max_ulp: int,
     threads: int | None,
-    memory: int,
+    memory: int | None,
     progress: Progress,
 ) -> list[Difference]:
     from lora_cli.surgery.compare import compare_plan

@@ -17,6 +17,7 @@ from lora_cli.adapters.patterns import peft_lookup
 from lora_cli.adapters.peft_config import check_fields
 from lora_cli.adapters.source import CONFIG_FILE, AdapterSource, ReadOptions
 from lora_cli.checkpoint.checkpoint import StoredTensor
+from lora_cli.checkpoint.tied import EMBEDDINGS
 from lora_cli.errors import NumericError, ShapeError, UnsupportedError
 
 NAME = "peft"
@@ -60,7 +61,7 @@ def read(source: AdapterSource, options: ReadOptions) -> Adapter:
     """
     config = source.config or {}
     ignored = check_fields(config, file=CONFIG_FILE, ignore=options.ignore_fields)
-    pairs, biases, replacements, skipped = _sort(source, config)
+    pairs, biases, replacements, skipped, unread = _sort(source, config)
     check_pairs(pairs, source.shard.name)
     scales = {module: _scale(module, config, options) for module in pairs}
     _check_ranks(pairs, config)
@@ -76,12 +77,13 @@ def read(source: AdapterSource, options: ReadOptions) -> Adapter:
         evidence=detect(source) or "",
         targets=tuple(targets),
         replacements=tuple(replacements),
-        unread=tuple(b for module, b in biases.items() if module not in pairs),
+        unread=(*unread, *(b for module, b in biases.items() if module not in pairs)),
         skipped=tuple(skipped),
         config=config,
         transposed_hint=fan if isinstance(fan, bool) else None,
         orientation="ba",
         ignored_fields=ignored,
+        stored=len(source.tensors),
         warnings=tuple(_ambiguous_patterns(config, list(pairs))),
     )
 
@@ -101,11 +103,14 @@ def _ambiguous_patterns(config: Mapping[str, Any], modules: list[str]) -> list[s
 
 def _sort(
     source: AdapterSource, config: Mapping[str, Any]
-) -> tuple[dict[str, Pair], dict[str, StoredTensor], list[Replacement], list[tuple[StoredTensor, str]]]:
+) -> tuple[
+    dict[str, Pair], dict[str, StoredTensor], list[Replacement], list[tuple[StoredTensor, str]], list[StoredTensor]
+]:
     pairs: dict[str, Pair] = {}
     biases: dict[str, StoredTensor] = {}
     replacements: list[Replacement] = []
     skipped: list[tuple[StoredTensor, str]] = []
+    unread: list[StoredTensor] = []
     adapter_names: set[str] = set()
     for key, tensor in source.tensors.items():
         name = key.removeprefix(PREFIX)
@@ -115,13 +120,15 @@ def _sort(
             _refuse_several(adapter_names, source)
             if match["parameter"] == "weight":
                 pairs.setdefault(match["module"], Pair()).put(match["side"], tensor)
-            else:
+            elif match["side"] == "B" and match["module"] not in biases:
                 biases[match["module"]] = tensor
+            else:
+                unread.append(tensor)
         elif _ORIGINAL.fullmatch(name):
             skipped.append((tensor, "a copy of the base's own tensor"))
         else:
             replacements.append(_replacement(name, tensor, config))
-    return pairs, biases, replacements, skipped
+    return pairs, biases, replacements, skipped, unread
 
 
 def _refuse_several(adapter_names: set[str], source: AdapterSource) -> None:
@@ -151,7 +158,9 @@ def _replacement(name: str, tensor: StoredTensor, config: Mapping[str, Any]) -> 
     module, _, parameter = name.rpartition(".")
     saved = config.get("modules_to_save") or ()
     if any(_is_part(module, str(entry)) for entry in saved):
-        return Replacement(name, tensor, "modules_to_save", may_be_new=True)
+        # An embedding that the base calls otherwise is a mismatch of names; any other saved module may be a new head.
+        new = module.rpartition(".")[2] not in EMBEDDINGS
+        return Replacement(name, tensor, "modules_to_save", may_be_new=new)
     if parameter == "bias" and config.get("bias") in ("all", "lora_only"):
         return Replacement(name, tensor, f"bias = {config['bias']}")
     head = any(_is_part(module, entry) for entry in HEADS.get(str(config.get("task_type")), ()))

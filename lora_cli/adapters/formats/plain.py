@@ -14,6 +14,7 @@ from typing import Any
 
 from lora_cli.adapters.adapter import Adapter, LowRank, Scale, Target
 from lora_cli.adapters.formats.pairs import Pair, check_pairs
+from lora_cli.adapters.peft_config import refuse_set_fields
 from lora_cli.adapters.source import CONFIG_FILE, AdapterSource, ReadOptions
 from lora_cli.errors import MalformedFileError, ShapeError, UsageError
 
@@ -24,6 +25,7 @@ _PREFIX = "base_model.model."
 _ALPHA_NAMES = ("lora_alpha", "alpha")
 _SCALE_NAMES = ("scale", "scaling")
 _RANK_NAMES = ("r", "rank")
+_KNOWN_FIELDS = {*_ALPHA_NAMES, *_SCALE_NAMES, *_RANK_NAMES, "use_rslora", "peft_type", "task_type", "bias"}
 
 
 def detect(source: AdapterSource) -> str | None:
@@ -40,6 +42,7 @@ def read(source: AdapterSource, options: ReadOptions) -> Adapter:
         ShapeError: Factors that share no rank.
         UsageError: Nothing says what the scale is.
     """
+    ignored = refuse_set_fields(source.config or {}, _KNOWN_FIELDS, file=CONFIG_FILE, ignore=options.ignore_fields)
     pairs: dict[str, Pair] = {}
     unread = []
     for key, tensor in source.tensors.items():
@@ -69,6 +72,8 @@ def read(source: AdapterSource, options: ReadOptions) -> Adapter:
         targets=tuple(targets),
         unread=tuple(unread),
         config=source.config or {},
+        ignored_fields=ignored,
+        stored=len(source.tensors),
     )
 
 
@@ -96,6 +101,13 @@ def _scale(rank: int, source: AdapterSource, options: ReadOptions) -> Scale:
         return Scale(options.alpha, rank, rslora, f"--alpha / {root}rank of the factors")
     for where, words in said.items():
         scale, alpha = _number(words, _SCALE_NAMES, where), _number(words, _ALPHA_NAMES, where)
+        if alpha is not None and scale is not None:
+            raise MalformedFileError(
+                "Two fields say how strong this adapter is",
+                file=where,
+                found=f"{alpha[0]} = {alpha[1]:g} and {scale[0]} = {scale[1]:g}",
+                hint="say which with --alpha A or --scale S",
+            )
         if alpha is not None:
             _check_rank(rank, words, where)
             return Scale(alpha[1], rank, rslora, f"{alpha[0]} of {where} / {root}rank of the factors")
