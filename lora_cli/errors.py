@@ -62,13 +62,23 @@ class LoraCliError(Exception):
         self.hint = hint or self.advice
         self.details = tuple(details)
 
+    def __str__(self) -> str:
+        where = ": ".join(part for part in (self.file, self.tensor) if part)
+        facts = [f"{name} {value}" for name, value in (("found", self.found), ("expected", self.expected)) if value]
+        said = f"{self.message} ({where})" if where else self.message
+        return "; ".join([said, *facts, *([f"try: {self.hint}"] if self.hint else [])])
+
 
 class UsageError(LoraCliError):
     """The command line or the arguments make no sense, or a path is not there."""
 
     code = "usage"
     exit_code = 2
-    advice = "see lora-cli COMMAND --help"
+    advice = "see --help of the command"
+
+
+class MissingScaleError(UsageError):
+    """Nothing says how strong an adapter is."""
 
 
 class MalformedFileError(LoraCliError):
@@ -116,7 +126,7 @@ class NumericError(LoraCliError):
 
     code = "numeric"
     exit_code = 22
-    advice = "check the training run, or merge with a smaller --weight"
+    advice = "check where these numbers come from: the training run, or the export"
 
 
 class WrongInputError(LoraCliError):

@@ -94,6 +94,9 @@ def locate(reference: str, *, role: Role, progress: Progress = SILENT) -> Locati
     if path is not None:
         name = path.name if path.name not in ("", "..") else path.resolve().name
         return Location(path, name or "/", hub=False, links_inside=None)
+    if not reference.startswith("hf://") and Path(reference).parent.is_dir() and "/" in reference:
+        hint = f"check the spelling; for a repository on the Hub write hf://{reference}"
+        raise UsageError("Path not found, though its folder is there", file=reference, hint=hint)
     try:
         return _fetch(_parse(reference, role), progress)
     except HubError as error:

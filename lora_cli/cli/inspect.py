@@ -124,7 +124,7 @@ def _modules(result: InspectResult, rows: int) -> Iterator[RenderableType]:
 
 def _module_row(module: ModuleInfo) -> list[object]:
     return [
-        module.module if module.scale is not None else f"{module.module}: {module.kind}",
+        module.module if module.rank is not None else f"{module.module}: {module.kind}",
         module.rank,
         None if module.alpha is None else number(module.alpha),
         None if module.scale is None else number(module.scale),

@@ -116,7 +116,7 @@ def dry_run(planned: DryRun) -> Iterator[RenderableType]:
 
 def use_words(use: AdapterUse) -> str:
     """What one adapter is and how strongly it is applied."""
-    scales = [f"scale {number(scale)} = {source}" for scale, source, _ in use.scales[:3]]
+    scales = [f"scale {number(scaled.scale)} = {scaled.source}" for scaled in use.scales[:3]]
     more = [f"{len(use.scales) - 3} more scales"] if len(use.scales) > 3 else []
     weight = [f"weight {number(use.weight)}"] if use.weight != 1 else []
     return f"{use.label} ({use.kind}, {use.format}): " + "; ".join([*weight, *scales, *more])

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from lora_cli.surgery.unmerge import UnmergeResult
 
+NOT_PROVED = "some weights contradict that lora-cli merged this adapter at this weight; the rest supposes it"
+
 ROWS = 12
 """Tensors that are listed for people; JSON has all of them."""
 
@@ -98,9 +100,8 @@ def view(result: UnmergeResult) -> Iterator[RenderableType]:
     total = sum(tensor.elements for tensor in result.undecided)
     exact = sum(tensor.exact for tensor in result.undecided)
     if total:
-        yield facts(
-            [("proved", f"{exact / total:.2%} of the weights in {count(len(result.undecided), 'edited tensor')}")]
-        )
+        words = f"{exact / total:.2%} of the weights in {count(len(result.undecided), 'edited tensor')}"
+        yield facts([("proved", words) if result.proved else ("not proved", NOT_PROVED)])
         worst = sorted(result.undecided, key=lambda tensor: tensor.exact / tensor.elements)[:ROWS]
         rows = [
             (t.key, f"{t.exact / t.elements:.2%}", f"{t.undecided:,}", f"{t.impossible:,}" if t.impossible else "")

@@ -56,11 +56,10 @@ def compare_plan(plan: Plan, candidates: Mapping[str, StoredTensor], budget: Bud
 
     def work(part: _Part, tools: _Tools) -> Counted:
         candidate = candidates[part.edit.key]
-        return (
-            tools.copied(part, candidate)
-            if part.edit.copies
-            else tools.computed(part, candidate, max_ulp if part.edit.terms else 0)
-        )
+        if part.edit.copies:
+            return tools.copied(part, candidate)
+        # Only what takes a delta is rounded; a tensor that was replaced is replaced to the bit.
+        return tools.computed(part, candidate, max_ulp if part.edit.terms else 0)
 
     parts = (part for edit in plan.edits if edit.key in candidates and edit.nbytes for part in _parts(edit))
     for _, counted in run_units(parts, work, lambda: _Tools(budget), budget.threads):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ from lora_cli.adapters.wrapped import wrapped_modules
 from lora_cli.checkpoint.checkpoint import ADAPTER_FILE, Checkpoint, StoredTensor, open_checkpoint, open_shard
 from lora_cli.checkpoint.hub import Location, locate
 from lora_cli.checkpoint.quantised import method, quantised
-from lora_cli.errors import LoraCliError
+from lora_cli.errors import LoraCliError, MissingScaleError
 from lora_cli.progress import SILENT, Progress
 from lora_cli.surgery.placing import PlanOptions
 from lora_cli.surgery.planning import plan
@@ -168,10 +168,11 @@ _FACTOR_PARTS = {"lora_A", "lora_B", "A", "B", "lora_a", "lora_b", "lora_down", 
 def _inspect_adapter(
     place: Location, base: Reference | None, options: PlanOptions, progress: Progress
 ) -> InspectResult:
-    adapter = _read_adapter(place, options.read)
+    adapter, scaled = _read_adapter(place, options.read)
     keys: dict[tuple[str, str], str] = {}
     if base is not None:
-        made = plan(open_base(base, progress), [adapter], options)
+        # What resolves is shown, and what does not as well.
+        made = plan(open_base(base, progress), [adapter], replace(options, allow_unmapped=True))
         keys = {(entry.tensor, ""): entry.key for entry in made.ledger if entry.key}
     modules = [
         ModuleInfo(
@@ -179,8 +180,8 @@ def _inspect_adapter(
             key=keys.get((target.delta.tensors[0].key, "")),
             rank=target.delta.rank,
             alpha=target.delta.scale.alpha if target.delta.scale.rank else None,
-            scale=target.delta.scale.times(),
-            scale_source=target.delta.scale.source,
+            scale=target.delta.scale.times() if scaled else None,
+            scale_source=target.delta.scale.source if scaled else None,
             kind=target.delta.kind,
             shape=target.delta.shape,
             dtype="/".join(sorted({tensor.dtype.name for tensor in target.delta.tensors})),
@@ -213,12 +214,19 @@ def _inspect_adapter(
         adapter_kind=adapter.kind,
         base=str(named) if named else None,
         modules=tuple(modules),
-        warnings=(*adapter.warnings, *_unread_warning(adapter)),
+        warnings=(*adapter.warnings, *_unread_warning(adapter), *(() if scaled else (NO_SCALE,))),
     )
 
 
-def _read_adapter(place: Location, options: ReadOptions) -> Adapter:
-    return open_adapter(place.path, options, label=place.label)
+NO_SCALE = "nothing says how strong this adapter is; merge will need --alpha A or --scale S"
+
+
+def _read_adapter(place: Location, options: ReadOptions) -> tuple[Adapter, bool]:
+    """Read it, and say whether its scale is known; for a look at it that is not needed."""
+    try:
+        return open_adapter(place.path, options, label=place.label), True
+    except MissingScaleError:
+        return open_adapter(place.path, replace(options, scale=1.0), label=place.label), False
 
 
 def _unread_warning(adapter: Adapter) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from lora_cli.checkpoint.checkpoint import Checkpoint, StoredTensor
 from lora_cli.checkpoint.quantised import quantised
 from lora_cli.checkpoint.tied import tie_of
 from lora_cli.errors import LoraCliError, NamesError, ShapeError, UnsupportedError, UsageError
-from lora_cli.surgery.plan import MERGEABLE, AdapterUse, Contribution, LedgerEntry
+from lora_cli.surgery.plan import MERGEABLE, AdapterUse, Contribution, LedgerEntry, ScaleUse
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +124,7 @@ class Placement:
                 adapter.kind,
                 weight,
                 found.rewrite,
-                tuple((scale, source, count) for (scale, source), count in scales.items()),
+                tuple(ScaleUse(scale, source, count) for (scale, source), count in scales.items()),
             )
         )
 

@@ -160,6 +160,15 @@ class LedgerEntry:
 
 
 @dataclass(frozen=True, slots=True)
+class ScaleUse:
+    """One scale of an adapter, where it came from, and how many modules have it."""
+
+    scale: float
+    source: str
+    modules: int
+
+
+@dataclass(frozen=True, slots=True)
 class AdapterUse:
     """How one adapter is used.
 
@@ -169,7 +178,7 @@ class AdapterUse:
         kind: LoRA, rsLoRA.
         weight: The user's weight.
         rewrite: How its names became the base's names.
-        scales: Each distinct scale with its source and the number of modules that have it.
+        scales: Each distinct scale, the weight included.
     """
 
     label: str
@@ -177,7 +186,7 @@ class AdapterUse:
     kind: str
     weight: float
     rewrite: str
-    scales: tuple[tuple[float, str, int], ...]
+    scales: tuple[ScaleUse, ...]
 
 
 @dataclass(frozen=True)
@@ -264,7 +273,7 @@ class Plan:
                     "kind": use.kind,
                     "weight": use.weight,
                     "rewrite": use.rewrite,
-                    "scales": [{"scale": s, "source": why, "modules": n} for s, why, n in use.scales],
+                    "scales": [{"scale": u.scale, "source": u.source, "modules": u.modules} for u in use.scales],
                 }
                 for use in self.adapters
             ],

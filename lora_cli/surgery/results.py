@@ -28,7 +28,9 @@ def open_base(reference: Reference, progress: Progress = SILENT) -> Checkpoint:
 
 
 def open_adapters(references: Iterable[Reference], options: ReadOptions, progress: Progress = SILENT) -> list[Adapter]:
-    """Open adapters from paths or Hub ids."""
+    """Open adapters from paths or Hub ids; one alone may be given without a list."""
+    if isinstance(references, str | Path):
+        references = [references]
     adapters = []
     for reference in references:
         place = locate(str(reference), role="adapter", progress=progress)

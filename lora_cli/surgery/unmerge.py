@@ -56,6 +56,7 @@ class UnmergeResult:
     Attributes:
         out: The output.
         exact: Whether every byte of the base is proved.
+        proved: Whether the proofs hold: no weight contradicts that these adapters were merged here by lora-cli.
         files: The files written.
         tensors: Output tensors by what happened to them.
         undecided: The tensors that are not proved in full.
@@ -68,6 +69,7 @@ class UnmergeResult:
 
     out: str
     exact: bool
+    proved: bool
     files: tuple[WrittenFile, ...]
     tensors: dict[str, int]
     undecided: tuple[Undecided, ...]
@@ -104,9 +106,39 @@ def plan_unmerge(
     _refuse_other_type(checkpoint)
     opened = open_adapters(adapters, options.read, progress)
     made = plan(checkpoint, opened, options, operation="unmerge")
+    _check_receipt(checkpoint, made)
     for warning in made.warnings:
         progress.warn(warning)
     return made
+
+
+def _check_receipt(merged: Checkpoint, made: Plan) -> None:
+    """Refuse adapters of other scales than those that the receipt says were merged: every proof would be false.
+
+    Raises:
+        WrongInputError: With what the receipt says.
+    """
+    receipt = find_receipt(merged.path) or {}
+    recorded = receipt.get("adapters")
+    if receipt.get("operation") != "merge" or not isinstance(recorded, list):
+        return
+    said = sorted(scale for use in recorded for scale in _recorded_scales(use))
+    if said != sorted((used.scale, used.modules) for use in made.adapters for used in use.scales):
+        uses = [use for use in recorded if isinstance(use, dict)]
+        what = ", ".join(f"{use.get('label')} at weight {use.get('weight')}" for use in uses)
+        raise WrongInputError(
+            "These adapters and weights are not the ones of the merge",
+            file=merged.label,
+            expected=f"{what}, as its receipt says",
+            hint="name the same adapters with the same --weight",
+        )
+
+
+def _recorded_scales(use: object) -> list[tuple[float, int]]:
+    scales = use.get("scales") if isinstance(use, dict) else None
+    found = [item for item in scales if isinstance(item, dict)] if isinstance(scales, list) else []
+    pairs = [(item.get("scale"), item.get("modules")) for item in found]
+    return [(float(s), n) for s, n in pairs if isinstance(s, int | float) and isinstance(n, int)]
 
 
 def _refuse_other_type(merged: Checkpoint) -> None:
@@ -185,6 +217,7 @@ def unmerge(
     return UnmergeResult(
         out=str(out),
         exact=not undecided and not stays,
+        proved=not any(proof.impossible for proof in undecided),
         files=tuple(WrittenFile(name, None) for name in (*output_names(made, target), receipt.name)),
         tensors=made.counts(),
         undecided=undecided,

@@ -125,7 +125,7 @@ ROWS: list[tuple[str, str, str, Spoil]] = [
     ("some names", "Names", f"q_prj.weight (nearest: {Q}.weight", adds(lora(Q.replace("proj", "prj"), 12, 8))),
     ("all such names", "Names", "zz.weight", adds(lora("m.yy", 12, 8) | lora("m.zz", 12, 8))),
     ("two heads", "Names", HEAD, both(head(torch.ones(20, 8)), second({HEAD: torch.zeros(20, 8)}))),
-    ("no scale", "Usage", "--alpha", plain(lora("x", 5, 5))),
+    ("no scale", "MissingScale", "--alpha", plain(lora("x", 5, 5))),
     ("weights", "Usage", "once per adapter", said(weights=(1.0, 2.0))),
     ("weight NaN", "Usage", "finite", said(weights=(float("nan"),))),
     ("memory", "Usage", "MiB or more", lambda world: world.how.update(memory=1 << 20)),

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from itertools import islice
 from typing import Any
 
 from lora_cli.adapters.adapter import Adapter, LowRank, LowRankBias, Replacement, Scale, Target
 from lora_cli.adapters.formats.pairs import Pair, check_pairs
-from lora_cli.adapters.patterns import peft_lookup
+from lora_cli.adapters.patterns import PeftPatterns
 from lora_cli.adapters.peft_config import check_fields
 from lora_cli.adapters.source import CONFIG_FILE, AdapterSource, ReadOptions
 from lora_cli.checkpoint.checkpoint import StoredTensor
@@ -63,8 +64,9 @@ def read(source: AdapterSource, options: ReadOptions) -> Adapter:
     ignored = check_fields(config, file=CONFIG_FILE, ignore=options.ignore_fields)
     pairs, biases, replacements, skipped, unread = _sort(source, config)
     check_pairs(pairs, source.shard.name)
-    scales = {module: _scale(module, config, options) for module in pairs}
-    _check_ranks(pairs, config)
+    numbers, rslora = _Numbers(config), bool(config.get("use_rslora"))
+    scales = {module: _scale(module, numbers, options, rslora=rslora) for module in pairs}
+    _check_ranks(pairs, numbers)
     targets = [Target(module, "weight", LowRank(*pair.both, scales[module])) for module, pair in pairs.items()]
     targets += [
         Target(module, "bias", LowRankBias(b, scales[module])) for module, b in biases.items() if module in pairs
@@ -92,12 +94,10 @@ def _ambiguous_patterns(config: Mapping[str, Any], modules: list[str]) -> list[s
     """Warn where the order of a pattern's entries matters: PEFT saves them sorted, whatever the trainer's order was."""
     warnings = []
     for field in ("rank_pattern", "alpha_pattern"):
-        patterns = config.get(field) or {}
-        for module in modules:
-            values = [value for key, value in patterns.items() if peft_lookup({key: value}, module)]
-            if len(set(map(str, values))) > 1:
-                warnings.append(f"several entries of {field} match {module}; the first one, {values[0]}, is taken")
-                break
+        patterns = PeftPatterns(config.get(field) or {})
+        found = ((module, patterns.all(module)) for module in modules)
+        for module, values in islice(((m, v) for m, v in found if len(set(map(str, v))) > 1), 1):
+            warnings.append(f"several entries of {field} match {module}; the first one, {values[0]}, is taken")
     return warnings
 
 
@@ -175,21 +175,31 @@ def _is_part(module: str, entry: str) -> bool:
     return f".{entry}." in f".{module}."
 
 
-def _config_value(config: Mapping[str, Any], patterns: str, field: str, module: str) -> tuple[Any, str] | None:
-    found = peft_lookup(config.get(patterns) or {}, module)
-    if found is not None:
-        return found[1], f"{patterns}[{found[0]!r}]"
-    return (config[field], field) if field in config else None
+class _Numbers:
+    """Ranks and alphas of single modules, each with the field that says it."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self._config = config
+        self._patterns = {name: PeftPatterns(config.get(name) or {}) for name in ("rank_pattern", "alpha_pattern")}
+
+    def rank(self, module: str) -> tuple[Any, str] | None:
+        return self._value("rank_pattern", "r", module)
+
+    def alpha(self, module: str) -> tuple[Any, str] | None:
+        return self._value("alpha_pattern", "lora_alpha", module)
+
+    def _value(self, patterns: str, field: str, module: str) -> tuple[Any, str] | None:
+        found = self._patterns[patterns].first(module)
+        if found is not None:
+            return found[1], f"{patterns}[{found[0]!r}]"
+        return (self._config[field], field) if field in self._config else None
 
 
-def _scale(module: str, config: Mapping[str, Any], options: ReadOptions) -> Scale:
+def _scale(module: str, numbers: _Numbers, options: ReadOptions, *, rslora: bool) -> Scale:
     if options.scale is not None:
         return Scale(options.scale, None, False, "--scale")
-    rank, rank_source = _config_value(config, "rank_pattern", "r", module) or (8, "PEFT's default r")
-    alpha, alpha_source = _config_value(config, "alpha_pattern", "lora_alpha", module) or (
-        8,
-        "PEFT's default lora_alpha",
-    )
+    rank, rank_source = numbers.rank(module) or (8, "PEFT's default r")
+    alpha, alpha_source = numbers.alpha(module) or (8, "PEFT's default lora_alpha")
     if options.alpha is not None:
         alpha, alpha_source = options.alpha, "--alpha"
     elif not alpha:
@@ -199,19 +209,18 @@ def _scale(module: str, config: Mapping[str, Any], options: ReadOptions) -> Scal
             tensor=alpha_source,
             hint="give the alpha it was trained with by --alpha A; to apply nothing on purpose use --weight 0",
         )
-    rslora = bool(config.get("use_rslora"))
     root = "√" if rslora else ""
     return Scale(float(alpha), int(rank), rslora, f"{alpha_source} / {root}{rank_source}")
 
 
-def _check_ranks(pairs: Mapping[str, Pair], config: Mapping[str, Any]) -> None:
+def _check_ranks(pairs: Mapping[str, Pair], numbers: _Numbers) -> None:
     wrong = []
     for module, pair in pairs.items():
         a, b = pair.both
         if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1] or 0 in a.shape + b.shape:
             wrong.append(f"{module}: A is {list(a.shape)}, B is {list(b.shape)}")
             continue
-        said = _config_value(config, "rank_pattern", "r", module)
+        said = numbers.rank(module)
         if said is not None and said[0] != a.shape[0]:
             wrong.append(f"{module}: the factors have rank {a.shape[0]}, {said[1]} says {said[0]}")
     if wrong:

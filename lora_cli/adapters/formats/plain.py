@@ -16,7 +16,7 @@ from lora_cli.adapters.adapter import Adapter, LowRank, Scale, Target
 from lora_cli.adapters.formats.pairs import Pair, check_pairs
 from lora_cli.adapters.peft_config import refuse_set_fields
 from lora_cli.adapters.source import CONFIG_FILE, AdapterSource, ReadOptions
-from lora_cli.errors import MalformedFileError, ShapeError, UsageError
+from lora_cli.errors import MalformedFileError, MissingScaleError, ShapeError
 
 NAME = "plain"
 
@@ -113,7 +113,7 @@ def _scale(rank: int, source: AdapterSource, options: ReadOptions) -> Scale:
             return Scale(alpha[1], rank, rslora, f"{alpha[0]} of {where} / {root}rank of the factors")
         if scale is not None:
             return Scale(scale[1], None, False, f"{scale[0]} of {where}")
-    raise UsageError(
+    raise MissingScaleError(
         "Nothing says how strong this adapter is",
         file=source.shard.name,
         hint="give --alpha A (scale is alpha / rank) or --scale S",
