@@ -166,7 +166,8 @@ ROWS: list[tuple[str, str, str, Spoil]] = [
     ),
     ("pickled base", "UnsafeInput", "weights_only", harm(lambda w: (w.base / BASE).rename(w.base / "a.bin"))),
 ]
-EXITS = {"Usage": 2, "MalformedFile": 10, "UnsafeInput": 11, "Unsupported": 12, "Names": 20, "Shape": 21, "Numeric": 22}
+EXITS = {"Usage": 2, "MissingScale": 2, "MalformedFile": 10, "UnsafeInput": 11, "Unsupported": 12, "Names": 20}
+EXITS |= {"Shape": 21, "Numeric": 22}
 
 
 @pytest.mark.parametrize(("kind", "words", "spoil"), [pytest.param(*row[1:], id=row[0]) for row in ROWS])
