@@ -18,9 +18,6 @@ if TYPE_CHECKING:
 
     from lora_cli.surgery.merge import MergeResult
 
-DtypeOption = Annotated[
-    Literal["keep", "bf16", "fp16", "fp32"], typer.Option("--dtype", help="Floating type of the output.")
-]
 TokenizerOption = Annotated[
     Literal["base", "adapter"],
     typer.Option("--tokenizer", help="Whose tokenizer files to write, where they differ."),
@@ -42,7 +39,7 @@ def merge(
     weight: opt.WeightOption = None,
     alpha: opt.AlphaOption = None,
     scale: opt.ScaleOption = None,
-    dtype: DtypeOption = "keep",
+    dtype: opt.DtypeOption = "keep",
     dry: opt.DryRunOption = False,
     force: opt.ForceOption = False,
     map_: opt.MapOption = None,

@@ -56,6 +56,9 @@ AlphaOption = Annotated[
 ScaleOption = Annotated[
     float | None, typer.Option("--scale", metavar="S", help="The scale itself, instead of alpha / rank.")
 ]
+DtypeOption = Annotated[
+    Literal["keep", "bf16", "fp16", "fp32"], typer.Option("--dtype", help="Floating type of the output.")
+]
 MapOption = Annotated[
     list[str] | None,
     typer.Option(

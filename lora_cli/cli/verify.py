@@ -36,6 +36,7 @@ def verify(
     weight: opt.WeightOption = None,
     alpha: opt.AlphaOption = None,
     scale: opt.ScaleOption = None,
+    dtype: opt.DtypeOption = "keep",
     max_ulp: Annotated[
         int,
         typer.Option("--max-ulp", metavar="N", min=0, help="Units in the last place that an edited weight may be off."),
@@ -60,6 +61,7 @@ def verify(
         adapter or (),
         PlanOptions(
             weights=tuple(weight or ()),
+            dtype=dtype,
             maps=tuple(map_ or ()),
             allow_unmapped=allow_unmapped,
             orientation=orientation,
@@ -82,7 +84,8 @@ def view(result: VerifyResult) -> Iterator[RenderableType]:
     if result.verified:
         yield line(("verified ", "bold green"), f"{count(checked, 'tensor')} {allowed}")
     else:
-        yield line(("differs ", "bold red"), f"{count(different, 'tensor')} of {checked}, compared {allowed}")
+        every = checked + sum(difference.what != "values" for difference in result.different)
+        yield line(("differs ", "bold red"), f"{count(different, 'tensor')} of {every}, compared {allowed}")
         rows = [(d.key, d.what, d.elements, d.max_ulp, d.expected, d.found) for d in result.different[:ROWS]]
         yield grid(("tensor", "what", "elements", "max ULP", "expected", "found"), rows, right=(2, 3))
         if different > ROWS:
