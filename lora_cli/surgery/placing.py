@@ -145,7 +145,7 @@ class Placement:
             self._raise_unmapped("Nothing in this adapter matches the base", adapter, found)
         if (lost or adapter.unread) and not self.options.allow_unmapped:
             count = len(lost) + len(adapter.unread)
-            self._raise_unmapped(f"No place in the base for names of the adapter: {count}", adapter, found, new)
+            self._raise_unmapped(f"Names of the adapter with no place in the base: {count}", adapter, found, new)
         names = {name.name for name in lost}
         for target in adapter.targets:
             if target.name in names:
