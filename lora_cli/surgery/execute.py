@@ -16,7 +16,7 @@ from lora_cli.progress import SILENT, Progress
 from lora_cli.surgery.budget import Budget
 from lora_cli.surgery.engine import Unit, Workshop, raw_bytes, units_of
 from lora_cli.surgery.plan import OutputFile, Plan
-from lora_cli.surgery.receipt import OPERATIONS, receipt_path
+from lora_cli.surgery.receipt import other_receipts
 from lora_cli.surgery.workers import run_units
 
 
@@ -47,7 +47,6 @@ def execute(
         DiskFullError: No space, before or during the work.
         WriteError: Anything else that kept a file from being written.
     """
-    extra_files = list(extra_files)
     folder = out.suffix != ".safetensors"
     check_apart(out, plan.inputs)
     check_space(out, plan.bytes_to_write)
@@ -59,8 +58,7 @@ def execute(
         smalls = sorted(plan.side_files, key=lambda side: side.name.endswith(".index.json"))
         for side in [*smalls, *extra_files]:
             staging.write_small(side.name, side.read())
-        others = [receipt_path(out, operation).name for operation in OPERATIONS]
-        outdated = [name for name in others if name not in {file.name for file in extra_files}]
+        outdated = [] if folder else other_receipts(out, plan.operation)
         staging.publish(lambda: progress.published(str(out)), outdated)
     return plan.bytes_to_write
 

@@ -269,7 +269,6 @@ class Placement:
             return
         if key is None:
             self.appended[name] = replacement
-            self.warnings.append(f"{adapter.label}: {name} is not in the base and is added ({replacement.reason})")
             self._enter(adapter, tensor, "added", name, replacement.reason)
             return
         if tensor.shape != self.tensors[key].shape:

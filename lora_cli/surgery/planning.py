@@ -62,8 +62,15 @@ class _Layout:
             ledger=tuple(placed.ledger),
             dropped=tuple(sorted(placed.carried)),
             inputs=(*self.base.paths, *(path for adapter in placed.adapters for path in adapter.paths)),
-            warnings=(*(f"{self.base.label}: {text}" for text in self.base.warnings), *placed.warnings, *warnings),
+            warnings=(*self._own_warnings(), *placed.warnings, *warnings),
         )
+
+    def _own_warnings(self) -> list[str]:
+        added = self.placement.appended.items()
+        return [
+            *(f"{self.base.label}: {text}" for text in self.base.warnings),
+            *(f"{name} is not in the base and is added ({replacement.reason})" for name, replacement in added),
+        ]
 
     def _keep_what_was_replaced(self) -> None:
         """Taking an adapter out cannot bring back what it replaced whole: such tensors stay as they are."""

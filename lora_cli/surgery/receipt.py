@@ -50,15 +50,23 @@ OPERATIONS = ("merge", "unmerge", "inject")
 
 def find_receipt(path: Path) -> Mapping[str, Any] | None:
     """Read the receipt of a checkpoint or adapter that lora-cli wrote, or None."""
-    for operation in OPERATIONS:
-        place = receipt_path(path, operation)
-        if place.is_file():
-            try:
-                document = read_config(place)
-            except LoraCliError:
-                return None
-            return document if document.get("schema") == SCHEMA else None
-    return None
+    places = (receipt_path(path, operation) for operation in OPERATIONS)
+    place = next((place for place in places if place.is_file()), None)
+    return None if place is None else _read_receipt(place)
+
+
+def other_receipts(out: Path, operation: str) -> list[str]:
+    """Names of the receipts that other commands than `operation` left beside an output of one file."""
+    places = [receipt_path(out, other) for other in OPERATIONS if other != operation]
+    return [place.name for place in places if place.is_file() and _read_receipt(place) is not None]
+
+
+def _read_receipt(place: Path) -> Mapping[str, Any] | None:
+    try:
+        document = read_config(place)
+    except LoraCliError:
+        return None
+    return document if document.get("schema") == SCHEMA else None
 
 
 def written_by_us(out: Path) -> Callable[[], bool]:

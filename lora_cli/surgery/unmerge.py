@@ -6,8 +6,10 @@ that is proved for each of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from lora_cli.checkpoint.checkpoint import Checkpoint
 from lora_cli.errors import UnsupportedError, UsageError, WrongInputError
@@ -103,28 +105,41 @@ def plan_unmerge(
     if options.dtype != "keep":
         raise UsageError("Taking an adapter out keeps the storage types", found=f"dtype {options.dtype}")
     checkpoint = open_base(merged, progress)
-    _refuse_other_type(checkpoint)
+    receipt = find_receipt(checkpoint.path) or {}
+    if receipt.get("operation") != "merge":
+        receipt = {}
+    _refuse_other_type(checkpoint, receipt)
     opened = open_adapters(adapters, options.read, progress)
     made = plan(checkpoint, opened, options, operation="unmerge")
-    _check_receipt(checkpoint, made)
+    _refuse_other_scales(checkpoint, receipt, made)
     for warning in made.warnings:
         progress.warn(warning)
     return made
 
 
-def _check_receipt(merged: Checkpoint, made: Plan) -> None:
-    """Refuse adapters of other scales than those that the receipt says were merged: every proof would be false.
+def _refuse_other_type(merged: Checkpoint, receipt: Mapping[str, Any]) -> None:
+    """Refuse what the receipt says was stored in another type before the merge: no proof would hold."""
+    options = receipt.get("options")
+    dtype = options.get("dtype") if isinstance(options, dict) else None
+    if dtype not in (None, "keep"):
+        raise UnsupportedError(
+            "The merge changed the storage type, so the base cannot be found by subtracting",
+            file=merged.label,
+            found=f"--dtype {dtype} in its receipt",
+        )
 
-    Raises:
-        WrongInputError: With what the receipt says.
-    """
-    receipt = find_receipt(merged.path) or {}
+
+def _refuse_other_scales(merged: Checkpoint, receipt: Mapping[str, Any], made: Plan) -> None:
+    """Refuse adapters of other scales than those that the receipt says were merged: every proof would be false."""
     recorded = receipt.get("adapters")
-    if receipt.get("operation") != "merge" or not isinstance(recorded, list):
-        return
-    said = sorted(scale for use in recorded for scale in _recorded_scales(use))
-    if said != sorted((used.scale, used.modules) for use in made.adapters for used in use.scales):
-        uses = [use for use in recorded if isinstance(use, dict)]
+    uses = [use for use in recorded if isinstance(use, dict)] if isinstance(recorded, list) else []
+    said: Counter[float] = Counter()
+    for scale, modules in (pair for use in uses for pair in _recorded_scales(use)):
+        said[scale] += modules
+    planned: Counter[float] = Counter()
+    for used in (scale for use in made.adapters for scale in use.scales):
+        planned[used.scale] += used.modules
+    if uses and said != planned:
         what = ", ".join(f"{use.get('label')} at weight {use.get('weight')}" for use in uses)
         raise WrongInputError(
             "These adapters and weights are not the ones of the merge",
@@ -134,24 +149,11 @@ def _check_receipt(merged: Checkpoint, made: Plan) -> None:
         )
 
 
-def _recorded_scales(use: object) -> list[tuple[float, int]]:
-    scales = use.get("scales") if isinstance(use, dict) else None
+def _recorded_scales(use: Mapping[str, Any]) -> list[tuple[float, int]]:
+    scales = use.get("scales")
     found = [item for item in scales if isinstance(item, dict)] if isinstance(scales, list) else []
     pairs = [(item.get("scale"), item.get("modules")) for item in found]
     return [(float(s), n) for s, n in pairs if isinstance(s, int | float) and isinstance(n, int)]
-
-
-def _refuse_other_type(merged: Checkpoint) -> None:
-    """Refuse what the receipt says was stored in another type before the merge: no proof would hold."""
-    receipt = find_receipt(merged.path) or {}
-    options = receipt.get("options")
-    dtype = options.get("dtype") if isinstance(options, dict) else None
-    if receipt.get("operation") == "merge" and dtype not in (None, "keep"):
-        raise UnsupportedError(
-            "The merge changed the storage type, so the base cannot be found by subtracting",
-            file=merged.label,
-            found=f"--dtype {dtype} in its receipt",
-        )
 
 
 def unmerge(

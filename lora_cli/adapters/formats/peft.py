@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -62,7 +63,8 @@ def read(source: AdapterSource, options: ReadOptions) -> Adapter:
     """
     config = source.config or {}
     ignored = check_fields(config, file=CONFIG_FILE, ignore=options.ignore_fields)
-    pairs, biases, replacements, skipped, unread = _sort(source, config)
+    found = _sort(source, config)
+    pairs, biases = found.pairs, found.biases
     check_pairs(pairs, source.shard.name)
     numbers, rslora = _Numbers(config), bool(config.get("use_rslora"))
     scales = {module: _scale(module, numbers, options, rslora=rslora) for module in pairs}
@@ -78,9 +80,9 @@ def read(source: AdapterSource, options: ReadOptions) -> Adapter:
         format=NAME,
         evidence=detect(source) or "",
         targets=tuple(targets),
-        replacements=tuple(replacements),
-        unread=(*unread, *(b for module, b in biases.items() if module not in pairs)),
-        skipped=tuple(skipped),
+        replacements=tuple(found.replacements),
+        unread=(*found.unread, *(b for module, b in biases.items() if module not in pairs)),
+        skipped=tuple(found.skipped),
         config=config,
         transposed_hint=fan if isinstance(fan, bool) else None,
         orientation="ba",
@@ -93,24 +95,27 @@ def read(source: AdapterSource, options: ReadOptions) -> Adapter:
 def _ambiguous_patterns(config: Mapping[str, Any], modules: list[str]) -> list[str]:
     """Warn where the order of a pattern's entries matters: PEFT saves them sorted, whatever the trainer's order was."""
     warnings = []
-    for field in ("rank_pattern", "alpha_pattern"):
-        patterns = PeftPatterns(config.get(field) or {})
+    for name in ("rank_pattern", "alpha_pattern"):
+        patterns = PeftPatterns(config.get(name) or {})
         found = ((module, patterns.all(module)) for module in modules)
         for module, values in islice(((m, v) for m, v in found if len(set(map(str, v))) > 1), 1):
-            warnings.append(f"several entries of {field} match {module}; the first one, {values[0]}, is taken")
+            warnings.append(f"several entries of {name} match {module}; the first one, {values[0]}, is taken")
     return warnings
 
 
-def _sort(
-    source: AdapterSource, config: Mapping[str, Any]
-) -> tuple[
-    dict[str, Pair], dict[str, StoredTensor], list[Replacement], list[tuple[StoredTensor, str]], list[StoredTensor]
-]:
-    pairs: dict[str, Pair] = {}
-    biases: dict[str, StoredTensor] = {}
-    replacements: list[Replacement] = []
-    skipped: list[tuple[StoredTensor, str]] = []
-    unread: list[StoredTensor] = []
+@dataclass(slots=True)
+class _Found:
+    """The tensors of a file by what they are."""
+
+    pairs: dict[str, Pair] = field(default_factory=dict)
+    biases: dict[str, StoredTensor] = field(default_factory=dict)
+    replacements: list[Replacement] = field(default_factory=list)
+    skipped: list[tuple[StoredTensor, str]] = field(default_factory=list)
+    unread: list[StoredTensor] = field(default_factory=list)
+
+
+def _sort(source: AdapterSource, config: Mapping[str, Any]) -> _Found:
+    found = _Found()
     adapter_names: set[str] = set()
     for key, tensor in source.tensors.items():
         name = key.removeprefix(PREFIX)
@@ -119,16 +124,16 @@ def _sort(
             adapter_names.add(match["adapter"] or "default")
             _refuse_several(adapter_names, source)
             if match["parameter"] == "weight":
-                pairs.setdefault(match["module"], Pair()).put(match["side"], tensor)
-            elif match["side"] == "B" and match["module"] not in biases:
-                biases[match["module"]] = tensor
+                found.pairs.setdefault(match["module"], Pair()).put(match["side"], tensor)
+            elif match["side"] == "B" and match["module"] not in found.biases:
+                found.biases[match["module"]] = tensor
             else:
-                unread.append(tensor)
+                found.unread.append(tensor)
         elif _ORIGINAL.fullmatch(name):
-            skipped.append((tensor, "a copy of the base's own tensor"))
+            found.skipped.append((tensor, "a copy of the base's own tensor"))
         else:
-            replacements.append(_replacement(name, tensor, config))
-    return pairs, biases, replacements, skipped, unread
+            found.replacements.append(_replacement(name, tensor, config))
+    return found
 
 
 def _refuse_several(adapter_names: set[str], source: AdapterSource) -> None:
