@@ -14,11 +14,20 @@ TILE_COLUMNS = 2048
 DEFAULT_MEMORY = 256 << 20
 """Bytes that buffers and factors may take unless the user says otherwise."""
 
-STRIP_BYTES = 4 << 20
-"""Most bytes that one read takes."""
+BLOCK_ELEMENTS = 1 << 18
+"""Most elements that are read, computed and written at once. An undo file is encoded by such blocks: part of its format."""
+
+CUT_ELEMENTS = 1 << 25
+"""Tensors of more elements are cut, by rows, into several units of work. Digests are over such cuts: part of the format."""
 
 UNIT_BYTES = 64 << 20
-"""Tensors and runs of copied bytes longer than this are cut into several units of work."""
+"""Runs of copied bytes longer than this are cut into several units of work."""
+
+_WIDEST = 8
+"""Bytes of the widest element that is computed."""
+
+STRIP_BYTES = BLOCK_ELEMENTS * _WIDEST
+"""Most bytes that one read takes."""
 
 _LEAST_STRIP = 64 << 10
 _TILE_BYTES = TILE_ELEMENTS * (8 + 8 + 8)

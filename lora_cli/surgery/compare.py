@@ -14,7 +14,7 @@ from lora_cli.arithmetic.ordered import ulp, ulp_distances
 from lora_cli.arithmetic.rounding import MERGEABLE
 from lora_cli.checkpoint.checkpoint import StoredTensor
 from lora_cli.surgery.budget import TILE_ELEMENTS, UNIT_BYTES, Budget
-from lora_cli.surgery.engine import Piece, Workshop, open_readers, raw_bytes, torch_dtype
+from lora_cli.surgery.engine import Piece, Workshop, open_readers, raw_bytes, rows_per_cut, torch_dtype
 from lora_cli.surgery.plan import Edit, Plan
 from lora_cli.surgery.workers import run_units
 
@@ -67,10 +67,9 @@ def compare_plan(plan: Plan, candidates: Mapping[str, StoredTensor], budget: Bud
 
 
 def _parts(edit: Edit) -> Iterator[_Part]:
-    rows, columns = edit.matrix
-    size = edit.nbytes if edit.copies else rows
+    size = edit.nbytes if edit.copies else edit.matrix[0]
     # A cut within an element would count it twice; all widths of whole bytes divide UNIT_BYTES.
-    step = UNIT_BYTES if edit.copies else max(1, UNIT_BYTES // max(1, columns * edit.dtype.bits // 8))
+    step = UNIT_BYTES if edit.copies else rows_per_cut(edit)
     for begin in range(0, size, step):
         yield _Part(edit, begin, min(begin + step, size))
 

@@ -6,7 +6,7 @@ of a piece, the number of threads or the order of work.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -20,7 +20,7 @@ from lora_cli.checkpoint.checkpoint import StoredTensor
 from lora_cli.checkpoint.dtypes import DType
 from lora_cli.checkpoint.source import Reader, SourceFile
 from lora_cli.errors import LoraCliError, NumericError
-from lora_cli.surgery.budget import TILE_COLUMNS, TILE_ELEMENTS, UNIT_BYTES
+from lora_cli.surgery.budget import BLOCK_ELEMENTS, CUT_ELEMENTS, TILE_COLUMNS, TILE_ELEMENTS, UNIT_BYTES
 from lora_cli.surgery.plan import Edit, OutputFile
 
 
@@ -32,11 +32,11 @@ def torch_dtype(dtype: DType) -> torch.dtype:
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """One piece of work: rows of a computed tensor, or a run of bytes that are copied.
+    """One piece of work: rows of a tensor, or a run of bytes that are copied unseen.
 
     Attributes:
         file: Position of the output file in the plan.
-        edit: The computed tensor, or None for a copy.
+        edit: The tensor, or None for a run of bytes.
         begin: First row, or first byte within the output file.
         end: One past the last.
         source: The file that bytes are copied from.
@@ -53,14 +53,20 @@ class Unit:
     nbytes: int
 
 
-def units_of(number: int, file: OutputFile) -> Iterator[Unit]:
-    """Cut one output file into units, in byte order. The header is not among them."""
+def units_of(number: int, file: OutputFile, *, seen: bool = False) -> Iterator[Unit]:
+    """Cut one output file into units, in byte order. The header is not among them.
+
+    Args:
+        number: Position of the file in the plan.
+        file: The file.
+        seen: Whether copied tensors are looked at too, and so are units of their own.
+    """
     start = file.header.data_start
     copy: tuple[SourceFile, int, int, int] | None = None  # source, its offset, begin, end
     for edit in file.edits:
         if not edit.nbytes:
             continue
-        if edit.copies:
+        if edit.copies and not seen:
             source, begin = edit.source.shard.source, start + edit.begin
             if copy and copy[0] == source and copy[1] + copy[3] - copy[2] == edit.source.offset and copy[3] == begin:
                 copy = (source, copy[1], copy[2], start + edit.end)
@@ -84,31 +90,35 @@ def _copy_units(number: int, copy: tuple[SourceFile, int, int, int] | None) -> I
 
 
 def _row_units(number: int, edit: Edit) -> Iterator[Unit]:
-    rows, columns = edit.matrix
-    row_bytes = columns * edit.dtype.bits // 8
-    # A fresh tensor is one unit: some inits must make all of it to make any of it.
-    step = max(1, rows if edit.fresh is not None else UNIT_BYTES // max(1, row_bytes))
+    rows = edit.matrix[0]
+    step = rows_per_cut(edit)
     for begin in range(0, rows, step):
         end = min(begin + step, rows)
-        yield Unit(number, edit, begin, end, None, 0, (end - begin) * row_bytes)
+        yield Unit(number, edit, begin, end, None, 0, edit.nbytes * (end - begin) // rows)
+
+
+def rows_per_cut(edit: Edit) -> int:
+    """Rows of a tensor that one unit takes: a function of type and shape alone, since digests are over such cuts."""
+    rows, columns = edit.matrix
+    # Rows of half bytes cannot be told apart; and some inits must make all of a fresh tensor to make any of it.
+    whole = edit.dtype.bits % 8 or edit.fresh is not None
+    return max(1, rows if whole else CUT_ELEMENTS // max(1, columns))
 
 
 class Piece(NamedTuple):
-    """A contiguous part of a computed tensor, in buffers that the next piece overwrites.
+    """A contiguous part of a tensor, in buffers that the next piece overwrites.
 
     Attributes:
         offset: Index of its first element in the tensor.
-        source: The flat elements it was made from.
+        source: The flat elements it was made from. Of a copied tensor these are bytes.
         result: The flat elements of the output.
+        delta: What was added or taken off, in the working type, every zero +0.0; where it was asked for.
     """
 
     offset: int
     source: torch.Tensor
     result: torch.Tensor
-
-
-Observe = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
-"""Sees one tile as it is computed: source, result, and the delta in the working type (every zero is +0.0)."""
+    delta: torch.Tensor | None = None
 
 
 class Workshop:
@@ -118,16 +128,17 @@ class Workshop:
         check_flush_to_zero()
         self._input = torch.empty(strip_bytes, dtype=torch.uint8)
         self._output = torch.empty(strip_bytes, dtype=torch.uint8)
+        self._deltas = torch.empty(0, dtype=torch.uint8)
         self._kernels: dict[torch.dtype, TileKernel] = {}
 
-    def pieces(self, edit: Edit, begin: int, end: int, observe: Observe | None = None) -> Iterator[Piece]:
-        """Yield the output of rows `begin` to `end` of a computed tensor, piece by piece.
+    def pieces(self, edit: Edit, begin: int, end: int, *, deltas: bool = False) -> Iterator[Piece]:
+        """Yield the output of rows `begin` to `end` of a tensor, piece by piece.
 
         Args:
-            edit: A tensor that is computed, not copied.
+            edit: What becomes of the tensor.
             begin: First row.
             end: One past the last.
-            observe: Is shown every tile that takes a delta.
+            deltas: Whether pieces are to carry the deltas of their elements.
 
         Raises:
             NumericError: Numbers that must not be merged; the message names the tensor.
@@ -137,23 +148,45 @@ class Workshop:
             yield from _made(edit, edit.fresh, begin, end)
             return
         with _named(edit.key), open_readers() as readers:
-            product = self._product(edit, readers) if edit.terms else None
-            reader = readers.of(edit.source)
-            stored, out = torch_dtype(edit.source.dtype), torch_dtype(edit.dtype)
-            width = max(stored.itemsize, out.itemsize)
-            for rows, columns in _pieces(begin, end, edit.matrix[1], self._input.numel() // width):
-                shape = (rows.stop - rows.start, columns.stop - columns.start)
-                offset = rows.start * edit.matrix[1] + columns.start
-                source = _shaped(self._input, stored, shape)
-                reader.read_into(edit.source.offset + offset * stored.itemsize, raw_bytes(source))
-                target = _shaped(self._output, out, shape)
-                if product is None:
-                    if edit.operation in ("replace", "append"):
-                        _check_finite(source)
-                    cast(source, target)
-                else:
-                    self._add(edit, product, source, target, (rows.start, columns.start), observe)
-                yield Piece(offset, source.view(-1), target.view(-1))
+            if edit.copies:
+                yield from self._copied(edit, begin, end, readers)
+            else:
+                yield from self._computed(edit, begin, end, readers, deltas=deltas)
+
+    def _copied(self, edit: Edit, begin: int, end: int, readers: Readers) -> Iterator[Piece]:
+        reader, rows = readers.of(edit.source), edit.matrix[0]
+        first, last = (edit.nbytes * row // rows for row in (begin, end))
+        step = min(BLOCK_ELEMENTS, self._input.numel())
+        for offset in range(first, last, step):
+            data = self._input[: min(step, last - offset)]
+            reader.read_into(edit.source.offset + offset, raw_bytes(data))
+            yield Piece(offset, data, data)
+
+    def _computed(self, edit: Edit, begin: int, end: int, readers: Readers, *, deltas: bool) -> Iterator[Piece]:
+        product = self._product(edit, readers) if edit.terms else None
+        reader = readers.of(edit.source)
+        stored, out = torch_dtype(edit.source.dtype), torch_dtype(edit.dtype)
+        elements = min(BLOCK_ELEMENTS, self._input.numel() // max(stored.itemsize, out.itemsize))
+        for rows, columns in _pieces(begin, end, edit.matrix[1], elements):
+            shape = (rows.stop - rows.start, columns.stop - columns.start)
+            offset = rows.start * edit.matrix[1] + columns.start
+            source = _shaped(self._input, stored, shape)
+            reader.read_into(edit.source.offset + offset * stored.itemsize, raw_bytes(source))
+            target = _shaped(self._output, out, shape)
+            delta = self._delta_buffer(work_dtype(stored, out), shape) if deltas and product else None
+            if product is None:
+                if edit.operation in ("replace", "append"):
+                    _check_finite(source)
+                cast(source, target)
+            else:
+                self._add(edit, product, source, target, (rows.start, columns.start), delta)
+            yield Piece(offset, source.view(-1), target.view(-1), None if delta is None else delta.view(-1))
+
+    def _delta_buffer(self, dtype: torch.dtype, shape: tuple[int, int]) -> torch.Tensor:
+        needed = shape[0] * shape[1] * dtype.itemsize
+        if self._deltas.numel() < needed:
+            self._deltas = torch.empty(needed, dtype=torch.uint8)
+        return _shaped(self._deltas, dtype, shape)
 
     def _product(self, edit: Edit, readers: Readers) -> ExactProduct:
         work = work_dtype(torch_dtype(edit.source.dtype), torch_dtype(edit.dtype))
@@ -166,7 +199,7 @@ class Workshop:
         source: torch.Tensor,
         target: torch.Tensor,
         at: tuple[int, int],
-        observe: Observe | None,
+        delta: torch.Tensor | None,
     ) -> None:
         kernel = self.kernel(source.dtype, target.dtype)
         apply = kernel.subtract if edit.operation == "subtract" else kernel.merge
@@ -174,8 +207,8 @@ class Workshop:
         for down, across in _tiles(source.shape):
             exact = kernel.product(product, _moved(down, at[0]), _moved(across, at[1]), transposed=transposed)
             apply(source[down, across], exact, target[down, across])
-            if observe:
-                observe(source[down, across], target[down, across], kernel.delta(exact))
+            if delta is not None:
+                delta[down, across] = kernel.delta(exact)
 
     def kernel(self, *storages: torch.dtype) -> TileKernel:
         """The tile kernel for these storage types."""

@@ -178,8 +178,8 @@ CUTS = {
     "odd tiles": {"threads": 2, "TILE_COLUMNS": 17, "TILE_ELEMENTS": 131},
     "pieces shorter than a row": {"threads": 2, "STRIP_BYTES": 83},
     "pieces of some rows": {"STRIP_BYTES": 1001, "TILE_COLUMNS": 7, "TILE_ELEMENTS": 50},
-    "units of one row": {"threads": 3, "UNIT_BYTES": 8},
-    "units of some rows": {"threads": 2, "UNIT_BYTES": 1000, "STRIP_BYTES": 777, "TILE_ELEMENTS": 4000},
+    "units of one row": {"threads": 3, "CUT_ELEMENTS": 4},
+    "units of some rows": {"threads": 2, "CUT_ELEMENTS": 500, "STRIP_BYTES": 777, "TILE_ELEMENTS": 4000},
 }
 """How the work is cut: arguments of `merge`, and in capitals the sizes that are constants otherwise."""
 
@@ -205,7 +205,7 @@ def test_many_tiles_with_an_odd_tail(tmp_path: Path, shape: tuple[int, int], nam
     base = write_base(tmp_path / "base", {"x.weight": gaussian(0, *shape, dtype=DTYPES[name])})
     adapter = write_adapter(tmp_path / "adapter", lora(1, "x", *shape, 16), r=16)
     merge(base, [adapter], tmp_path / "tiles", threads=2)
-    monkeypatch.setattr(engine, "UNIT_BYTES", 200_000)
+    monkeypatch.setattr(engine, "CUT_ELEMENTS", 100_000)
     merge(base, [adapter], tmp_path / "units", threads=2)
     one_tile_each(monkeypatch)
     merge(base, [adapter], tmp_path / "whole", threads=1)

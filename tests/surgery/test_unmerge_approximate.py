@@ -169,7 +169,7 @@ def test_proofs_do_not_depend_on_how_the_work_is_cut(
         assert (out / "model.safetensors").read_bytes() == (tmp_path / "out1/model.safetensors").read_bytes()
         monkeypatch.setattr(budget, "STRIP_BYTES", 999 + number)
         monkeypatch.setattr(engine, "TILE_COLUMNS", 31 + number)
-        monkeypatch.setattr(engine, "UNIT_BYTES", 5000 + number)
+        monkeypatch.setattr(engine, "CUT_ELEMENTS", 2500 + number)
     assert found[0] == found[1] == found[2]
     base, merged, back = (read_tensors(folder) for folder in (made.base_dir, tmp_path / "merged", tmp_path / "out1"))
     assert {proof.key for proof in found[0]} <= {target.key for target in made.targets}
