@@ -46,10 +46,8 @@ class Strength:
             delta: What was meant to be added, in the working type.
         """
         self.elements += base.numel()
-        if base.dtype == result.dtype:
-            self.changed += int(np.count_nonzero(bits_view(base) != bits_view(result)))
-        else:
-            self.changed += int(np.count_nonzero(delta.numpy()))
+        stored = base.to(result.dtype)
+        self.changed += int(np.count_nonzero(bits_view(stored) != bits_view(result)))
         change = result.to(delta.dtype, copy=True)
         change -= base.to(delta.dtype)
         sums = _sums(change, delta)

@@ -11,9 +11,11 @@ import errno
 import os
 import secrets
 import shutil
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lora_cli.checkpoint.source import look_at
 from lora_cli.errors import DiskFullError, LoraCliError, OutputExistsError, UsageError, WriteError
 
 if TYPE_CHECKING:
@@ -115,6 +117,40 @@ class StagedFile:
             self.descriptor = -1
 
 
+class Scratch:
+    """Bytes that are gathered in any order beside an output, and are copied into it before it is published."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: StagedFile | None = None
+        self._end = 0
+        self._lock = threading.Lock()
+
+    def append(self, data: bytes) -> tuple[int, int]:
+        """Add bytes, from any thread; returns where they are, and how many."""
+        with self._lock:
+            if self._file is None:
+                self._file = StagedFile(self._path, self._path.name, 0)
+            at = self._end
+            self._end += len(data)
+        self._file.write(at, data)
+        return at, len(data)
+
+    def copy_to(self, file: StagedFile, offset: int, spans: Iterable[tuple[int, int]]) -> None:
+        """Copy spans, one after another, to an offset of an output file."""
+        with look_at(self._path).open() as reader:
+            for at, length in spans:
+                file.copy(reader, at, offset, length)
+                offset += length
+
+    def abandon(self) -> None:
+        """Close it, and take it away."""
+        if self._file is not None:
+            self._file.abandon()
+            self._path.unlink(missing_ok=True)
+            self._file = None
+
+
 class Staging:
     """An output being made beside its target: what is not published by the end of `opened` leaves no trace.
 
@@ -129,6 +165,7 @@ class Staging:
         self.folder = folder
         self._may_replace = may_replace
         self._files: list[StagedFile] = []
+        self._scratches: list[Scratch] = []
         check_target(target, folder=folder, may_replace=may_replace)
         self.place = target.parent / f".{target.name}.lora-cli-{secrets.token_hex(6)}"
 
@@ -142,7 +179,25 @@ class Staging:
         finally:
             for file in self._files:
                 file.abandon()
+            for scratch in self._scratches:
+                scratch.abandon()
             shutil.rmtree(self.place, ignore_errors=True)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the files created so far."""
+        return [file.name for file in self._files]
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes of the files created so far."""
+        return sum(file.size for file in self._files)
+
+    def scratch(self) -> Scratch:
+        """A place for bytes of the work, which are no part of the output; to be removed before publishing."""
+        scratch = Scratch(self.place / ".scratch")
+        self._scratches.append(scratch)
+        return scratch
 
     def create(self, name: str, size: int) -> StagedFile:
         """Create one output file of `size` bytes; `name` may hold a sub-folder."""
@@ -167,6 +222,8 @@ class Staging:
             OutputExistsError: Somebody made the target in the meantime.
             WriteError: The rename failed; the target is as it was before.
         """
+        for scratch in self._scratches:
+            scratch.abandon()
         with _write_errors(self.target.name):
             replacing = self.target.exists() and not self.folder
             if self.folder:

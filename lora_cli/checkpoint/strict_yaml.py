@@ -7,6 +7,7 @@ take them for something else.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import yaml
@@ -17,6 +18,9 @@ YAML_LIMIT = 1 << 20
 """Longest file; the loader is slow, and nobody writes more by hand."""
 
 _DEPTH_LIMIT = 20
+
+_LONG_NUMBER = re.compile(r"[0-9_:]{100}")
+"""1:59:59 is a number to base 60 in YAML, and the time to read one grows with the square of its length."""
 
 
 def loads(data: bytes, *, file: object, what: str) -> Any:
@@ -37,6 +41,8 @@ def loads(data: bytes, *, file: object, what: str) -> Any:
         )
     try:
         text = data.decode("utf-8-sig")
+        if _LONG_NUMBER.search(text):
+            raise ValueError("a number of a hundred digits")
         _check_events(text, file)
         return yaml.load(text, _StrictLoader)  # noqa: S506 (a safe loader, and a stricter one)
     except UnicodeDecodeError as error:

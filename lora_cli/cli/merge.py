@@ -40,6 +40,15 @@ def merge(
     alpha: opt.AlphaOption = None,
     scale: opt.ScaleOption = None,
     dtype: opt.DtypeOption = "keep",
+    undo: Annotated[
+        bool, typer.Option("--undo/--no-undo", help="Write the undo file, which brings the base back bit for bit.")
+    ] = True,
+    embed_adapter: Annotated[
+        bool, typer.Option("--embed-adapter", help="Put the factors into the undo file: unmerge needs nothing else.")
+    ] = False,
+    again: Annotated[
+        bool, typer.Option("--again", help="Apply an adapter that the base's receipt says is in it already.")
+    ] = False,
     dry: opt.DryRunOption = False,
     force: opt.ForceOption = False,
     map_: opt.MapOption = None,
@@ -70,10 +79,12 @@ def merge(
     )
     budget = opt.memory_bytes(memory)
     if dry:
-        plan = surgery.plan_merge(base, adapters or (), options, progress=output.progress()).for_output(Path(out))
+        plan = surgery.plan_merge(
+            base, adapters or (), options, out=out, undo=undo, again=again, progress=output.progress()
+        )
         if out:
             surgery.check_output(plan, Path(out), force=force)
-        planned = DryRun(plan, out, threads, budget)
+        planned = DryRun(plan, out, threads, budget, undo=undo)
         output.result(planned, "plan", lambda: dry_run(planned))
         return
     result = surgery.merge(
@@ -81,6 +92,9 @@ def merge(
         adapters or (),
         out,
         options,
+        undo=undo,
+        embed_adapter=embed_adapter,
+        again=again,
         force=force,
         threads=threads,
         memory=budget,
@@ -92,7 +106,7 @@ def merge(
 
 def view(result: MergeResult) -> Iterator[RenderableType]:
     """What a merge did, for people."""
-    from lora_cli.cli.planned import ledger_words, use_words
+    from lora_cli.cli.planned import ledger_words, survival_words, use_words
 
     tensors = result.tensors
     parts = [f"{tensors[name]:,} {name}" for name in ("edited", "copied", "added", "dropped") if tensors[name]]
@@ -102,7 +116,18 @@ def view(result: MergeResult) -> Iterator[RenderableType]:
             ("tensors", ", ".join(parts)),
             *(("adapter", use_words(use)) for use in result.adapters),
             ("ledger", ledger_words(result.ledger)),
+            ("survival", survival_words(result.survival)),
             ("written", f"{size(result.bytes_written)} in {count(len(result.files), 'file')}"),
             ("took", f"{duration(result.seconds)}, peak memory {size(result.peak_rss_bytes)}"),
+            ("undo", undo_words(result)),
         ]
     )
+
+
+def undo_words(result: MergeResult) -> str:
+    """What the files beside the tensors are for."""
+    receipt = result.files[-1]
+    if result.undo is None:
+        return f"not possible (--no-undo); {receipt} says what went in"
+    amount = size(result.undo.bytes)
+    return f"{result.undo.path} ({amount}) brings the base back bit for bit, {receipt} says what went in: keep both"

@@ -11,6 +11,7 @@ from lora_cli.cli.draw import facts, grid, line
 from lora_cli.cli.text import count, number, size
 from lora_cli.surgery.budget import settle_budget
 from lora_cli.surgery.plan import AdapterUse, Plan
+from lora_cli.surgery.survival import WEAK, Survival
 from lora_cli.surgery.workers import default_threads
 
 if TYPE_CHECKING:
@@ -26,10 +27,10 @@ FEW = 8
 class DryRun:
     """A plan with what it would need of the machine."""
 
-    def __init__(self, plan: Plan, out: str, threads: int | None, memory: int | None) -> None:
+    def __init__(self, plan: Plan, out: str, threads: int | None, memory: int | None, *, undo: bool = False) -> None:
         self.plan = plan
         self.out = out
-        budget = settle_budget(plan, memory=memory, threads=threads or default_threads())
+        budget = settle_budget(plan, memory=memory, threads=threads or default_threads(), blocks=undo)
         self.threads = budget.threads
         self.buffers = budget.peak_bytes
         self.free = free_bytes(Path(out)) if out else None
@@ -124,4 +125,16 @@ def use_words(use: AdapterUse) -> str:
 
 def ledger_words(ledger: dict[str, int]) -> str:
     """What became of the adapter's tensors: 28 applied, 2 added."""
-    return ", ".join(f"{amount:,} {outcome}" for outcome, amount in ledger.items() if amount) + " (adapter tensors)"
+    said = ", ".join(f"{amount:,} {outcome}" for outcome, amount in ledger.items() if amount)
+    return f"{said} (adapter tensors)" if said else ""
+
+
+def survival_words(survival: Sequence[Survival]) -> str:
+    """What of the change survived rounding: the range of weights that changed, and the least strength."""
+    strengths = [(tensor.strength, tensor.key) for tensor in survival if tensor.strength is not None]
+    if not strengths:
+        return ""
+    least, key = min(strengths)
+    shares = sorted(tensor.changed_fraction for tensor in survival)
+    which = f" (least: {key})" if least < WEAK else ""
+    return f"strength {least:.3g} or more{which}; {shares[0]:.0%} to {shares[-1]:.0%} of the weights changed"

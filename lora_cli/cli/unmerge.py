@@ -26,7 +26,7 @@ ROWS = 12
 
 def register(app: typer.Typer) -> None:
     """Add the command to the program."""
-    opt.command(app, "unmerge", "lora-cli unmerge merged/ adapter/ -o base/ --approximate")(unmerge)
+    opt.command(app, "unmerge", "lora-cli unmerge merged/ adapter/ -o base/")(unmerge)
 
 
 def unmerge(
@@ -36,8 +36,11 @@ def unmerge(
         list[str] | None, typer.Argument(metavar="ADAPTER", help="The adapters that were merged into it.")
     ] = None,
     out: opt.OutOption = "",
+    undo: Annotated[
+        str | None, typer.Option("--undo", metavar="FILE", help="The undo file, where it is not beside MERGED.")
+    ] = None,
     approximate: Annotated[
-        bool, typer.Option("--approximate", help="Subtract, prove what can be proved, and count the rest.")
+        bool, typer.Option("--approximate", help="Without an undo file: subtract, prove what can be, count the rest.")
     ] = False,
     weight: opt.WeightOption = None,
     alpha: opt.AlphaOption = None,
@@ -53,8 +56,11 @@ def unmerge(
 ) -> None:
     """Take adapters out of a merged checkpoint again.
 
-    With --approximate the adapter is subtracted: most weights are proved to be the base's own, and the others are
-    counted, tensor by tensor. Name the adapters and weights of the merge.
+    The undo file of the merge brings the base back bit for bit, and every digest is compared before anything is
+    published. Of stacked merges the last one comes off. ADAPTER is needed unless it was embedded.
+
+    Without an undo file --approximate subtracts the adapter: most weights are proved to be the base's own, and the
+    others are counted, tensor by tensor. Name the adapters and weights of the merge.
     """
     from lora_cli.cli.planned import DryRun, dry_run, summary
     from lora_cli.surgery import unmerge as surgery
@@ -71,7 +77,7 @@ def unmerge(
     budget = opt.memory_bytes(memory)
     if dry:
         plan = surgery.plan_unmerge(
-            merged, adapters or (), options, approximate=approximate, progress=output.progress()
+            merged, adapters or (), options, undo=undo, approximate=approximate, progress=output.progress()
         )
         plan = plan.for_output(Path(out))
         if out:
@@ -84,6 +90,7 @@ def unmerge(
         adapters or (),
         out,
         options,
+        undo=undo,
         approximate=approximate,
         force=force,
         threads=threads,
@@ -96,7 +103,9 @@ def unmerge(
 
 def view(result: UnmergeResult) -> Iterator[RenderableType]:
     """What an unmerge did, for people."""
-    yield line(("unmerged ", "bold green"), (result.out, "bold"), "" if result.exact else " (approximate)")
+    proved = sum(file.digest is not None for file in result.files)
+    how = "bit for bit" if proved else "every weight proved" if result.exact else "approximate"
+    yield line(("unmerged ", "bold green"), (result.out, "bold"), f" ({how})")
     total = sum(tensor.elements for tensor in result.undecided)
     exact = sum(tensor.exact for tensor in result.undecided)
     if total:
@@ -113,6 +122,7 @@ def view(result: UnmergeResult) -> Iterator[RenderableType]:
     yield facts(
         [
             ("kept", ", ".join(result.kept)),
+            ("digests", f"{count(proved, 'file')} as before the merge" if proved else None),
             ("written", f"{size(result.bytes_written)} in {count(len(result.files), 'file')}"),
             ("took", f"{duration(result.seconds)}, peak memory {size(result.peak_rss_bytes)}"),
         ]

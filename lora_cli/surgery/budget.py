@@ -15,10 +15,7 @@ DEFAULT_MEMORY = 256 << 20
 """Bytes that buffers and factors may take unless the user says otherwise."""
 
 BLOCK_ELEMENTS = 1 << 18
-"""Most elements that are read, computed and written at once. An undo file is encoded by such blocks: part of its format."""
-
-CUT_ELEMENTS = 1 << 25
-"""Tensors of more elements are cut, by rows, into several units of work. Digests are over such cuts: part of the format."""
+"""Most elements that are read, computed and written at once. Undo files are encoded by such blocks."""
 
 UNIT_BYTES = 64 << 20
 """Runs of copied bytes longer than this are cut into several units of work."""
@@ -30,6 +27,9 @@ STRIP_BYTES = BLOCK_ELEMENTS * _WIDEST
 """Most bytes that one read takes."""
 
 _LEAST_STRIP = 64 << 10
+_CODEC_BYTES = 32 * BLOCK_ELEMENTS
+"""What encoding or decoding a block takes where most of its elements have several preimages."""
+
 _TILE_BYTES = TILE_ELEMENTS * (8 + 8 + 8)
 
 
@@ -48,17 +48,19 @@ class Budget:
     peak_bytes: int
 
 
-def settle_budget(plan: Plan, *, memory: int | None, threads: int) -> Budget:
+def settle_budget(plan: Plan, *, memory: int | None, threads: int, blocks: bool = False) -> Budget:
     """Find how many threads and how long pieces fit in `memory` bytes, with four pieces in each thread.
 
-    Without a bound from the user it is `DEFAULT_MEMORY`, or more where one tensor's factors need it.
+    Without a bound from the user it is `DEFAULT_MEMORY`, or more where one tensor's factors need it. With `blocks`
+    pieces are whole blocks, since what they forget is encoded or decoded with them.
 
     Raises:
         UsageError: Not even one thread with the shortest piece fits; says what would.
     """
     factors = max((_factor_bytes(edit) for edit in plan.edits), default=0)
-    fixed = _TILE_BYTES + factors
-    least = fixed + 4 * _LEAST_STRIP
+    fixed = _TILE_BYTES + factors + (_CODEC_BYTES if blocks else 0)
+    shortest = BLOCK_ELEMENTS * max(map(_width, plan.edits), default=1) if blocks else _LEAST_STRIP
+    least = fixed + 4 * shortest
     if memory is None:
         memory = max(DEFAULT_MEMORY, least)
     if memory < least:
@@ -68,8 +70,16 @@ def settle_budget(plan: Plan, *, memory: int | None, threads: int) -> Budget:
             found=f"{memory} bytes",
         )
     threads = max(1, min(threads, memory // least))
-    strip = min(STRIP_BYTES, (memory // threads - fixed) // 4)
+    strip = min(max(STRIP_BYTES, shortest), (memory // threads - fixed) // 4)
     return Budget(threads, strip, threads * (fixed + 4 * strip))
+
+
+def _width(edit: Edit) -> int:
+    """Bytes of the widest element on either side of a computed tensor."""
+    if edit.copies or edit.fresh is not None:
+        return 1
+    sides = [edit.dtype, edit.source.dtype, *([edit.displaced.dtype] if edit.displaced else [])]
+    return max(dtype.bits // 8 for dtype in sides)
 
 
 def _factor_bytes(edit: Edit) -> int:

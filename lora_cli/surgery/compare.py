@@ -12,9 +12,11 @@ from numpy.typing import NDArray
 
 from lora_cli.arithmetic.ordered import ulp, ulp_distances
 from lora_cli.arithmetic.rounding import MERGEABLE
+from lora_cli.arithmetic.strength import Strength
 from lora_cli.checkpoint.checkpoint import StoredTensor
+from lora_cli.checkpoint.digests import rows_per_cut
 from lora_cli.surgery.budget import TILE_ELEMENTS, UNIT_BYTES, Budget
-from lora_cli.surgery.engine import Piece, Workshop, open_readers, raw_bytes, rows_per_cut, torch_dtype
+from lora_cli.surgery.engine import Piece, Workshop, open_readers, raw_bytes, torch_dtype
 from lora_cli.surgery.plan import Edit, Plan
 from lora_cli.surgery.workers import run_units
 
@@ -27,16 +29,20 @@ class Counted(NamedTuple):
         nbytes: How many bytes were compared.
         elements: How many elements differ.
         max_ulp: The largest difference in units in the last place; None for other than floating tensors.
+        begin: Where the part begins.
+        strength: How much of the deltas is there; None for tensors that take none.
     """
 
     key: str
     nbytes: int
     elements: int
     max_ulp: int | None
+    begin: int
+    strength: Strength | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
+class Part:
     """Rows of a computed tensor, or bytes of a copied one."""
 
     edit: Edit
@@ -54,24 +60,25 @@ def compare_plan(plan: Plan, candidates: Mapping[str, StoredTensor], budget: Bud
         max_ulp: How far an element of a computed tensor may be off.
     """
 
-    def work(part: _Part, tools: _Tools) -> Counted:
+    def work(part: Part, tools: _Tools) -> Counted:
         candidate = candidates[part.edit.key]
         if part.edit.copies:
             return tools.copied(part, candidate)
         # Only what takes a delta is rounded; a tensor that was replaced is replaced to the bit.
         return tools.computed(part, candidate, max_ulp if part.edit.terms else 0)
 
-    parts = (part for edit in plan.edits if edit.key in candidates and edit.nbytes for part in _parts(edit))
-    for _, counted in run_units(parts, work, lambda: _Tools(budget), budget.threads):
+    units = (part for edit in plan.edits if edit.key in candidates and edit.nbytes for part in parts(edit))
+    for _, counted in run_units(units, work, lambda: _Tools(budget), budget.threads):
         yield counted
 
 
-def _parts(edit: Edit) -> Iterator[_Part]:
+def parts(edit: Edit) -> Iterator[Part]:
+    """Cut a tensor into units of work: by bytes where it is copied, else by rows."""
     size = edit.nbytes if edit.copies else edit.matrix[0]
     # A cut within an element would count it twice; all widths of whole bytes divide UNIT_BYTES.
-    step = UNIT_BYTES if edit.copies else rows_per_cut(edit)
+    step = UNIT_BYTES if edit.copies else rows_per_cut(edit.shape, edit.dtype)
     for begin in range(0, size, step):
-        yield _Part(edit, begin, min(begin + step, size))
+        yield Part(edit, begin, min(begin + step, size))
 
 
 class _Tools:
@@ -82,20 +89,23 @@ class _Tools:
         self.buffer = torch.empty(budget.strip_bytes, dtype=torch.uint8)
         self.other = torch.empty(budget.strip_bytes, dtype=torch.uint8)
 
-    def computed(self, part: _Part, candidate: StoredTensor, max_ulp: int) -> Counted:
+    def computed(self, part: Part, candidate: StoredTensor, max_ulp: int) -> Counted:
         elements, most, nbytes = 0, 0, 0
+        strength = Strength()
         with open_readers() as readers:
             reader = readers.of(candidate)
-            for piece in self.workshop.pieces(part.edit, part.begin, part.end):
+            for piece in self.workshop.pieces(part.edit, part.begin, part.end, deltas=True):
                 found = self.buffer[: piece.result.numel() * piece.result.itemsize].view(piece.result.dtype)
                 reader.read_into(candidate.offset + piece.offset * found.itemsize, raw_bytes(found))
                 nbytes += found.numel() * found.itemsize
                 count, worst = _differences(piece, found, max_ulp)
                 elements += count
                 most = max(most, worst)
-        return Counted(part.edit.key, nbytes, elements, most)
+                if piece.delta is not None:
+                    _measure(strength, piece.source, found, piece.delta)
+        return Counted(part.edit.key, nbytes, elements, most, part.begin, strength if part.edit.terms else None)
 
-    def copied(self, part: _Part, candidate: StoredTensor) -> Counted:
+    def copied(self, part: Part, candidate: StoredTensor) -> Counted:
         elements, most = 0, None
         size = part.edit.dtype.bits // 8 or 1
         step = self.buffer.numel() // size * size
@@ -110,7 +120,7 @@ class _Tools:
                 if places.size:
                     elements += int(places.size)
                     most = _worst(part.edit, one, two, most)
-        return Counted(part.edit.key, part.end - part.begin, elements, most)
+        return Counted(part.edit.key, part.end - part.begin, elements, most, part.begin)
 
 
 def _unequal(one: NDArray[Any], two: NDArray[Any], size: int) -> NDArray[np.intp]:
@@ -141,6 +151,13 @@ def _differences(piece: Piece, found: torch.Tensor, max_ulp: int) -> tuple[int, 
         count, most = _different(piece.source[part], piece.result[part], found[part], max_ulp)
         elements, worst = elements + count, max(worst, most)
     return elements, worst
+
+
+def _measure(strength: Strength, source: torch.Tensor, found: torch.Tensor, delta: torch.Tensor) -> None:
+    # In short runs too, and for the same reason.
+    for begin in range(0, found.numel(), TILE_ELEMENTS):
+        part = slice(begin, begin + TILE_ELEMENTS)
+        strength.add(source[part], found[part], delta[part])
 
 
 def _different(source: torch.Tensor, expected: torch.Tensor, found: torch.Tensor, max_ulp: int) -> tuple[int, int]:

@@ -14,14 +14,17 @@ from typing import NamedTuple
 import torch
 
 from lora_cli.adapters.inits import FreshTensor
+from lora_cli.arithmetic.fragments import read_fragment
 from lora_cli.arithmetic.product import ExactProduct, prepare
 from lora_cli.arithmetic.rounding import TileKernel, cast, check_flush_to_zero, slices_for, work_dtype
 from lora_cli.checkpoint.checkpoint import StoredTensor
+from lora_cli.checkpoint.digests import rows_per_cut
 from lora_cli.checkpoint.dtypes import DType
 from lora_cli.checkpoint.source import Reader, SourceFile
-from lora_cli.errors import LoraCliError, NumericError
-from lora_cli.surgery.budget import BLOCK_ELEMENTS, CUT_ELEMENTS, TILE_COLUMNS, TILE_ELEMENTS, UNIT_BYTES
-from lora_cli.surgery.plan import Edit, OutputFile
+from lora_cli.errors import LoraCliError, MalformedFileError, NumericError
+from lora_cli.surgery.budget import BLOCK_ELEMENTS, TILE_COLUMNS, TILE_ELEMENTS, UNIT_BYTES
+from lora_cli.surgery.plan import MERGEABLE, Edit, OutputFile
+from lora_cli.surgery.undo.codecs import LENGTHS, decode
 
 
 def torch_dtype(dtype: DType) -> torch.dtype:
@@ -91,18 +94,15 @@ def _copy_units(number: int, copy: tuple[SourceFile, int, int, int] | None) -> I
 
 def _row_units(number: int, edit: Edit) -> Iterator[Unit]:
     rows = edit.matrix[0]
-    step = rows_per_cut(edit)
+    step = _rows_per_unit(edit)
     for begin in range(0, rows, step):
         end = min(begin + step, rows)
         yield Unit(number, edit, begin, end, None, 0, edit.nbytes * (end - begin) // rows)
 
 
-def rows_per_cut(edit: Edit) -> int:
-    """Rows of a tensor that one unit takes: a function of type and shape alone, since digests are over such cuts."""
-    rows, columns = edit.matrix
-    # Rows of half bytes cannot be told apart; and some inits must make all of a fresh tensor to make any of it.
-    whole = edit.dtype.bits % 8 or edit.fresh is not None
-    return max(1, rows if whole else CUT_ELEMENTS // max(1, columns))
+def _rows_per_unit(edit: Edit) -> int:
+    # Some inits must make all of a fresh tensor to make any of it.
+    return max(1, edit.matrix[0]) if edit.fresh is not None else rows_per_cut(edit.shape, edit.dtype)
 
 
 class Piece(NamedTuple):
@@ -150,6 +150,8 @@ class Workshop:
         with _named(edit.key), open_readers() as readers:
             if edit.copies:
                 yield from self._copied(edit, begin, end, readers)
+            elif edit.forgotten and edit.dtype.name not in MERGEABLE:
+                yield from self._restored_bytes(edit, begin, end, readers)
             else:
                 yield from self._computed(edit, begin, end, readers, deltas=deltas)
 
@@ -166,6 +168,7 @@ class Workshop:
         product = self._product(edit, readers) if edit.terms else None
         reader = readers.of(edit.source)
         stored, out = torch_dtype(edit.source.dtype), torch_dtype(edit.dtype)
+        streams = _streams(edit, begin, readers) if edit.forgotten else None
         elements = min(BLOCK_ELEMENTS, self._input.numel() // max(stored.itemsize, out.itemsize))
         for rows, columns in _pieces(begin, end, edit.matrix[1], elements):
             shape = (rows.stop - rows.start, columns.stop - columns.start)
@@ -173,14 +176,30 @@ class Workshop:
             source = _shaped(self._input, stored, shape)
             reader.read_into(edit.source.offset + offset * stored.itemsize, raw_bytes(source))
             target = _shaped(self._output, out, shape)
-            delta = self._delta_buffer(work_dtype(stored, out), shape) if deltas and product else None
-            if product is None:
+            wanted = product is not None and (deltas or streams is not None)
+            delta = self._delta_buffer(work_dtype(stored, out), shape) if wanted else None
+            if product is not None:
+                self._apply(edit, product, source, target, (rows.start, columns.start), delta)
+            elif streams is None:
                 if edit.operation in ("replace", "append"):
                     _check_finite(source)
                 cast(source, target)
-            else:
-                self._add(edit, product, source, target, (rows.start, columns.start), delta)
-            yield Piece(offset, source.view(-1), target.view(-1), None if delta is None else delta.view(-1))
+            piece = Piece(offset, source.view(-1), target.view(-1), None if delta is None else delta.view(-1))
+            if streams is not None and edit.forgotten is not None:
+                decode(edit.forgotten.how, piece.source, piece.delta, _next(streams), piece.result)
+            yield piece
+        if streams is not None:
+            _check_ended(streams)
+
+    def _restored_bytes(self, edit: Edit, begin: int, end: int, readers: Readers) -> Iterator[Piece]:
+        """Restore a tensor of a type that is no number here, as bytes."""
+        assert edit.forgotten is not None  # noqa: S101 (who calls has looked)
+        streams = _streams(edit, begin, readers)
+        for offset, _, source, _ in self._copied(edit, begin, end, readers):
+            target = self._output[: source.numel()]
+            decode(edit.forgotten.how, source, None, _next(streams), target)
+            yield Piece(offset, source, target)
+        _check_ended(streams)
 
     def _delta_buffer(self, dtype: torch.dtype, shape: tuple[int, int]) -> torch.Tensor:
         needed = shape[0] * shape[1] * dtype.itemsize
@@ -192,7 +211,7 @@ class Workshop:
         work = work_dtype(torch_dtype(edit.source.dtype), torch_dtype(edit.dtype))
         return prepare([t.delta.term(readers.load, t.weight) for t in edit.terms], slices=slices_for(work))
 
-    def _add(
+    def _apply(
         self,
         edit: Edit,
         product: ExactProduct,
@@ -201,12 +220,15 @@ class Workshop:
         at: tuple[int, int],
         delta: torch.Tensor | None,
     ) -> None:
+        """Add or subtract the product, tile by tile, and keep the deltas where they are wanted."""
         kernel = self.kernel(source.dtype, target.dtype)
-        apply = kernel.subtract if edit.operation == "subtract" else kernel.merge
         transposed = edit.terms[0].transposed
         for down, across in _tiles(source.shape):
             exact = kernel.product(product, _moved(down, at[0]), _moved(across, at[1]), transposed=transposed)
-            apply(source[down, across], exact, target[down, across])
+            if edit.operation == "add":
+                kernel.merge(source[down, across], exact, target[down, across])
+            elif edit.operation == "subtract":
+                kernel.subtract(source[down, across], exact, target[down, across])
             if delta is not None:
                 delta[down, across] = kernel.delta(exact)
 
@@ -232,6 +254,12 @@ class Readers:
             self._open[source] = self._stack.enter_context(source.open())
         return self._open[source]
 
+    def load_part(self, tensor: StoredTensor, dtype: torch.dtype, first: int, count: int) -> torch.Tensor:
+        """Read `count` elements of a tensor from `first` on, as `dtype`, into memory of their own."""
+        data = torch.empty(count, dtype=dtype)
+        self.of(tensor).read_into(tensor.offset + first * dtype.itemsize, raw_bytes(data))
+        return data
+
     def load(self, tensor: StoredTensor) -> torch.Tensor:
         """Read a whole tensor."""
         data = torch.empty(tensor.nbytes, dtype=torch.uint8)
@@ -245,6 +273,30 @@ def open_readers() -> Iterator[Readers]:
     """Open files as they are asked for; close them all at the end, checking that they are unchanged."""
     with ExitStack() as stack:
         yield Readers(stack)
+
+
+def _streams(edit: Edit, begin: int, readers: Readers) -> Iterator[bytes]:
+    """The streams of the blocks of one cut, from an undo file."""
+    forgotten = edit.forgotten
+    assert forgotten is not None  # noqa: S101 (who calls has looked)
+    number = begin // rows_per_cut(edit.shape, edit.dtype)
+    start = forgotten.stored.offset + sum(forgotten.fragments[:number])
+    reader = readers.of(forgotten.stored)
+    return read_fragment(
+        lambda offset, count: reader.read(start + offset, count), forgotten.fragments[number], LENGTHS[forgotten.how]
+    )
+
+
+def _next(streams: Iterator[bytes]) -> bytes:
+    stream = next(streams, None)
+    if stream is None:
+        raise MalformedFileError("The undo file is damaged", expected="a stream for each block", found="fewer")
+    return stream
+
+
+def _check_ended(streams: Iterator[bytes]) -> None:
+    if next(streams, None) is not None:
+        raise MalformedFileError("The undo file is damaged", expected="a stream for each block", found="more")
 
 
 def _made(edit: Edit, fresh: FreshTensor, begin: int, end: int) -> Iterator[Piece]:

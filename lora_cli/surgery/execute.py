@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from safetensors import safe_open
@@ -14,10 +14,16 @@ from lora_cli.checkpoint.staging import StagedFile, Staging, check_apart, check_
 from lora_cli.errors import WriteError
 from lora_cli.progress import SILENT, Progress
 from lora_cli.surgery.budget import Budget
-from lora_cli.surgery.engine import Unit, Workshop, raw_bytes, units_of
+from lora_cli.surgery.engine import Piece, Unit, Workshop, raw_bytes, units_of
 from lora_cli.surgery.plan import OutputFile, Plan
-from lora_cli.surgery.receipt import other_receipts
+from lora_cli.surgery.receipt import outdated_files
 from lora_cli.surgery.workers import run_units
+
+Tap = Callable[[Unit, Iterator[Piece]], Iterator[Piece]]
+"""Watches the pieces of a unit as they pass."""
+
+Closing = Callable[[Staging], Iterable[SideFile]]
+"""Writes what is only known when all tensors are there, and returns the small files that go in last."""
 
 
 def execute(
@@ -25,7 +31,9 @@ def execute(
     out: Path,
     budget: Budget,
     *,
-    extra_files: Iterable[SideFile] = (),
+    taps: Callable[[Staging], Sequence[Tap]] = lambda _: (),
+    see_copies: bool = False,
+    closing: Closing = lambda _: (),
     may_replace: Callable[[], bool] = lambda: False,
     progress: Progress = SILENT,
 ) -> int:
@@ -35,7 +43,9 @@ def execute(
         plan: What to write.
         out: A folder that is absent or empty, or a `.safetensors` file.
         budget: Threads and buffer sizes.
-        extra_files: Small files that go in last (the receipt).
+        taps: Given the staging, makes what watches the pieces.
+        see_copies: Whether tensors that are only copied pass the taps too.
+        closing: Is called with all tensors written, and not yet published. The last file it returns is the receipt.
         may_replace: Says whether what stands at `out` may be replaced.
         progress: Hears of every unit.
 
@@ -53,49 +63,54 @@ def execute(
     with Staging(out, folder=folder, may_replace=may_replace).opened() as staging:
         names = [file.name if folder else out.name for file in plan.files]
         staged = [staging.create(name, file.size) for name, file in zip(names, plan.files, strict=True)]
-        _fill(plan, staged, budget, progress)
+        _fill(_Filler(plan, staged, taps(staging), see_copies=see_copies), budget, progress)
         # The index, and then the receipt, come last: without them a folder does not look complete.
         smalls = sorted(plan.side_files, key=lambda side: side.name.endswith(".index.json"))
-        for side in [*smalls, *extra_files]:
+        for side in [*smalls, *closing(staging)]:
             staging.write_small(side.name, side.read())
-        outdated = [] if folder else other_receipts(out, plan.operation)
+        written = staging.bytes_written
+        outdated = [] if folder else outdated_files(out, staging.names)
         staging.publish(lambda: progress.published(str(out)), outdated)
-    return plan.bytes_to_write
+    return written
 
 
-def _fill(plan: Plan, staged: list[StagedFile], budget: Budget, progress: Progress) -> None:
-    progress.begin(plan.operation, sum(file.size for file in plan.files))
-    filler = _Filler(plan, staged)
-    units = (unit for number, file in enumerate(plan.files) for unit in filler.units(number, file))
+def _fill(filler: _Filler, budget: Budget, progress: Progress) -> None:
+    progress.begin(filler.plan.operation, sum(file.size for file in filler.plan.files))
+    units = (unit for number, file in enumerate(filler.plan.files) for unit in filler.units(number, file))
     for unit, finished in run_units(units, filler.work, lambda: Workshop(budget.strip_bytes), budget.threads):
         progress.advance(unit.nbytes)
         if finished:
-            progress.file_done(staged[unit.file].name, staged[unit.file].size)
+            progress.file_done(filler.staged[unit.file].name, filler.staged[unit.file].size)
 
 
 class _Filler:
     """Does units, and finishes each file in the thread that does its last one."""
 
-    def __init__(self, plan: Plan, staged: list[StagedFile]) -> None:
-        self._plan = plan
-        self._staged = staged
+    def __init__(self, plan: Plan, staged: list[StagedFile], taps: Sequence[Tap], *, see_copies: bool) -> None:
+        self.plan = plan
+        self.staged = staged
+        self._taps = taps
+        self._see_copies = see_copies
         self._left: Counter[int] = Counter()
         self._lock = threading.Lock()
 
     def units(self, number: int, file: OutputFile) -> list[Unit]:
         """The units of one file; counted before any of them can be done."""
         header = Unit(number, None, 0, file.header.data_start, None, 0, file.header.data_start)
-        units = [header, *units_of(number, file)]
+        units = [header, *units_of(number, file, seen=self._see_copies)]
         with self._lock:
             self._left[number] += len(units)
         return units
 
     def work(self, unit: Unit, workshop: Workshop) -> bool:
         """Do one unit; True if it was the last of its file."""
-        file, staged = self._plan.files[unit.file], self._staged[unit.file]
+        file, staged = self.plan.files[unit.file], self.staged[unit.file]
         if unit.edit is not None:
             at = file.header.data_start + unit.edit.begin
-            for piece in workshop.pieces(unit.edit, unit.begin, unit.end):
+            pieces = workshop.pieces(unit.edit, unit.begin, unit.end, deltas=bool(self._taps))
+            for tap in self._taps:
+                pieces = tap(unit, pieces)
+            for piece in pieces:
                 staged.write(at + piece.offset * piece.result.itemsize, raw_bytes(piece.result))
         elif unit.source is not None:
             with unit.source.open() as reader:

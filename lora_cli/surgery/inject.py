@@ -153,7 +153,7 @@ def inject(
             made,
             target,
             settle_budget(made, memory=memory, threads=threads or default_threads()),
-            extra_files=extras,
+            closing=lambda _: extras,
             may_replace=written_by_us(target) if force else lambda: False,
             progress=progress,
         )
@@ -170,7 +170,7 @@ def inject(
         files=(*output_names(made, target), *(extra.name for extra in extras)),
         left_out=made.left_out,
         warnings=made.warnings,
-        bytes_written=written + sum(extra.size for extra in extras),
+        bytes_written=written,
         seconds=run.seconds,
         peak_rss_bytes=run.peak_rss_bytes,
     )

@@ -59,11 +59,12 @@ class Injection:
     def _plan(self, files: tuple[OutputFile, ...], sides: Sequence[SideFile], left_out: Sequence[str]) -> Plan:
         return Plan(
             operation="inject",
-            base=self.base.label,
+            checkpoint=self.base,
             files=files,
             side_files=tuple(sides),
             left_out=tuple(left_out),
             adapters=(),
+            opened=(),
             ledger=(),
             dropped=(),
             inputs=tuple(self.base.paths),

@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lora_cli.checkpoint.sidefiles import SideFile
 from lora_cli.checkpoint.staging import check_apart, check_target
+from lora_cli.checkpoint.undo_file import UNDO_FILE
 from lora_cli.errors import UsageError
 from lora_cli.progress import SILENT, Progress
 from lora_cli.surgery.budget import settle_budget
+from lora_cli.surgery.card import CARD, model_card
+from lora_cli.surgery.identity import adapter_records, refuse_again
 from lora_cli.surgery.placing import PlanOptions
 from lora_cli.surgery.plan import AdapterUse, LedgerEntry, Plan
 from lora_cli.surgery.planning import plan
-from lora_cli.surgery.receipt import make_receipt, receipt_path, written_by_us
+from lora_cli.surgery.receipt import beside, find_receipt, receipt_path, written_by_us
 from lora_cli.surgery.results import Reference, measured, open_adapters, open_base
+from lora_cli.surgery.survival import Survival, warnings_of
 from lora_cli.surgery.workers import default_threads
+
+
+@dataclass(frozen=True)
+class WrittenUndo:
+    """An undo file that was written: its name in or beside the output, and its length."""
+
+    path: str
+    bytes: int
 
 
 @dataclass(frozen=True)
@@ -32,6 +45,8 @@ class MergeResult:
         files: Names of the files written.
         left_out: Files of the base's folder that were not taken along.
         warnings: What a person should look at.
+        survival: What of the change survived rounding, tensor by tensor.
+        undo: The undo file; None where none was wanted.
         bytes_written: Bytes of all output files.
         seconds: Wall time.
         peak_rss_bytes: Most memory that the process had.
@@ -45,6 +60,8 @@ class MergeResult:
     files: tuple[str, ...]
     left_out: tuple[str, ...]
     warnings: tuple[str, ...]
+    survival: tuple[Survival, ...]
+    undo: WrittenUndo | None
     bytes_written: int
     seconds: float
     peak_rss_bytes: int
@@ -55,6 +72,9 @@ def plan_merge(
     adapters: Sequence[Reference] = (),
     options: PlanOptions | None = None,
     *,
+    out: Reference = "",
+    undo: bool = True,
+    again: bool = False,
     progress: Progress = SILENT,
 ) -> Plan:
     """Plan a merge from headers, writing nothing.
@@ -64,6 +84,9 @@ def plan_merge(
             which are then adapter 0.
         adapters: PEFT folders, plain safetensors files of factors, or Hub ids.
         options: Weights, output type, and how names and files are read.
+        out: Where it will be written; a single file has no side files.
+        undo: Whether an undo file will be written, which the model card then speaks of.
+        again: Allow an adapter that the base's receipt says is in it already.
         progress: Hears of downloads and warnings.
 
     Raises:
@@ -72,6 +95,10 @@ def plan_merge(
     options = options or PlanOptions()
     opened = open_base(base, progress)
     made = plan(opened, open_adapters(adapters, options.read, progress), options)
+    receipt = find_receipt(opened.path)
+    if receipt and not again:
+        refuse_again(made, adapter_records(made, embed=False), receipt)
+    made = _with_card(made.for_output(Path(out)), undo=undo)
     for warning in made.warnings:
         progress.warn(warning)
     return made
@@ -83,6 +110,9 @@ def merge(
     out: Reference = "",
     options: PlanOptions | None = None,
     *,
+    undo: bool = True,
+    embed_adapter: bool = False,
+    again: bool = False,
     force: bool = False,
     threads: int | None = None,
     memory: int | None = None,
@@ -98,6 +128,9 @@ def merge(
         adapters: As for `plan_merge`.
         out: A folder that is absent or empty, or a `.safetensors` file for a base of one file.
         options: As for `plan_merge`.
+        undo: Write the undo file, from which `unmerge` makes the base again bit for bit.
+        embed_adapter: Put the adapters' factors into it, so that unmerging needs nothing else.
+        again: As for `plan_merge`.
         force: Replace `out` where a receipt says that lora-cli wrote all of it.
         threads: Units of work at once; all cores by default.
         memory: Bytes that buffers and factors may take; 256 MiB, or what one tensor needs, unless given.
@@ -107,38 +140,63 @@ def merge(
     Raises:
         LoraCliError: Anything that does not fit; see the error classes.
     """
+    if embed_adapter and not undo:
+        raise UsageError("An adapter is embedded in the undo file, and none is wanted", hint="leave out --no-undo")
+    options = options or PlanOptions()
     with measured() as run:
         target = output_path(out)
-        made = plan_merge(base, adapters, options, progress=progress).for_output(target)
-        check_output(made, target, force=force)
+        made = plan_merge(base, adapters, options, out=target, undo=undo, again=again, progress=progress)
+        check_output(made, target, force=force, beside=[beside(target, UNDO_FILE).name])
         if on_plan:
             on_plan(made)
-        receipt = make_receipt(
-            target, "merge", receipt_content(made, options or PlanOptions()), output_sizes(made, target)
-        )
         # torch is loaded only here, after the plan is on the screen.
         from lora_cli.surgery.execute import execute
+        from lora_cli.surgery.finishing import Finishing
 
+        finishing = Finishing(made, target, options, undo=undo, embed=embed_adapter)
         written = execute(
             made,
             target,
-            settle_budget(made, memory=memory, threads=threads or default_threads()),
-            extra_files=[receipt],
+            settle_budget(made, memory=memory, threads=threads or default_threads(), blocks=undo),
+            taps=finishing.taps,
+            see_copies=undo,
+            closing=finishing.close,
             may_replace=written_by_us(target) if force else lambda: False,
             progress=progress,
         )
+    survival = finishing.survivals.report()
+    lost = warnings_of(survival)
+    for warning in lost:
+        progress.warn(warning)
     return MergeResult(
         out=str(out),
         tensors=made.counts(),
         ledger=made.ledger_counts(),
         entries=made.ledger,
         adapters=made.adapters,
-        files=(*output_names(made, target), receipt.name),
+        files=finishing.names,
         left_out=made.left_out,
-        warnings=made.warnings,
-        bytes_written=written + receipt.size,
+        warnings=(*made.warnings, *lost),
+        survival=survival,
+        undo=finishing.written,
+        bytes_written=written,
         seconds=run.seconds,
         peak_rss_bytes=run.peak_rss_bytes,
+    )
+
+
+def _with_card(made: Plan, *, undo: bool) -> Plan:
+    """The plan with a model card that says what was merged, where the output has side files at all."""
+    if made.checkpoint.folder is None or not made.side_files:
+        return made
+    data, warnings = model_card(made.checkpoint, made.side_files, made.opened, made.adapters, undo=undo)
+    sides = {side.name: side for side in made.side_files}
+    if data is not None:
+        sides[CARD] = SideFile(CARD, None, len(data), data)
+    return replace(
+        made,
+        side_files=tuple(sorted(sides.values(), key=lambda side: side.name)),
+        warnings=(*made.warnings, *warnings),
     )
 
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lora_cli.adapters.adapter import Delta
-from lora_cli.checkpoint.checkpoint import Shard, StoredTensor
+from lora_cli.adapters.adapter import Adapter, Delta
+from lora_cli.checkpoint.checkpoint import Checkpoint, Shard, StoredTensor
 from lora_cli.checkpoint.dtypes import DType
 from lora_cli.checkpoint.header import Header
 from lora_cli.checkpoint.sidefiles import SideFile
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 MERGEABLE = ("BF16", "F16", "F32", "F64", "F8_E4M3", "F8_E5M2")
 """Storage types that can take a delta; `arithmetic.rounding.MERGEABLE` has the same as torch's types."""
 
-Operation = Literal["keep", "rename", "cast", "add", "subtract", "replace", "append"]
+Operation = Literal["keep", "rename", "cast", "add", "subtract", "replace", "append", "restore"]
 Outcome = Literal["applied", "replaced", "added", "ignored"]
 
 
@@ -49,19 +49,36 @@ class Contribution:
 
 
 @dataclass(frozen=True, slots=True)
+class Forgotten:
+    """What a merge forgot of one tensor, as an undo file holds it.
+
+    Attributes:
+        how: Which of its preimages each element was, or the `residual` of what is there.
+        stored: The part of the undo file.
+        fragments: Bytes in it for each cut of the tensor.
+    """
+
+    how: Literal["preimages", "residual"]
+    stored: StoredTensor
+    fragments: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Edit:
     """What happens to one tensor of the output.
 
     Attributes:
         key: Its name in the output.
         operation: `keep` its bytes, `rename` it, `cast` it, `add` or `subtract` deltas, `replace` it by an adapter's
-            tensor, or `append` a tensor that the base lacks.
+            tensor, `append` a tensor that the base lacks, or `restore` what it was before a merge.
         origin: Where its numbers come from: the base, the adapter for replace and append, or a rule for a new factor.
         dtype: Its storage type in the output.
         shape: Its shape.
         begin: First byte within the output's data section.
         end: One past the last.
         terms: Deltas that are summed in one exact product.
+        displaced: The base's own tensor, where the adapter's takes its place.
+        forgotten: What a restored tensor needs besides its source.
     """
 
     key: str
@@ -72,6 +89,8 @@ class Edit:
     begin: int
     end: int
     terms: tuple[Contribution, ...] = ()
+    displaced: StoredTensor | None = None
+    forgotten: Forgotten | None = None
 
     @property
     def source(self) -> StoredTensor:
@@ -97,7 +116,7 @@ class Edit:
         """
         same = self.fresh is None and not self.terms and self.dtype == self.source.dtype
         from_adapter = self.operation in ("replace", "append") and self.dtype.name in MERGEABLE
-        return same and not from_adapter
+        return same and not from_adapter and self.operation != "restore"
 
     @property
     def matrix(self) -> tuple[int, int]:
@@ -195,11 +214,12 @@ class Plan:
 
     Attributes:
         operation: `merge`, `unmerge` or `inject`.
-        base: Label of the input checkpoint.
+        checkpoint: The input checkpoint.
         files: The safetensors files.
         side_files: Small files, the index among them.
         left_out: Names of files of the base's folder that are not written.
         adapters: How each adapter is used.
+        opened: The adapters themselves, in the same order.
         ledger: What becomes of every adapter tensor.
         dropped: Base tensors that the output lacks (the factors that a wrapped checkpoint carried).
         inputs: Every place that must not be written to.
@@ -207,15 +227,21 @@ class Plan:
     """
 
     operation: Literal["merge", "unmerge", "inject"]
-    base: str
+    checkpoint: Checkpoint
     files: tuple[OutputFile, ...]
     side_files: tuple[SideFile, ...]
     left_out: tuple[str, ...]
     adapters: tuple[AdapterUse, ...]
+    opened: tuple[Adapter, ...]
     ledger: tuple[LedgerEntry, ...]
     dropped: tuple[str, ...]
     inputs: tuple[Path, ...]
     warnings: tuple[str, ...]
+
+    @property
+    def base(self) -> str:
+        """Label of the input checkpoint."""
+        return self.checkpoint.label
 
     def for_output(self, target: Path) -> Plan:
         """The plan for this output: one file alone has no side files."""

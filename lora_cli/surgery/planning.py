@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from lora_cli.adapters.adapter import Adapter, Replacement
 from lora_cli.checkpoint.checkpoint import Checkpoint, Shard, StoredTensor
@@ -19,7 +19,13 @@ OUTPUT_DTYPES: Mapping[str, str | None] = {"keep": None, "bf16": "BF16", "fp16":
 KEPT = "it replaced a tensor whole, whose base values are lost"
 """Why an unmerge leaves a tensor as it is."""
 
-_Row = tuple[str, Operation, StoredTensor, DType]
+
+class _Row(NamedTuple):
+    key: str
+    operation: Operation
+    source: StoredTensor
+    dtype: DType
+    displaced: StoredTensor | None = None
 
 
 def plan(
@@ -54,11 +60,12 @@ class _Layout:
         sides, left_out, warnings = self._side_files()
         return Plan(
             operation=self.operation,
-            base=self.base.label,
+            checkpoint=self.base,
             files=files,
             side_files=(*sides, *self._index(files)),
             left_out=tuple(left_out),
             adapters=tuple(placed.uses),
+            opened=tuple(placed.adapters),
             ledger=tuple(placed.ledger),
             dropped=tuple(sorted(placed.carried)),
             inputs=(*self.base.paths, *(path for adapter in placed.adapters for path in adapter.paths)),
@@ -93,49 +100,44 @@ class _Layout:
         if shard is self.base.shards[-1]:
             rows += [self._new_row(name, replacement) for name, replacement in self.placement.appended.items()]
         same = [(info.name, info.dtype, info.shape) for info in shard.header.tensors]
-        if [(key, dtype, source.shape) for key, _, source, dtype in rows] == same:
-            header = shard.header
-        else:
-            header = render_header(
-                [(key, dtype, source.shape) for key, _, source, dtype in rows], shard.header.metadata
-            )
+        wanted = [(row.key, row.dtype, row.source.shape) for row in rows]
+        header = shard.header if wanted == same else render_header(wanted, shard.header.metadata)
         return OutputFile(shard.name, header, self._edits(rows, header), shard)
 
     def _edits(self, rows: Sequence[_Row], header: Header) -> tuple[Edit, ...]:
         places = {info.name: info for info in header.tensors}
         edits = [
             Edit(
-                key,
-                operation,
-                source,
-                dtype,
-                source.shape,
-                places[key].begin,
-                places[key].end,
-                tuple(self.placement.terms[key]),
+                row.key,
+                row.operation,
+                row.source,
+                row.dtype,
+                row.source.shape,
+                places[row.key].begin,
+                places[row.key].end,
+                tuple(self.placement.terms.get(row.key, ())),
+                row.displaced,
             )
-            if key in self.placement.terms
-            else Edit(key, operation, source, dtype, source.shape, places[key].begin, places[key].end)
-            for key, operation, source, dtype in rows
+            for row in rows
         ]
         return tuple(sorted(edits, key=lambda edit: (edit.begin, edit.end)))
 
     def _row(self, stored: StoredTensor) -> _Row:
         key = self.placement.mapper(stored.key) or stored.key
         dtype = self._output_dtype(stored.dtype)
-        source = stored
+        source, displaced = stored, None
         operation: Operation = "keep" if key == stored.key else "rename"
         if dtype != stored.dtype:
             operation = "cast"
         if key in self.placement.replaced:
-            source, operation = self.placement.replaced[key].tensor, "replace"
+            source, operation, displaced = self.placement.replaced[key].tensor, "replace", stored
         if key in self.placement.terms:
             operation = "add" if self.operation == "merge" else "subtract"
-        return key, operation, source, dtype
+        return _Row(key, operation, source, dtype, displaced)
 
     def _new_row(self, name: str, replacement: Replacement) -> _Row:
         tensor = replacement.tensor
-        return name, "append", tensor, self._output_dtype(tensor.dtype)
+        return _Row(name, "append", tensor, self._output_dtype(tensor.dtype))
 
     def _output_dtype(self, stored: DType) -> DType:
         return DTYPES[self.wanted] if self.wanted and stored.floating and stored.bits >= 16 else stored

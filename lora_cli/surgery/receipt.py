@@ -3,26 +3,43 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from lora_cli.adapters.wrapped import WRAP_FILE
 from lora_cli.checkpoint.checkpoint import read_config
 from lora_cli.checkpoint.sidefiles import SideFile
+from lora_cli.checkpoint.undo_file import UNDO_FILE
 from lora_cli.errors import LoraCliError
 from lora_cli.version import __version__
 
 SCHEMA = "lora-cli/receipt/1"
 
 
+def beside(out: Path, name: str) -> Path:
+    """Where a file of ours is: in the output's folder, or beside an output of one file as `STEM.NAME`."""
+    return out.with_name(f"{out.stem}.{name}") if out.suffix == ".safetensors" else out / name
+
+
 def receipt_path(out: Path, operation: str) -> Path:
-    """Where the receipt of an output is: in its folder, or beside its file as `NAME.lora_OPERATION.json`."""
-    if out.suffix == ".safetensors":
-        return out.with_name(f"{out.stem}.lora_{operation}.json")
-    return out / f"lora_{operation}.json"
+    """Where the receipt of an output is."""
+    return beside(out, f"lora_{operation}.json")
 
 
-def make_receipt(out: Path, operation: str, content: Mapping[str, Any], files: Mapping[str, int]) -> SideFile:
+OWN_FILES = ("lora_inject.json", "lora_merge.json", UNDO_FILE, WRAP_FILE)
+"""Files of ours that say what a checkpoint is, and come back with it when a merge is undone."""
+
+
+def own_files(path: Path) -> dict[str, Path]:
+    """The files of ours that are with a checkpoint: name in a folder → where it is."""
+    places = {name: beside(path, name) for name in OWN_FILES}
+    return {name: place for name, place in places.items() if place.is_file()}
+
+
+def make_receipt(
+    out: Path, operation: str, content: Mapping[str, Any], files: Mapping[str, int], others: Collection[str] = ()
+) -> SideFile:
     """Return the receipt of an output as a file to be written last.
 
     Args:
@@ -30,6 +47,7 @@ def make_receipt(out: Path, operation: str, content: Mapping[str, Any], files: M
         operation: Name of the command.
         content: What it was made of.
         files: Name → size of every other file of the output.
+        others: Names of files whose size is not the same on every machine: what zstd makes depends on its version.
     """
     name = receipt_path(out, operation).name
     document = {
@@ -37,7 +55,7 @@ def make_receipt(out: Path, operation: str, content: Mapping[str, Any], files: M
         "operation": operation,
         "tool": {"name": "lora-cli", "version": __version__},
         **content,
-        "files": sorted([*files, name]),
+        "files": sorted([*files, *others, name]),
         "bytes": dict(files),
     }
     data = (json.dumps(document, indent=2, sort_keys=True, ensure_ascii=True, allow_nan=False) + "\n").encode()
@@ -55,10 +73,13 @@ def find_receipt(path: Path) -> Mapping[str, Any] | None:
     return None if place is None else _read_receipt(place)
 
 
-def other_receipts(out: Path, operation: str) -> list[str]:
-    """Names of the receipts that other commands than `operation` left beside an output of one file."""
-    places = [receipt_path(out, other) for other in OPERATIONS if other != operation]
-    return [place.name for place in places if place.is_file() and _read_receipt(place) is not None]
+def outdated_files(out: Path, written: Collection[str]) -> list[str]:
+    """Names of our files beside an output of one file that tell of what was there before, and were not replaced."""
+    places = (receipt_path(out, operation) for operation in OPERATIONS)
+    receipts = {place.name: said for place in places if place.is_file() and (said := _read_receipt(place)) is not None}
+    undo = beside(out, UNDO_FILE).name
+    listed = [undo] if any(undo in (said.get("files") or ()) for said in receipts.values()) else []
+    return sorted({*receipts, *listed}.difference(written))
 
 
 def _read_receipt(place: Path) -> Mapping[str, Any] | None:
@@ -73,25 +94,27 @@ def written_by_us(out: Path) -> Callable[[], bool]:
     """Return a check that `out` holds nothing but what a receipt lists: the only thing that `--force` replaces."""
 
     def check() -> bool:
-        receipt = find_receipt(out)
-        files = receipt.get("files") if receipt else None
-        if not isinstance(files, list):
-            return False
-        sizes = receipt.get("bytes") if receipt else None
-        listed = {str(name) for name in files}
-        if not isinstance(sizes, dict):
-            return False
-        root = out if out.is_dir() else out.parent
-        # A file of another size is somebody's own work under one of our names.
-        if any((root / name).is_file() and (root / name).stat().st_size != size for name, size in sizes.items()):
-            return False
-        if not out.is_dir():
-            return out.name in listed
-        folders = {parent.as_posix() for name in listed for parent in Path(name).parents}
-        present = {path: path.relative_to(out).as_posix() for path in out.rglob("*")}
-        # A link to a folder is somebody's link, not a folder of ours.
-        return all(
-            name in (folders if path.is_dir() and not path.is_symlink() else listed) for path, name in present.items()
-        )
+        places = (receipt_path(out, operation) for operation in OPERATIONS)
+        # What was unmerged once may hold the receipt of an earlier merge besides its own.
+        return any(_lists_all(out, said) for place in places if place.is_file() and (said := _read_receipt(place)))
 
     return check
+
+
+def _lists_all(out: Path, receipt: Mapping[str, Any]) -> bool:
+    files, sizes = receipt.get("files"), receipt.get("bytes")
+    if not isinstance(files, list) or not isinstance(sizes, dict):
+        return False
+    listed = {str(name) for name in files}
+    root = out if out.is_dir() else out.parent
+    # A file of another size is somebody's own work under one of our names.
+    if any((root / name).is_file() and (root / name).stat().st_size != size for name, size in sizes.items()):
+        return False
+    if not out.is_dir():
+        return out.name in listed
+    folders = {parent.as_posix() for name in listed for parent in Path(name).parents}
+    present = {path: path.relative_to(out).as_posix() for path in out.rglob("*")}
+    # A link to a folder is somebody's link, not a folder of ours.
+    return all(
+        name in (folders if path.is_dir() and not path.is_symlink() else listed) for path, name in present.items()
+    )

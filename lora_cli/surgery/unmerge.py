@@ -1,51 +1,38 @@
 """Unmerge: take adapters out of a merged checkpoint again.
 
-Here by subtraction: what the merge rounded away is lost, but for most weights only one value can have been there, and
-that is proved for each of them.
+With the undo file of the merge the base comes back bit for bit; without it, approximately and only by name.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
+from lora_cli.adapters.source import look_at_adapter
 from lora_cli.checkpoint.checkpoint import Checkpoint
-from lora_cli.errors import UnsupportedError, UsageError, WrongInputError
+from lora_cli.checkpoint.hub import locate
+from lora_cli.checkpoint.undo_file import UNDO_FILE, open_undo_file
+from lora_cli.errors import UsageError, WrongInputError
 from lora_cli.progress import SILENT, Progress
-from lora_cli.surgery.budget import settle_budget
+from lora_cli.surgery.approximate import Undecided, kept, plan_subtraction, prove_subtraction
+from lora_cli.surgery.budget import Budget, settle_budget
 from lora_cli.surgery.merge import check_output, output_names, output_path, output_sizes, receipt_content
 from lora_cli.surgery.placing import PlanOptions
 from lora_cli.surgery.plan import Plan
-from lora_cli.surgery.planning import KEPT, plan
-from lora_cli.surgery.receipt import find_receipt, make_receipt, written_by_us
-from lora_cli.surgery.results import Reference, measured, open_adapters, open_base
+from lora_cli.surgery.receipt import beside, make_receipt, written_by_us
+from lora_cli.surgery.results import Reference, measured, open_base
+from lora_cli.surgery.undo.undoing import Undoing, plan_undoing
 from lora_cli.surgery.workers import default_threads
 
-
-@dataclass(frozen=True)
-class Undecided:
-    """A tensor whose base is not known for every weight.
-
-    Attributes:
-        key: Its name.
-        elements: Weights in it.
-        exact: Weights for which only one base value merges to what is there: these are proved.
-        undecided: Weights that may differ from the base by a step or so, because several base values merge to the same.
-        impossible: Weights that no base value merges to: a sign of another adapter, scale or tool.
-    """
-
-    key: str
-    elements: int
-    exact: int
-    undecided: int
-    impossible: int
+if TYPE_CHECKING:
+    from lora_cli.surgery.execute import Closing, Tap
 
 
 @dataclass(frozen=True)
 class WrittenFile:
-    """A file of the output; its digest is None where the base's is not known to compare with."""
+    """A file of the output, with its digest where it is proved to be the base's own (see `checkpoint.digests`)."""
 
     name: str
     digest: str | None
@@ -87,73 +74,60 @@ def plan_unmerge(
     adapters: Sequence[Reference] = (),
     options: PlanOptions | None = None,
     *,
+    undo: Reference | None = None,
     approximate: bool = False,
     progress: Progress = SILENT,
 ) -> Plan:
     """Plan an unmerge from headers, writing nothing. Arguments and errors are those of `unmerge`."""
-    if not approximate:
+    found = _planned(merged, adapters, options or PlanOptions(), undo, approximate=approximate, progress=progress)
+    return found.plan if isinstance(found, Undoing) else found
+
+
+def _planned(
+    merged: Reference,
+    adapters: Sequence[Reference],
+    options: PlanOptions,
+    undo: Reference | None,
+    *,
+    approximate: bool,
+    progress: Progress,
+) -> Undoing | Plan:
+    checkpoint = open_base(merged, progress)
+    if approximate:
+        if undo is not None:
+            raise UsageError("--approximate is for when there is no undo file", hint="leave out one of the two")
+        found: Undoing | Plan = plan_subtraction(checkpoint, adapters, options, progress)
+    else:
+        if options != PlanOptions():
+            raise UsageError(
+                "The undo file knows scales, weights and names itself", hint="such options belong to --approximate"
+            )
+        found = open_undoing(checkpoint, adapters, undo, progress)
+    for warning in (found.plan if isinstance(found, Undoing) else found).warnings:
+        progress.warn(warning)
+    return found
+
+
+def open_undoing(
+    merged: Checkpoint, adapters: Sequence[Reference], undo: Reference | None, progress: Progress
+) -> Undoing:
+    """Plan an exact unmerge with the undo file that is named, or found beside the merged checkpoint.
+
+    Raises:
+        WrongInputError: There is none, or it does not belong to these.
+        LoraCliError: What `plan_undoing` raises.
+    """
+    place = Path(undo) if undo is not None else beside(merged.path, UNDO_FILE)
+    if undo is None and not place.is_file():
         raise WrongInputError(
             "There is no undo file, so the base cannot be recovered bit for bit",
-            file=merged,
-            hint="--approximate subtracts the adapter, proves most weights and counts the rest",
-        )
-    if not adapters:
-        raise UsageError(
-            "Name the adapter that was merged", hint="lora-cli unmerge MERGED ADAPTER -o OUT --approximate"
-        )
-    options = options or PlanOptions()
-    if options.dtype != "keep":
-        raise UsageError("Taking an adapter out keeps the storage types", found=f"dtype {options.dtype}")
-    checkpoint = open_base(merged, progress)
-    receipt = find_receipt(checkpoint.path) or {}
-    if receipt.get("operation") != "merge":
-        receipt = {}
-    _refuse_other_type(checkpoint, receipt)
-    opened = open_adapters(adapters, options.read, progress)
-    made = plan(checkpoint, opened, options, operation="unmerge")
-    _refuse_other_scales(checkpoint, receipt, made)
-    for warning in made.warnings:
-        progress.warn(warning)
-    return made
-
-
-def _refuse_other_type(merged: Checkpoint, receipt: Mapping[str, Any]) -> None:
-    """Refuse what the receipt says was stored in another type before the merge: no proof would hold."""
-    options = receipt.get("options")
-    dtype = options.get("dtype") if isinstance(options, dict) else None
-    if dtype not in (None, "keep"):
-        raise UnsupportedError(
-            "The merge changed the storage type, so the base cannot be found by subtracting",
             file=merged.label,
-            found=f"--dtype {dtype} in its receipt",
+            expected=place.name,
+            hint="name it with --undo; or --approximate subtracts the adapter, proves most weights, counts the rest",
         )
-
-
-def _refuse_other_scales(merged: Checkpoint, receipt: Mapping[str, Any], made: Plan) -> None:
-    """Refuse adapters of other scales than those that the receipt says were merged: every proof would be false."""
-    recorded = receipt.get("adapters")
-    uses = [use for use in recorded if isinstance(use, dict)] if isinstance(recorded, list) else []
-    said: Counter[float] = Counter()
-    for scale, modules in (pair for use in uses for pair in _recorded_scales(use)):
-        said[scale] += modules
-    planned: Counter[float] = Counter()
-    for used in (scale for use in made.adapters for scale in use.scales):
-        planned[used.scale] += used.modules
-    if uses and said != planned:
-        what = ", ".join(f"{use.get('label')} at weight {use.get('weight')}" for use in uses)
-        raise WrongInputError(
-            "These adapters and weights are not the ones of the merge",
-            file=merged.label,
-            expected=f"{what}, as its receipt says",
-            hint="name the same adapters with the same --weight",
-        )
-
-
-def _recorded_scales(use: Mapping[str, Any]) -> list[tuple[float, int]]:
-    scales = use.get("scales")
-    found = [item for item in scales if isinstance(item, dict)] if isinstance(scales, list) else []
-    pairs = [(item.get("scale"), item.get("modules")) for item in found]
-    return [(float(s), n) for s, n in pairs if isinstance(s, int | float) and isinstance(n, int)]
+    located = [locate(str(adapter), role="adapter", progress=progress) for adapter in adapters]
+    sources = [look_at_adapter(adapter.path, label=adapter.label) for adapter in located]
+    return plan_undoing(merged, open_undo_file(place), sources)
 
 
 def unmerge(
@@ -162,6 +136,7 @@ def unmerge(
     out: Reference = "",
     options: PlanOptions | None = None,
     *,
+    undo: Reference | None = None,
     approximate: bool = False,
     force: bool = False,
     threads: int | None = None,
@@ -169,14 +144,19 @@ def unmerge(
     progress: Progress = SILENT,
     on_plan: Callable[[Plan], None] | None = None,
 ) -> UnmergeResult:
-    """Write merged - Σ weight·adapter to `out`, with a proof per weight of whether that is the base.
+    """Write the base of a merged checkpoint to `out`.
+
+    With an undo file its files come back bit for bit; digests of what goes in and what comes out are compared before
+    anything is published. Of stacked merges the last one comes off. Without one, `approximate` writes
+    merged - Σ weight·adapter, with a proof per weight of whether that is the base.
 
     Args:
         merged: The merged checkpoint.
-        adapters: The adapters that were merged into it.
+        adapters: The adapters that were merged into it; not needed where the undo file holds them.
         out: A folder that is absent or empty, or a `.safetensors` file for a checkpoint of one file.
-        options: The weights and the rest, as they were in the merge.
-        approximate: Must be True: the caller says that a base with undecided weights will do.
+        options: With `approximate`, the weights and the rest, as they were in the merge.
+        undo: The undo file; the one beside the merged checkpoint unless given.
+        approximate: Subtract: the caller says that a base with undecided weights will do.
         force: Replace `out` where a receipt says that lora-cli wrote all of it.
         threads: Units of work at once; all cores by default.
         memory: Bytes that buffers and factors may take; 256 MiB, or what one tensor needs, unless given.
@@ -184,57 +164,93 @@ def unmerge(
         on_plan: Is given the plan before anything is written.
 
     Raises:
-        WrongInputError: `approximate` is False: without an undo file the base cannot be recovered bit for bit.
+        WrongInputError: There is no undo file, or the merged tensors or adapters are not those of the merge.
+        MalformedFileError: The undo file is damaged.
         LoraCliError: Inputs that do not fit together.
     """
     options = options or PlanOptions()
     with measured() as run:
         target = output_path(out)
-        made = plan_unmerge(merged, adapters, options, approximate=approximate, progress=progress).for_output(target)
-        check_output(made, target, force=force)
+        found = _planned(merged, adapters, options, undo, approximate=approximate, progress=progress)
+        made = (found.plan if isinstance(found, Undoing) else found).for_output(target)
+        own = [beside(target, side.name).name for side in found.own] if isinstance(found, Undoing) else []
+        check_output(made, target, force=force, beside=own)
         if on_plan:
             on_plan(made)
-        stays = tuple(entry.key for entry in made.ledger if entry.reason == KEPT and entry.key)
-        for name in stays:
-            progress.warn(f"{name}: the adapter replaced it whole; its base values are lost, the merged ones stay")
-        receipt = make_receipt(target, "unmerge", receipt_content(made, options), output_sizes(made, target))
-        from lora_cli.surgery.execute import execute
-        from lora_cli.surgery.proof import prove
-
-        budget = settle_budget(made, memory=memory, threads=threads or default_threads())
-        written = execute(
-            made,
-            target,
-            budget,
-            extra_files=[receipt],
-            may_replace=written_by_us(target) if force else lambda: False,
-            progress=progress,
-        )
-        undecided = tuple(
-            Undecided(key, count.elements, count.exact, count.undecided, count.impossible)
-            for key, count in prove(made, budget, progress)
-            if count.exact < count.elements
-        )
-    _warn_impossible(undecided, progress)
+        how = _How(target, made, force, threads or default_threads(), memory, progress)
+        outcome = how.restore(found) if isinstance(found, Undoing) else how.subtract(options)
     return UnmergeResult(
         out=str(out),
-        exact=not undecided and not stays,
-        proved=not any(proof.impossible for proof in undecided),
-        files=tuple(WrittenFile(name, None) for name in (*output_names(made, target), receipt.name)),
+        exact=outcome.exact,
+        proved=not any(proof.impossible for proof in outcome.undecided),
+        files=outcome.files,
         tensors=made.counts(),
-        undecided=undecided,
-        kept=stays,
+        undecided=outcome.undecided,
+        kept=outcome.kept,
         warnings=made.warnings,
-        bytes_written=written + receipt.size,
+        bytes_written=outcome.bytes_written,
         seconds=run.seconds,
         peak_rss_bytes=run.peak_rss_bytes,
     )
 
 
-def _warn_impossible(undecided: Sequence[Undecided], progress: Progress) -> None:
-    impossible = sum(proof.impossible for proof in undecided)
-    if impossible:
-        progress.warn(
-            f"{impossible} weights cannot come from a lora-cli merge of this adapter at this weight: "
-            "another adapter, another scale, or a tool that rounds differently"
+class _Outcome(NamedTuple):
+    """What the two ways differ in."""
+
+    exact: bool
+    files: tuple[WrittenFile, ...]
+    bytes_written: int
+    undecided: tuple[Undecided, ...] = ()
+    kept: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _How:
+    """Where and with what the output is written."""
+
+    target: Path
+    made: Plan
+    force: bool
+    threads: int
+    memory: int | None
+    progress: Progress
+
+    def restore(self, found: Undoing) -> _Outcome:
+        """Write the base's own files."""
+        from lora_cli.surgery.undo.restoring import Restoring
+
+        restoring = Restoring(found, self.made, self.target)
+        written = self._execute(self._budget(blocks=True), [restoring.checker.watch], restoring.close, see_copies=True)
+        return _Outcome(not found.lost, restoring.files, written)
+
+    def subtract(self, options: PlanOptions) -> _Outcome:
+        """Write what subtracting gives, and prove what can be proved."""
+        stays = kept(self.made)
+        for name in stays:
+            self.progress.warn(f"{name}: the adapter replaced it whole; its base values are lost, the merged ones stay")
+        sizes = output_sizes(self.made, self.target)
+        receipt = make_receipt(self.target, "unmerge", receipt_content(self.made, options), sizes)
+        budget = self._budget(blocks=False)
+        written = self._execute(budget, [], lambda _: [receipt], see_copies=False)
+        undecided = prove_subtraction(self.made, budget, self.progress)
+        names = (*output_names(self.made, self.target), receipt.name)
+        return _Outcome(
+            not undecided and not stays, tuple(WrittenFile(name, None) for name in names), written, undecided, stays
+        )
+
+    def _budget(self, *, blocks: bool) -> Budget:
+        return settle_budget(self.made, memory=self.memory, threads=self.threads, blocks=blocks)
+
+    def _execute(self, budget: Budget, taps: Sequence[Tap], closing: Closing, *, see_copies: bool) -> int:
+        from lora_cli.surgery.execute import execute
+
+        return execute(
+            self.made,
+            self.target,
+            budget,
+            taps=lambda _: taps,
+            see_copies=see_copies,
+            closing=closing,
+            may_replace=written_by_us(self.target) if self.force else lambda: False,
+            progress=self.progress,
         )

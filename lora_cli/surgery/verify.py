@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from lora_cli.checkpoint.checkpoint import Checkpoint, StoredTensor
 from lora_cli.errors import UsageError
 from lora_cli.progress import SILENT, Progress
-from lora_cli.surgery.budget import settle_budget
+from lora_cli.surgery.budget import Budget, settle_budget
 from lora_cli.surgery.placing import PlanOptions
-from lora_cli.surgery.plan import Plan
+from lora_cli.surgery.plan import AdapterUse, Plan
 from lora_cli.surgery.planning import plan
 from lora_cli.surgery.results import Reference, measured, open_adapters, open_base
+from lora_cli.surgery.survival import Survival, Survivals, warnings_of
 from lora_cli.surgery.workers import default_threads
+
+if TYPE_CHECKING:
+    from lora_cli.arithmetic.strength import Strength
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,9 @@ class Difference:
             other than floating tensors.
         expected: What the merge would have written, where that is a type or shape.
         found: What is there.
+        looks_like: What it looks like instead, in words; None for other than values.
+        strength: How much of the whole delta is there, along the delta itself; NaN and infinity count as right. None
+            for tensors without one, and where it is zero.
     """
 
     key: str
@@ -37,6 +45,8 @@ class Difference:
     max_ulp: int | None = None
     expected: str | None = None
     found: str | None = None
+    looks_like: str | None = None
+    strength: float | None = None
 
 
 @dataclass(frozen=True)
@@ -45,17 +55,29 @@ class VerifyResult:
 
     Attributes:
         verified: Whether no tensor differs.
+        merged: What the checkpoint is called.
+        base: What the base is called.
+        adapters: How each adapter is used.
         max_ulp: What was allowed.
         tensors: How many were checked, and how many differ.
         different: Those that differ.
+        looks_like: What all of them look like, in one sentence; None where they do not look alike, or none differs.
+        edited: Names of the tensors that the adapters change or add, in the order of the files.
+        survival: What of each delta is in the checkpoint.
         seconds: Wall time.
         peak_rss_bytes: Most memory that the process had.
     """
 
     verified: bool
+    merged: str
+    base: str
+    adapters: tuple[AdapterUse, ...]
     max_ulp: int
     tensors: dict[str, int]
     different: tuple[Difference, ...]
+    looks_like: str | None
+    edited: tuple[str, ...]
+    survival: tuple[Survival, ...]
     seconds: float
     peak_rss_bytes: int
 
@@ -72,6 +94,8 @@ def verify(
     progress: Progress = SILENT,
 ) -> VerifyResult:
     """Compare a checkpoint with what merging `adapters` into `base` gives, element by element.
+
+    Tensors that differ are looked at once more, to say what they look like.
 
     Args:
         merged: The checkpoint in question.
@@ -96,15 +120,24 @@ def verify(
         for warning in (*(f"{candidate.label}: {text}" for text in candidate.warnings), *made.warnings):
             progress.warn(warning)
         different, checked = _compare_names(made, candidate)
-        comparable = {key for key, tensor in candidate.tensors.items() if key in checked}
-        found = _compare_values(made, candidate, comparable, max_ulp, threads, memory, progress)
-    different += found
-    different.sort(key=lambda difference: difference.key)
+        comparable = {key: tensor for key, tensor in candidate.tensors.items() if key in checked}
+        budget = settle_budget(made, memory=memory, threads=threads or default_threads())
+        found, survival = _compare_values(made, comparable, max_ulp, budget, progress)
+        different += found
+        different.sort(key=lambda difference: difference.key)
+        _warn(different, survival, progress)
+        different, looks_like = _look(made, comparable, different, budget, progress)
     return VerifyResult(
         verified=not different,
+        merged=candidate.label,
+        base=made.base,
+        adapters=made.adapters,
         max_ulp=max_ulp,
         tensors={"checked": len(checked), "different": len(different)},
         different=tuple(different),
+        looks_like=looks_like,
+        edited=tuple(edit.key for edit in made.edits if edit.terms or edit.operation in ("replace", "append")),
+        survival=survival,
         seconds=run.seconds,
         peak_rss_bytes=run.peak_rss_bytes,
     )
@@ -137,35 +170,68 @@ class _Tally:
 
 
 def _compare_values(
-    made: Plan,
-    candidate: Checkpoint,
-    keys: set[str],
-    max_ulp: int,
-    threads: int | None,
-    memory: int | None,
-    progress: Progress,
-) -> list[Difference]:
+    made: Plan, tensors: Mapping[str, StoredTensor], max_ulp: int, budget: Budget, progress: Progress
+) -> tuple[list[Difference], tuple[Survival, ...]]:
+    """Compare values of tensors of the same types and shapes; returns what differs, and what of each delta is there."""
     from lora_cli.surgery.compare import compare_plan
 
-    budget = settle_budget(made, memory=memory, threads=threads or default_threads())
-    compared = {edit.key: file.name for file in made.files for edit in file.edits if edit.key in keys}
-    left = Counter({file.name: sum(e.nbytes for e in file.edits if e.key in keys) for file in made.files})
+    compared = {edit.key: file.name for file in made.files for edit in file.edits if edit.key in tensors}
+    left = Counter({file.name: sum(e.nbytes for e in file.edits if e.key in tensors) for file in made.files})
     progress.begin("verify", left.total())
     sizes = dict(left)
     tallies: dict[str, _Tally] = {}
-    tensors: dict[str, StoredTensor] = {key: candidate.tensors[key] for key in keys}
-    for key, nbytes, elements, ulp in compare_plan(made, tensors, budget, max_ulp):
-        progress.advance(nbytes)
-        left[compared[key]] -= nbytes
-        if not left[compared[key]]:
-            progress.file_done(compared[key], sizes[compared[key]])
-        if elements:
-            tally = tallies.setdefault(key, _Tally())
-            tally.elements += elements
-            if ulp is not None:
+    strengths: defaultdict[str, dict[int, Strength]] = defaultdict(dict)
+    for part in compare_plan(made, tensors, budget, max_ulp):
+        progress.advance(part.nbytes)
+        left[compared[part.key]] -= part.nbytes
+        if not left[compared[part.key]]:
+            progress.file_done(compared[part.key], sizes[compared[part.key]])
+        if part.elements:
+            tally = tallies.setdefault(part.key, _Tally())
+            tally.elements += part.elements
+            if part.max_ulp is not None:
                 tally.floating = True
-                tally.max_ulp = max(tally.max_ulp, ulp)
-    return [
+                tally.max_ulp = max(tally.max_ulp, part.max_ulp)
+        if part.strength is not None:
+            strengths[part.key][part.begin] = part.strength
+    different = [
         Difference(key, "values", tally.elements, tally.max_ulp if tally.floating else None)
         for key, tally in tallies.items()
     ]
+    return different, _survival(strengths)
+
+
+def _survival(strengths: Mapping[str, Mapping[int, Strength]]) -> tuple[Survival, ...]:
+    survivals = Survivals()
+    for key, by_begin in strengths.items():
+        for begin in sorted(by_begin):  # sums in one order are the same sums
+            survivals.take(key, by_begin[begin])
+    return survivals.report()
+
+
+def _warn(different: Sequence[Difference], survival: tuple[Survival, ...], progress: Progress) -> None:
+    """Say what rounding took; of tensors that differ other things are said."""
+    wrong = {difference.key for difference in different}
+    for warning in warnings_of(tuple(survived for survived in survival if survived.key not in wrong)):
+        progress.warn(warning)
+
+
+def _look(
+    made: Plan,
+    tensors: Mapping[str, StoredTensor],
+    different: list[Difference],
+    budget: Budget,
+    progress: Progress,
+) -> tuple[list[Difference], str | None]:
+    """Say what the tensors look like that differ."""
+    if not different:
+        return [], None
+    from lora_cli.surgery.likeness import likenesses, summary
+
+    found = likenesses(made, tensors, different, budget, progress)
+    sentence = summary(different, found)
+    named = [
+        replace(d, looks_like=found[d.key].words, strength=found[d.key].strength) if d.key in found else d
+        for d in different
+    ]
+    return named, sentence

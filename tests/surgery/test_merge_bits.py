@@ -18,6 +18,7 @@ from models import assert_same_bits, read_tensors
 from safetensors.torch import save_file
 
 from lora_cli.errors import UsageError
+from lora_cli.checkpoint import digests
 from lora_cli.surgery import budget, compare, engine
 from lora_cli.surgery.merge import merge
 from lora_cli.surgery.placing import PlanOptions
@@ -188,7 +189,7 @@ CUTS = {
 def test_no_byte_depends_on_how_the_work_is_cut(work: Work, cut: str, tmp_path: Path, monkeypatch: Patch) -> None:
     how = {name: value for name, value in CUTS[cut].items() if name.islower()}
     for name in CUTS[cut].keys() - how.keys():
-        for module in (budget, engine, compare):
+        for module in (budget, digests, engine, compare):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, CUTS[cut][name])
     before = torch.get_num_threads()
@@ -205,7 +206,7 @@ def test_many_tiles_with_an_odd_tail(tmp_path: Path, shape: tuple[int, int], nam
     base = write_base(tmp_path / "base", {"x.weight": gaussian(0, *shape, dtype=DTYPES[name])})
     adapter = write_adapter(tmp_path / "adapter", lora(1, "x", *shape, 16), r=16)
     merge(base, [adapter], tmp_path / "tiles", threads=2)
-    monkeypatch.setattr(engine, "CUT_ELEMENTS", 100_000)
+    monkeypatch.setattr(digests, "CUT_ELEMENTS", 100_000)
     merge(base, [adapter], tmp_path / "units", threads=2)
     one_tile_each(monkeypatch)
     merge(base, [adapter], tmp_path / "whole", threads=1)

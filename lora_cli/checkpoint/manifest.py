@@ -1,0 +1,156 @@
+"""What an undo file says: how each file and tensor of the base comes back, and from what.
+
+The manifest is JSON in the undo file (see `undo_file`). It holds no path of any machine and no clock.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from lora_cli.errors import MalformedFileError
+
+MANIFEST_LIMIT = 512 << 20
+"""Longest manifest that is read, in bytes of JSON."""
+
+
+class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Strictly read: a field that is not known is an error, for whoever wrote it meant something by it."""
+
+
+class TermRecord(_Record, frozen=True):
+    """One term of a delta, with all that its arithmetic needs.
+
+    Attributes:
+        kind: Which class of deltas.
+        adapter: Position among the adapters.
+        tensors: Names of its factors in the adapter's file.
+        scale: What multiplies the product, the user's weight included.
+        swapped: The factors are stored the other way round.
+        transposed: The base stores the matrix as (in × out).
+    """
+
+    kind: str
+    adapter: int
+    tensors: tuple[str, ...]
+    scale: float
+    swapped: bool = False
+    transposed: bool = False
+
+
+class TensorRecord(_Record, frozen=True):
+    """How one tensor of the base comes back.
+
+    Attributes:
+        key: Its name in the base.
+        how: `copy` its bytes from the merged checkpoint, find it again by its `preimages` or by a stored `residual`, or
+            take it as it is `stored` in the undo file.
+        digests: Of each cut of the base's tensor.
+        source: The merged tensor that it comes from; the same key if empty.
+        source_digests: Of each cut of that; those of the base if empty.
+        fragments: Bytes of what the undo file holds for each cut.
+        terms: What was added, for preimages.
+    """
+
+    key: str
+    how: Literal["copy", "preimages", "residual", "stored"]
+    digests: tuple[str, ...]
+    source: str = ""
+    source_digests: tuple[str, ...] = ()
+    fragments: tuple[int, ...] = ()
+    terms: tuple[TermRecord, ...] = ()
+
+    @property
+    def origin(self) -> str:
+        """Key of the merged tensor that it comes from."""
+        return self.source or self.key
+
+    @property
+    def origin_digests(self) -> tuple[str, ...]:
+        """Digests of the cuts of that."""
+        return self.source_digests or self.digests
+
+
+class FileRecord(_Record, frozen=True):
+    """One safetensors file of the base.
+
+    Attributes:
+        name: Its name.
+        size: Its length.
+        digest: Its digest (see `digests`).
+        tensors: Its tensors in byte order.
+        own_header: Whether its header is in the undo file; else the merged file has the same.
+        merged_header: Digest of what stands before the data in the merged file of that name; empty if there is none.
+    """
+
+    name: str
+    size: int
+    digest: str
+    tensors: tuple[TensorRecord, ...]
+    own_header: bool = False
+    merged_header: str = ""
+
+
+class SideRecord(_Record, frozen=True):
+    """One small file of the base; `stored` whole in the undo file, or else the merged checkpoint has the same."""
+
+    name: str
+    size: int
+    digest: str
+    stored: Literal["", "packed", "raw"] = ""
+
+
+class AdapterRecord(_Record, frozen=True):
+    """One adapter that was merged.
+
+    Attributes:
+        label: What it is called.
+        digest: Of its content: names, types, shapes and bytes of the factors.
+        factors: Digest of each factor, by name.
+        held: Where its factors are: in the adapter's own file, embedded in the undo file, or in the base itself.
+    """
+
+    label: str
+    digest: str
+    factors: dict[str, str]
+    held: Literal["apart", "embedded", "in the base"] = "apart"
+
+
+class Manifest(_Record, frozen=True):
+    """All of it.
+
+    Attributes:
+        arithmetic: Version of the arithmetic that the merge and its undo use.
+        tool: Who wrote it.
+        base: Label of the base.
+        files: Its safetensors files.
+        side_files: Its small files.
+        adapters: What was merged.
+        left_out: Files of the base's folder that were not taken along, and do not come back.
+    """
+
+    arithmetic: int
+    tool: str
+    base: str
+    files: tuple[FileRecord, ...]
+    side_files: tuple[SideRecord, ...]
+    adapters: tuple[AdapterRecord, ...]
+    left_out: tuple[str, ...] = ()
+
+
+def write_manifest(manifest: Manifest) -> bytes:
+    """Return the JSON of a manifest: the same manifest, the same bytes."""
+    return msgspec.json.encode(manifest)
+
+
+def read_manifest(data: bytes, *, file: object) -> Manifest:
+    """Parse a manifest.
+
+    Raises:
+        MalformedFileError: It is none.
+    """
+    try:
+        return msgspec.json.decode(data, type=Manifest)
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+        raise MalformedFileError("The manifest of the undo file cannot be read", file=file, found=error) from error

@@ -1,0 +1,212 @@
+"""What a tensor that is not what a merge would have written has to do with that merge: a second look at those alone.
+
+The expected tensor is made again, and with it the delta of each adapter, tile by tile. What is there is held against
+other merges that a person may have made by mistake (the opposite sign, half or twice the scale, without one of the
+adapters, once more on the result), rounded as a merge rounds: with changes far below the spacing of the weights, where
+most of a change is lost, only that tells them apart. And the inner products of all deltas, of the expected change and
+of what is different are summed up, from which `arithmetic.projection` finds any other strength.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lora_cli.arithmetic.lowrank import rounding_variance
+from lora_cli.arithmetic.product import ExactProduct, prepare
+from lora_cli.arithmetic.projection import inner_products
+from lora_cli.arithmetic.rounding import slices_for, work_dtype
+from lora_cli.checkpoint.checkpoint import StoredTensor
+from lora_cli.surgery.budget import Budget
+from lora_cli.surgery.compare import Part, parts
+from lora_cli.surgery.engine import Piece, Readers, Workshop, open_readers, raw_bytes, torch_dtype
+from lora_cli.surgery.plan import Edit
+from lora_cli.surgery.workers import run_units
+
+_ROWS = 12
+"""Rows as long as a run, besides one for each delta, that looking at it takes in float64."""
+
+_SHORTEST_RUN = 64
+
+
+class Mistake(NamedTuple):
+    """Another merge than the one that was asked for.
+
+    Attributes:
+        strengths: The strength at which each adapter is in it.
+        again: Made from the merge, not from the base.
+    """
+
+    strengths: tuple[float, ...]
+    again: bool = False
+
+
+def directions(edit: Edit) -> tuple[float, ...]:
+    """The strength that is asked for along each delta of a tensor: 1, and 0 where the user's weight is 0."""
+    return tuple(1.0 if term.weight else 0.0 for term in edit.terms)
+
+
+def mistakes(asked: tuple[float, ...]) -> list[Mistake]:
+    """Merges that are easily made instead of the one with these strengths."""
+    if not any(asked):
+        return [Mistake(_but(asked, at, 1.0)) for at in range(len(asked))]
+    twice = tuple(2 * strength for strength in asked)
+    made = [Mistake(tuple(factor * strength for strength in asked)) for factor in (-1.0, 0.5, 2.0)]
+    made.append(Mistake(twice, again=True))
+    if len(asked) > 1:
+        for at, strength in enumerate(asked):
+            made += [Mistake(_but(asked, at, other)) for other in ((0.0, -1.0, 0.5, 2.0) if strength else (1.0,))]
+    return made
+
+
+def _but(asked: tuple[float, ...], at: int, strength: float) -> tuple[float, ...]:
+    return (*asked[:at], strength, *asked[at + 1 :])
+
+
+@dataclass
+class Evidence:
+    """Sums over the elements of one tensor; those of two parts of it are added.
+
+    Attributes:
+        elements: Elements seen.
+        broken: Those that are NaN or infinity; they count nowhere else.
+        unlike_base: Those whose value is not the base's.
+        unlike_merge: Those whose value is not what the merge would have written.
+        moved: Those that the merge itself changes.
+        against: Those that moved against the change that was asked for.
+        noise: What rounding once to the type of the output is expected to do, squared.
+        products: Inner products of the deltas, of the change that the merge makes, and of what was found less that.
+        unlike: For each of `mistakes`, the elements that are not of its value.
+    """
+
+    products: Tensor
+    unlike: list[int]
+    elements: int = 0
+    broken: int = 0
+    unlike_base: int = 0
+    unlike_merge: int = 0
+    moved: int = 0
+    against: int = 0
+    noise: float = 0.0
+
+    def take(self, other: Evidence) -> None:
+        """Add the sums of another part."""
+        self.products = self.products + other.products
+        self.unlike = [one + two for one, two in zip(self.unlike, other.unlike, strict=True)]
+        for name in ("elements", "broken", "unlike_base", "unlike_merge", "moved", "against", "noise"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+
+def gather(
+    edits: Iterable[Edit], candidates: Mapping[str, StoredTensor], budget: Budget, advance: Callable[[int], None]
+) -> dict[str, Evidence]:
+    """Look once more at tensors that take deltas.
+
+    Args:
+        edits: What the merge does to them.
+        candidates: What is there, of the same types and shapes.
+        budget: Threads and buffer sizes.
+        advance: Is told how many bytes were looked at.
+
+    Returns:
+        What was found, by key.
+    """
+
+    def work(part: Part, bench: _Bench) -> Evidence:
+        return bench.look(part, candidates[part.edit.key])
+
+    found: defaultdict[str, dict[int, Evidence]] = defaultdict(dict)
+    units = (part for edit in edits for part in parts(edit))
+    for part, evidence in run_units(units, work, lambda: _Bench(budget.strip_bytes), budget.threads):
+        advance(part.edit.nbytes * (part.end - part.begin) // part.edit.matrix[0])
+        found[part.edit.key][part.begin] = evidence
+    return {key: _together(by_begin) for key, by_begin in found.items()}
+
+
+def _together(by_begin: Mapping[int, Evidence]) -> Evidence:
+    """The sums of all parts, always added in the same order."""
+    first, *others = (evidence for _, evidence in sorted(by_begin.items()))
+    for other in others:
+        first.take(other)
+    return first
+
+
+class _Bench:
+    """What one thread keeps: the engine's buffers, one for what was found, and rows of a run in float64."""
+
+    def __init__(self, strip_bytes: int) -> None:
+        self._workshop = Workshop(strip_bytes)
+        self._found = torch.empty(strip_bytes, dtype=torch.uint8)
+        self._strip_bytes = strip_bytes
+
+    def look(self, part: Part, candidate: StoredTensor) -> Evidence:
+        edit = part.edit
+        asked = directions(edit)
+        longest = max(_SHORTEST_RUN, self._strip_bytes // (8 * (len(asked) + _ROWS)))
+        rows = torch.empty((len(asked) + 2, longest), dtype=torch.float64)
+        evidence = Evidence(torch.zeros((len(rows), len(rows)), dtype=torch.float64), [0] * len(mistakes(asked)))
+        with open_readers() as readers:
+            products = [*_products(edit, readers)]
+            reader = readers.of(candidate)
+            for piece in self._workshop.pieces(edit, part.begin, part.end):
+                found = self._found[: piece.result.nbytes].view(piece.result.dtype)
+                reader.read_into(candidate.offset + piece.offset * found.itemsize, raw_bytes(found))
+                for run, down, across in _runs(piece.offset, found.numel(), edit.matrix[1], longest):
+                    here = rows[:, : run.stop - run.start]
+                    for row, product in zip(here, products, strict=False):
+                        shape = (down.stop - down.start, across.stop - across.start)
+                        product.tile(down, across, transposed=edit.terms[0].transposed, out=row.view(shape))
+                    _see(evidence, here, asked, Piece(0, piece.source[run], piece.result[run]), found[run])
+        return evidence
+
+
+def _products(edit: Edit, readers: Readers) -> Iterator[ExactProduct]:
+    """The delta of each adapter alone, at the user's weight; at 1 where that is 0, so that it has a direction."""
+    slices = slices_for(work_dtype(torch_dtype(edit.source.dtype), torch_dtype(edit.dtype)))
+    for term in edit.terms:
+        yield prepare([term.delta.term(readers.load, term.weight or 1.0)], slices=slices)
+
+
+def _runs(offset: int, elements: int, columns: int, longest: int) -> Iterator[tuple[slice, slice, slice]]:
+    """Cut a piece into runs that are tiles: whole rows or a part of one; yields their place in it, rows and columns."""
+    at = 0
+    while at < elements:
+        row, column = divmod(offset + at, columns)
+        whole = min(longest, elements - at) // columns if column == 0 else 0
+        count = whole * columns or min(longest, elements - at, columns - column)
+        across = slice(0, columns) if whole else slice(column, column + count)
+        yield slice(at, at + count), slice(row, row + max(1, whole)), across
+        at += count
+
+
+def _see(evidence: Evidence, rows: Tensor, asked: tuple[float, ...], piece: Piece, found: Tensor) -> None:
+    """Take in one run; the deltas are in the first rows, and the others are filled here."""
+    deltas, expected_change, off = rows[:-2], rows[-2], rows[-1]
+    base, merged, there = (values.to(torch.float64) for values in (piece.source, piece.result, found))
+    fine = torch.isfinite(there)
+    broken = fine.numel() - int(fine.sum())
+    if broken:
+        there = torch.where(fine, there, merged)
+    stored_base = piece.source.to(found.dtype).to(torch.float64)
+    torch.sub(merged, base, out=expected_change)
+    torch.sub(there, merged, out=off)
+    evidence.elements += found.numel()
+    evidence.broken += broken
+    evidence.unlike_base += int(((stored_base != there) & fine).sum())
+    evidence.unlike_merge += int(off.count_nonzero())
+    evidence.moved += int((stored_base != merged).sum())
+    evidence.noise += float(rounding_variance(there, found.dtype).sum())
+    evidence.products += inner_products(rows)
+    evidence.against += int(((there - base) * _sum(deltas, asked) < 0).sum())
+    for number, mistake in enumerate(mistakes(asked)):
+        made = _sum(deltas, asked).add_(merged) if mistake.again else _sum(deltas, mistake.strengths).add_(base)
+        evidence.unlike[number] += int((made.to(found.dtype).to(torch.float64) != there).sum())
+
+
+def _sum(deltas: Tensor, strengths: tuple[float, ...]) -> Tensor:
+    return torch.mv(deltas.T, torch.tensor(strengths, dtype=torch.float64))

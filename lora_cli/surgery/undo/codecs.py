@@ -1,0 +1,63 @@
+"""The two ways in which what a merge forgot of a block is kept: which preimage each element was, or the residual."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lora_cli.arithmetic import residual, undo
+from lora_cli.arithmetic.fragments import Lengths
+from lora_cli.arithmetic.packing import Buffer
+from lora_cli.arithmetic.rounding import work_dtype
+
+How = Literal["preimages", "residual"]
+
+LENGTHS: Mapping[How, Lengths] = {"preimages": undo.lengths, "residual": residual.lengths}
+"""What tells the head and the tail of a stream."""
+
+
+def encode(how: How, base: Tensor, merged: Tensor, delta: Tensor | None) -> bytes:
+    """Return what `decode` needs to make the base's bits of a block again.
+
+    Args:
+        how: By preimages where the merge is a map of each element, else by the residual.
+        base: The flat block before the merge.
+        merged: The same after it.
+        delta: What was added, in the working type; None where the block was only cast, or replaced.
+    """
+    if how == "residual":
+        return residual.encode(base, _alike(merged, base))
+    return undo.encode(base, *_summands(base, merged, delta))
+
+
+def decode(how: How, merged: Tensor, delta: Tensor | None, stream: Buffer, out: Tensor) -> Tensor:
+    """Write the base's own bits into `out`, a flat block of the base's type; the rest is as in `encode`.
+
+    Raises:
+        MalformedFileError: The stream is damaged, or belongs to other data.
+    """
+    if how == "residual":
+        return residual.decode(_alike(merged, out), stream, out)
+    return undo.decode(*_summands(out, merged, delta), stream, out)
+
+
+def _alike(merged: Tensor, base: Tensor) -> Tensor | None:
+    return merged if merged.dtype == base.dtype else None
+
+
+def _summands(base: Tensor, merged: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return merged values and deltas with which preimages are defined.
+
+    A cast adds nothing. It lets NaN and infinity pass, of which hardware makes different patterns: zeros stand for
+    them, to which no such value merges, so that its bits are written out.
+    """
+    if delta is not None:
+        return merged, delta
+    wide = merged.to(torch.float32) if merged.itemsize == 1 else merged
+    finite = torch.isfinite(wide)
+    if not bool(finite.all()):
+        merged = torch.where(finite, merged, torch.zeros_like(merged))
+    return merged, torch.zeros(merged.numel(), dtype=work_dtype(base.dtype, merged.dtype))

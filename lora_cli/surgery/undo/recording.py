@@ -1,0 +1,112 @@
+"""Recording a merge while it is made, so that it can be undone: digests of both sides, and what each block forgot."""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from blake3 import blake3
+
+from lora_cli.arithmetic.fragments import FragmentWriter
+from lora_cli.checkpoint.digests import file_digest
+from lora_cli.checkpoint.staging import Scratch, StagedFile
+from lora_cli.checkpoint.undo_file import Part, undo_part
+from lora_cli.surgery.engine import Piece, Unit, open_readers, raw_bytes, torch_dtype
+from lora_cli.surgery.plan import Edit, Plan
+from lora_cli.surgery.undo.codecs import LENGTHS, How, encode
+
+
+@dataclass
+class Cut:
+    """What is kept of one cut: digests before and after, and where its fragment lies in the scratch file."""
+
+    before: str = ""
+    after: str = ""
+    spans: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def size(self) -> int:
+        """Bytes of its fragment."""
+        return sum(length for _, length in self.spans)
+
+
+class Recorder:
+    """Watches the units of a merge, in any order and from any thread, and writes the undo file at the end.
+
+    Args:
+        plan: The merge.
+        scratch: Where fragments are gathered.
+    """
+
+    def __init__(self, plan: Plan, scratch: Scratch) -> None:
+        self._plan = plan
+        self._scratch = scratch
+        self._cuts: defaultdict[tuple[int, str], dict[int, Cut]] = defaultdict(dict)
+        self._lock = threading.Lock()
+
+    def watch(self, unit: Unit, pieces: Iterator[Piece]) -> Iterator[Piece]:
+        """Pass the pieces of a unit on, and keep what undoing them needs."""
+        edit = unit.edit
+        if edit is None:
+            yield from pieces
+            return
+        cut = Cut()
+        if edit.copies and edit.displaced is None:
+            yield from self._watch_copy(cut, pieces)
+        else:
+            yield from self._watch_change(edit, cut, pieces)
+        with self._lock:
+            self._cuts[unit.file, edit.key][unit.begin] = cut
+
+    def _watch_copy(self, cut: Cut, pieces: Iterator[Piece]) -> Iterator[Piece]:
+        digest = blake3()
+        for piece in pieces:
+            digest.update(raw_bytes(piece.result))
+            yield piece
+        cut.before = cut.after = digest.hexdigest()
+
+    def _watch_change(self, edit: Edit, cut: Cut, pieces: Iterator[Piece]) -> Iterator[Piece]:
+        before, after, how = blake3(), blake3(), codec_of(edit)
+        writer = FragmentWriter(LENGTHS[how])
+        with open_readers() as readers:
+            for piece in pieces:
+                after.update(raw_bytes(piece.result))
+                if edit.operation != "append":
+                    base = piece.source
+                    if edit.displaced is not None:
+                        dtype = piece.result.dtype if edit.copies else torch_dtype(edit.displaced.dtype)
+                        base = readers.load_part(edit.displaced, dtype, piece.offset, piece.result.numel())
+                    before.update(raw_bytes(base))
+                    self._spool(cut, writer.add(encode(how, base, piece.result, piece.delta)))
+                yield piece
+        self._spool(cut, writer.close())
+        cut.before, cut.after = before.hexdigest(), after.hexdigest()
+
+    def _spool(self, cut: Cut, data: bytes) -> None:
+        if data:
+            cut.spans.append(self._scratch.append(data))
+
+    def cuts(self, number: int, edit: Edit) -> list[Cut]:
+        """What was kept of a tensor of an output file, cut by cut."""
+        return [cut for _, cut in sorted(self._cuts[number, edit.key].items())]
+
+    def output_digest(self, number: int) -> str:
+        """Digest of an output file."""
+        file = self._plan.files[number]
+        return file_digest(file.header, (cut.after for edit in file.edits for cut in self.cuts(number, edit)))
+
+    def fragment_part(self, key: str, cuts: Sequence[Cut]) -> Part:
+        """The part of an undo file that holds the fragments of a tensor."""
+        spans = [span for cut in cuts for span in cut.spans]
+
+        def write(file: StagedFile, at: int) -> None:
+            self._scratch.copy_to(file, at, spans)
+
+        return Part(undo_part(key), sum(cut.size for cut in cuts), write)
+
+
+def codec_of(edit: Edit) -> How:
+    """How what a merge forgets of a tensor is kept: a replaced tensor is no map of what was there."""
+    return "residual" if edit.displaced is not None else "preimages"

@@ -1,0 +1,128 @@
+"""Unmerging in memory: does the undo file give the base, and does that merge to what is there?"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from lora_cli.arithmetic.ordered import bits_view
+from lora_cli.checkpoint.checkpoint import Checkpoint, Shard, StoredTensor
+from lora_cli.progress import Progress
+from lora_cli.surgery.budget import TILE_ELEMENTS, Budget
+from lora_cli.surgery.engine import Piece, Readers, Unit, Workshop, open_readers, raw_bytes, units_of
+from lora_cli.surgery.plan import Edit
+from lora_cli.surgery.undo.checking import Checker
+from lora_cli.surgery.undo.undoing import Undoing
+from lora_cli.surgery.workers import run_units
+
+
+@dataclass(frozen=True)
+class RoundTrip:
+    """What unmerging in memory showed.
+
+    Attributes:
+        exact: Whether every byte of the base came back.
+        against: What it was compared with: `base`, or the `digests` in the undo file.
+        files: Digest of each file of the base, as the undo file has it.
+        different: Tensors and files that are not right, each with what is wrong.
+    """
+
+    exact: bool
+    against: str
+    files: Mapping[str, str]
+    different: Mapping[str, str]
+
+
+def roundtrip(undoing: Undoing, base: Checkpoint | None, budget: Budget, progress: Progress) -> RoundTrip:
+    """Unmerge in memory; compare with digests, with what merging again gives, and with the base where it is given.
+
+    Raises:
+        LoraCliError: An input cannot be read.
+    """
+    trip = _Trip(undoing, base)
+    plan = undoing.plan
+    progress.begin("roundtrip", sum(file.size for file in plan.files))
+    units = (unit for number, file in enumerate(plan.files) for unit in units_of(number, file, seen=True))
+    for unit, _ in run_units(units, trip.work, lambda: Workshop(budget.strip_bytes), budget.threads):
+        progress.advance(unit.nbytes)
+    different = trip.verdict()
+    manifest = undoing.undo.manifest
+    files = {file.name: file.digest for file in manifest.files}
+    files |= {side.name: side.digest for side in manifest.side_files}
+    return RoundTrip(not different, "base" if base else "digests", files, different)
+
+
+class _Trip:
+    def __init__(self, undoing: Undoing, base: Checkpoint | None) -> None:
+        self._undoing = undoing
+        self._base = base
+        self._checker = Checker(undoing)
+        self._different: dict[str, str] = {}
+        self._lock = threading.Lock()
+
+    def work(self, unit: Unit, workshop: Workshop) -> None:
+        edit = unit.edit
+        assert edit is not None  # noqa: S101 (every unit is of a tensor when copies are seen)
+        pieces = workshop.pieces(edit, unit.begin, unit.end, deltas=True)
+        with open_readers() as readers:
+            for piece in self._checker.watch(unit, pieces):
+                if piece.delta is not None and not _merges_again(piece, workshop):
+                    self._note(edit.key, "the base that comes out does not merge to what is there")
+                if self._base is not None:
+                    self._compare(edit, piece, readers)
+
+    def _compare(self, edit: Edit, piece: Piece, readers: Readers) -> None:
+        assert self._base is not None  # noqa: S101 (who calls has looked)
+        tensor = self._base.tensors.get(edit.key)
+        if tensor is None or (tensor.dtype, tensor.shape) != (edit.dtype, edit.shape):
+            self._note(edit.key, "the base has no such tensor")
+        elif not _same(tensor, piece, readers):
+            self._note(edit.key, "not what the base has")
+
+    def _note(self, key: str, what: str) -> None:
+        with self._lock:
+            self._different.setdefault(key, what)
+
+    def verdict(self) -> dict[str, str]:
+        for key, what in self._checker.problems().items():
+            self._different.setdefault(key, what)
+        for name in self._undoing.lost:
+            self._different.setdefault(name, "changed since the merge, or missing")
+        if self._base is not None:
+            self._compare_files(self._base)
+        return dict(sorted(self._different.items()))
+
+    def _compare_files(self, base: Checkpoint) -> None:
+        shards: dict[str, Shard] = {shard.name: shard for shard in base.shards}
+        files = self._undoing.plan.files
+        alone = len(files) == len(shards) == 1
+        for file in files:
+            shard = base.shards[0] if alone else shards.get(file.name)
+            if shard is None or shard.header.raw != file.header.raw:
+                self._note(
+                    file.name, "the base has no such file" if shard is None else "another header than the base's"
+                )
+        for key in base.tensors.keys() - {edit.key for edit in self._undoing.plan.edits}:
+            self._note(key, "in the base, and does not come back")
+
+
+def _merges_again(piece: Piece, workshop: Workshop) -> bool:
+    assert piece.delta is not None  # noqa: S101 (who calls has looked)
+    kernel = workshop.kernel(piece.result.dtype, piece.source.dtype)
+    out = torch.empty_like(piece.source[:TILE_ELEMENTS])
+    for begin in range(0, piece.result.numel(), TILE_ELEMENTS):
+        part = slice(begin, begin + TILE_ELEMENTS)
+        base = piece.result[part]
+        again = kernel.merge(base, piece.delta[part], out[: base.numel()])
+        if (bits_view(again) != bits_view(piece.source[part])).any():
+            return False
+    return True
+
+
+def _same(tensor: StoredTensor, piece: Piece, readers: Readers) -> bool:
+    data = memoryview(bytearray(piece.result.numel() * piece.result.itemsize))
+    readers.of(tensor).read_into(tensor.offset + piece.offset * piece.result.itemsize, data)
+    return data == raw_bytes(piece.result)

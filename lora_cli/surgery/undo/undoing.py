@@ -1,0 +1,301 @@
+"""Planning an exact unmerge: the merged checkpoint, its undo file and the adapters, held against each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+from lora_cli.adapters.source import AdapterSource
+from lora_cli.arithmetic import ARITHMETIC
+from lora_cli.checkpoint.checkpoint import Checkpoint, Shard, StoredTensor
+from lora_cli.checkpoint.digests import bytes_digest, cuts, file_digest, tensor_digests
+from lora_cli.checkpoint.header import Header, TensorInfo
+from lora_cli.checkpoint.manifest import AdapterRecord, FileRecord, SideRecord, TensorRecord
+from lora_cli.checkpoint.sidefiles import SIDE_FILE_LIMIT, SideFile
+from lora_cli.checkpoint.source import look_at
+from lora_cli.checkpoint.undo_file import UndoFile, factor_part, side_part, stored_part, undo_part
+from lora_cli.errors import MalformedFileError, UnsafeInputError, UnsupportedError, UsageError, WrongInputError
+from lora_cli.surgery.plan import Edit, Forgotten, Operation, OutputFile, Plan
+from lora_cli.surgery.receipt import OWN_FILES
+from lora_cli.surgery.undo.terms import recall
+
+
+@dataclass(frozen=True, slots=True)
+class OwnFile:
+    """A file of lora-cli in an undo file: its name in a folder, its digest, and its bytes or the part that has them."""
+
+    name: str
+    digest: str
+    content: bytes | StoredTensor
+
+    @property
+    def size(self) -> int:
+        """Its length."""
+        return len(self.content) if isinstance(self.content, bytes) else self.content.nbytes
+
+
+@dataclass(frozen=True)
+class Undoing:
+    """An exact unmerge that was planned.
+
+    Attributes:
+        plan: What will be written.
+        undo: The undo file.
+        own: Files of lora-cli that were with the base.
+        lost: Small files of the base that were changed in the merged checkpoint since, and cannot come back.
+    """
+
+    plan: Plan
+    undo: UndoFile
+    own: tuple[OwnFile, ...]
+    lost: tuple[str, ...]
+
+
+def plan_undoing(merged: Checkpoint, undo: UndoFile, adapters: Sequence[AdapterSource]) -> Undoing:
+    """Plan an exact unmerge, reading headers and the adapters' factors, whose digests are compared.
+
+    Raises:
+        WrongInputError: The merged checkpoint or an adapter is not the one of the merge.
+        UsageError: An adapter is needed and was not given.
+        UnsupportedError: Another arithmetic made the merge.
+        MalformedFileError: The undo file is damaged.
+    """
+    if undo.manifest.arithmetic != ARITHMETIC:
+        raise UnsupportedError(
+            "The merge was made by another version of the arithmetic",
+            file=undo.shard.name,
+            expected=ARITHMETIC,
+            found=undo.manifest.arithmetic,
+            hint="update lora-cli",
+        )
+    return _Undoing(merged, undo, adapters).planned()
+
+
+class _Undoing:
+    """Makes the plan. Used once."""
+
+    def __init__(self, merged: Checkpoint, undo: UndoFile, adapters: Sequence[AdapterSource]) -> None:
+        self._merged = merged
+        self._undo = undo
+        self._given = adapters
+        self._check_given()
+        self._factors = [self._factors_of(number, said) for number, said in enumerate(undo.manifest.adapters)]
+        self._warnings: list[str] = []
+        self._lost: list[str] = []
+
+    def planned(self) -> Undoing:
+        manifest = self._undo.manifest
+        pairs = self._pairs()
+        files = tuple(self._file(said, shard) for said, shard in pairs)
+        sides = [side for said in manifest.side_files if said.name not in OWN_FILES and (side := self._side(said))]
+        own = tuple(self._own(said) for said in manifest.side_files if said.name in OWN_FILES)
+        used = {side.name for side in sides} | {file.name for file in files}
+        ours = {*(shard.name for shard in self._merged.shards), *OWN_FILES, "README.md"}
+        left = sorted(name for name in _names_in(self._merged) if name not in used | ours)
+        gone = ", ".join(manifest.left_out)
+        if gone:
+            self._warnings.append(f"the base also had {gone}, which the merge did not take along")
+        plan = Plan(
+            operation="unmerge",
+            checkpoint=self._merged,
+            files=files,
+            side_files=tuple(sides),
+            left_out=tuple(left),
+            adapters=(),
+            opened=(),
+            ledger=(),
+            dropped=self._appended(files),
+            inputs=(*self._merged.paths, self._undo.shard.source.path, *(source.path for source in self._given)),
+            warnings=tuple(self._warnings),
+        )
+        return Undoing(plan, self._undo, own, tuple(self._lost))
+
+    # Inputs
+
+    def _pairs(self) -> list[tuple[FileRecord, Shard | None]]:
+        """Each file of the base with the merged file that it comes from; refuses what is not what the merge wrote."""
+        said = self._undo.manifest.files
+        shards = {shard.name: shard for shard in self._merged.shards}
+        if len(said) == 1 and len(shards) == 1:
+            pairs: list[tuple[FileRecord, Shard | None]] = [(said[0], self._merged.shards[0])]
+        else:
+            pairs = [(file, shards.get(file.name)) for file in said]
+        wrong = [
+            f"{file.name}: {'missing' if shard is None else 'another header'}"
+            for file, shard in pairs
+            if file.merged_header and (shard is None or bytes_digest(shard.header.prefix) != file.merged_header)
+        ]
+        if wrong:
+            raise WrongInputError(
+                "The checkpoint is not the one that this undo file belongs to",
+                file=self._merged.label,
+                expected=f"what merging into {self._undo.manifest.base} gave",
+                details=wrong,
+                hint="name the merged checkpoint as the merge wrote it, with its own undo file",
+            )
+        return pairs
+
+    def _check_given(self) -> None:
+        """Refuse an adapter that was not part of the merge."""
+        said = self._undo.manifest.adapters
+        for source in self._given:
+            differing = [_differing(adapter, source) for adapter in said]
+            if said and all(differing):
+                closest = min(range(len(said)), key=lambda number: len(differing[number]))
+                raise WrongInputError(
+                    "The adapter is not the one that was merged",
+                    file=source.label,
+                    expected=f"{said[closest].label}, content digest {said[closest].digest}",
+                    details=[f"{name} {what}" for name, what in differing[closest].items()],
+                    hint="name the adapter of the merge, as it was then",
+                )
+
+    def _factors_of(self, number: int, said: AdapterRecord) -> Mapping[str, StoredTensor]:
+        """Where the factors of an adapter are: in the undo file, or in an adapter that was given."""
+        if said.held == "embedded":
+            return {name: self._undo.part(factor_part(number, name)) for name in said.factors}
+        if said.held == "in the base":
+            return {name: self._undo.part(stored_part(name)) for name in said.factors}
+        source = next((source for source in self._given if not _differing(said, source)), None)
+        if said.factors and source is None:
+            raise UsageError(
+                f"The adapter {said.label} is needed to undo this merge",
+                file=self._merged.label,
+                expected=f"content digest {said.digest}",
+                hint="lora-cli unmerge MERGED ADAPTER -o OUT; merge --embed-adapter makes that needless",
+            )
+        return {name: source.tensors[name] for name in said.factors} if source else {}
+
+    # Tensors
+
+    def _file(self, said: FileRecord, shard: Shard | None) -> OutputFile:
+        header = self._header(said, shard)
+        records = {record.key: record for record in said.tensors}
+        names = [info.name for info in header.tensors]
+        if sorted(records) != sorted(names) or len(said.tensors) != len(names):
+            raise damaged(self._undo, f"{said.name}: the tensors of its header")
+        digests = (digest for name in names for digest in records[name].digests)
+        if file_digest(header, digests) != said.digest:
+            raise damaged(self._undo, f"{said.name}: the digests of its tensors")
+        edits = tuple(self._edit(info, records[info.name]) for info in header.tensors)
+        return OutputFile(_safe(said.name), header, edits, shard)
+
+    def _header(self, said: FileRecord, shard: Shard | None) -> Header:
+        if said.own_header:
+            return self._undo.header(said.name, said.size)
+        if shard is None or shard.header.file_bytes != said.size:
+            raise damaged(self._undo, f"the header of {said.name}")
+        return shard.header
+
+    def _edit(self, info: TensorInfo, said: TensorRecord) -> Edit:
+        key = info.name
+        terms = tuple(recall(term, key, self._find) for term in said.terms)
+        forgotten = None
+        operation: Operation = "keep"
+        if said.how == "stored":
+            source = self._undo.part(stored_part(key))
+        elif said.origin in self._merged.tensors:
+            source = self._merged.tensors[said.origin]
+        else:
+            raise damaged(self._undo, f"{key}: a tensor {said.origin} in the merged checkpoint")
+        if said.how in ("preimages", "residual"):
+            operation = "restore"
+            part = self._undo.part(undo_part(key))
+            forgotten = Forgotten("preimages" if said.how == "preimages" else "residual", part, said.fragments)
+        elif said.origin != key:
+            operation = "rename"
+        edit = Edit(key, operation, source, info.dtype, info.shape, info.begin, info.end, terms, None, forgotten)
+        self._check_edit(edit, said)
+        return edit
+
+    def _check_edit(self, edit: Edit, said: TensorRecord) -> None:
+        """Hold what is said of a tensor against the shapes that are there."""
+        amount = len(list(cuts(edit.source)))
+        same = edit.source.shape == edit.shape and (edit.forgotten or edit.source.dtype == edit.dtype)
+        digests = {len(said.digests), len(said.origin_digests)} == {amount}
+        fits = all(term.delta.shape == (edit.matrix[::-1] if term.transposed else edit.matrix) for term in edit.terms)
+        held = edit.forgotten is None or (
+            len(said.fragments) == amount and sum(said.fragments) == edit.forgotten.stored.nbytes
+        )
+        if not (same and digests and fits and held and min(said.fragments, default=0) >= 0):
+            raise damaged(self._undo, f"{edit.key}: what its shape {list(edit.shape)} needs")
+
+    def _find(self, number: int, name: str) -> StoredTensor:
+        if not 0 <= number < len(self._factors) or name not in self._factors[number]:
+            raise damaged(self._undo, f"the factor {name} of adapter {number}")
+        return self._factors[number][name]
+
+    def _appended(self, files: Sequence[OutputFile]) -> tuple[str, ...]:
+        used = {edit.source.key for file in files for edit in file.edits if edit.source.shard is not self._undo.shard}
+        return tuple(sorted(key for key in self._merged.tensors if key not in used))
+
+    # Small files
+
+    def _side(self, said: SideRecord) -> SideFile | None:
+        name = _safe(said.name)
+        if said.stored:
+            data = self._packed(said)
+            return SideFile(name, None, len(data), data)
+        path = self._merged.folder / name if self._merged.folder else None
+        if path is None:
+            return None
+        if not path.is_file():
+            self._lose(name, "is missing from the merged checkpoint")
+            return None
+        side = SideFile(name, path, look_at(path, name).size)
+        if bytes_digest(side.read()) != said.digest:
+            self._lose(name, "was changed since the merge, and comes as it is now")
+        return side
+
+    def _own(self, said: SideRecord) -> OwnFile:
+        if said.stored == "packed":
+            return OwnFile(said.name, said.digest, self._packed(said))
+        part = self._undo.part(side_part(said.name))
+        if part.nbytes != said.size:
+            raise damaged(self._undo, f"the file {said.name}")
+        return OwnFile(said.name, said.digest, part)
+
+    def _packed(self, said: SideRecord) -> bytes:
+        data = self._undo.unpacked(side_part(said.name), SIDE_FILE_LIMIT)
+        if bytes_digest(data) != said.digest:
+            raise damaged(self._undo, f"the file {said.name}")
+        return data
+
+    def _lose(self, name: str, what: str) -> None:
+        self._lost.append(name)
+        self._warnings.append(f"{name} {what}; the base's own is not in the undo file")
+
+
+def _differing(said: AdapterRecord, source: AdapterSource) -> dict[str, str]:
+    """Which of the recorded factors an adapter does not have as they were."""
+    tensors = source.tensors
+    found = {}
+    with source.shard.source.open() as reader:
+        for name, digest in said.factors.items():
+            if name not in tensors:
+                found[name] = "is missing"
+            elif " ".join(tensor_digests(tensors[name], reader)) != digest:
+                found[name] = "is another tensor"
+    return found
+
+
+def _names_in(checkpoint: Checkpoint) -> list[str]:
+    root = checkpoint.folder
+    return [path.relative_to(root).as_posix() for path in sorted(root.rglob("*")) if path.is_file()] if root else []
+
+
+def _safe(name: str) -> str:
+    """Return a file's name that cannot lead out of the output's folder."""
+    path = PurePosixPath(name)
+    plain = not path.is_absolute() and len(path.parts) in (1, 2) and path.as_posix() == name
+    if not plain or any(part.startswith(".") or "\\" in part or "\0" in part for part in path.parts):
+        raise UnsafeInputError("The undo file names a file outside of its output", found=repr(name))
+    return name
+
+
+def damaged(undo: UndoFile, expected: str) -> MalformedFileError:
+    """The error for an undo file that does not hold what it says."""
+    return MalformedFileError(
+        "The undo file is damaged, or belongs to another checkpoint", file=undo.shard.name, expected=expected
+    )
