@@ -83,6 +83,7 @@ def view(result: InspectResult, *, everything: bool) -> Iterator[RenderableType]
             ),
             ("wrapped", f"{count(len(result.wrapped), 'module')} with factors beside" if result.wrapped else None),
             ("receipt", _receipt(result)),
+            ("undo", _undo(result)),
         ]
     )
     rows = ROWS if not everything else max(len(result.modules), len(result.tensors))
@@ -154,3 +155,13 @@ def _receipt(result: InspectResult) -> str | None:
     base = result.receipt.get("base")
     label = base.get("label") if isinstance(base, dict) else None
     return f"{result.receipt.get('operation')} of {label} + {', '.join(names)}"
+
+
+def _undo(result: InspectResult) -> str | None:
+    undo = result.undo
+    if undo is None:
+        return "not possible: there is no undo file" if result.kind == "merged" else None
+    if undo.problem:
+        return f"not possible: {undo.path}: {undo.problem}"
+    needs = f"with {', '.join(undo.needs)}" if undo.needs else "and nothing else"
+    return f"{undo.path} ({size(undo.bytes)}) {needs} gives back {undo.base} bit for bit"

@@ -64,7 +64,7 @@ def merge(
     Every adapter tensor is applied or the merge is refused; tensors that no adapter changes keep their bytes. The
     result is the same on every machine. BASE may be a wrapped checkpoint that carries its own factors (see inject).
     """
-    from lora_cli.cli.planned import DryRun, dry_run, summary
+    from lora_cli.cli.planned import DryRun, Undo, dry_run, summary
     from lora_cli.surgery import merge as surgery
     from lora_cli.surgery.placing import PlanOptions
 
@@ -84,7 +84,8 @@ def merge(
         )
         if out:
             surgery.check_output(plan, Path(out), force=force)
-        planned = DryRun(plan, out, threads, budget, undo=undo)
+        kept: Undo = "with adapter" if embed_adapter else "alone"
+        planned = DryRun(plan, out, threads, budget, kept if undo else None)
         output.result(planned, "plan", lambda: dry_run(planned))
         return
     result = surgery.merge(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lora_cli.checkpoint.staging import free_bytes
 from lora_cli.cli.draw import facts, grid, line
@@ -17,6 +17,8 @@ from lora_cli.surgery.workers import default_threads
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+Undo = Literal["alone", "with adapter"]
+
 _COPIES = ("keep", "rename")
 ROWS = 60
 """Tensors that a plan lists for people; JSON has all of them."""
@@ -25,20 +27,33 @@ FEW = 8
 
 
 class DryRun:
-    """A plan with what it would need of the machine."""
+    """A plan with what it would need of the machine.
 
-    def __init__(self, plan: Plan, out: str, threads: int | None, memory: int | None, *, undo: bool = False) -> None:
+    Args:
+        plan: The plan.
+        out: Where it would be written.
+        threads: As the user said.
+        memory: As the user said.
+        undo: Whether an undo file would be written, and if so, whether with the factors in it.
+    """
+
+    def __init__(self, plan: Plan, out: str, threads: int | None, memory: int | None, undo: Undo | None = None) -> None:
         self.plan = plan
         self.out = out
-        budget = settle_budget(plan, memory=memory, threads=threads or default_threads(), blocks=undo)
+        budget = settle_budget(plan, memory=memory, threads=threads or default_threads(), blocks=undo is not None)
         self.threads = budget.threads
         self.buffers = budget.peak_bytes
         self.free = free_bytes(Path(out)) if out else None
+        self.undo_bytes: int | None = None
+        if undo is not None:
+            from lora_cli.surgery.undo.estimate import undo_bytes
+
+            self.undo_bytes = undo_bytes(plan, budget, embed=undo == "with adapter")
 
     @property
     def fits(self) -> bool | None:
         """Whether the output fits on its disk; None when no output was named."""
-        return None if self.free is None else self.free >= self.plan.bytes_to_write
+        return None if self.free is None else self.free >= self.plan.bytes_to_write + (self.undo_bytes or 0)
 
     def as_dict(self) -> dict[str, Any]:
         """The plan and its needs as plain values."""
@@ -46,6 +61,7 @@ class DryRun:
             **self.plan.as_dict(),
             "threads": self.threads,
             "buffer_bytes": self.buffers,
+            "undo_bytes": self.undo_bytes,
             "free_disk_bytes": self.free,
             "fits": self.fits,
         }
@@ -93,6 +109,8 @@ def dry_run(planned: DryRun) -> Iterator[RenderableType]:
         ("reads", size(plan.bytes_to_read)),
         ("buffers", f"{size(planned.buffers)} on {count(planned.threads, 'thread')}"),
     ]
+    if planned.undo_bytes is not None:
+        needs.append(("undo file", f"about {size(planned.undo_bytes)}, from a sample"))
     if planned.free is not None:
         verdict = "it fits" if planned.fits else "it does not fit"
         needs.append(("free disk", f"{size(planned.free)}: {verdict}"))

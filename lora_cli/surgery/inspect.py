@@ -21,6 +21,7 @@ from lora_cli.progress import SILENT, Progress
 from lora_cli.surgery.placing import PlanOptions
 from lora_cli.surgery.planning import plan
 from lora_cli.surgery.receipt import find_receipt
+from lora_cli.surgery.undo.summary import UndoSummary, undo_summary
 from lora_cli.surgery.results import Reference, open_base
 
 Kind = Literal["adapter", "checkpoint", "merged"]
@@ -86,6 +87,7 @@ class InspectResult:
         quantised_tensors: How many tensors are.
         wrapped: Modules that hold a base weight and factors.
         receipt: The receipt of a merge.
+        undo: Whether and how the merge can be undone; None without an undo file.
         warnings: What a person should look at.
     """
 
@@ -107,6 +109,7 @@ class InspectResult:
     quantised_tensors: int = 0
     wrapped: tuple[str, ...] = ()
     receipt: Mapping[str, Any] | None = None
+    undo: UndoSummary | None = None
     warnings: tuple[str, ...] = field(default=())
 
 
@@ -258,6 +261,7 @@ def _inspect_checkpoint(place: Location) -> InspectResult:
         quantised_tensors=_count_quantised(checkpoint),
         wrapped=tuple(wrapped_modules(checkpoint)),
         receipt=receipt,
+        undo=undo_summary(place.path),
         warnings=checkpoint.warnings,
     )
 

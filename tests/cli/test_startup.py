@@ -39,7 +39,6 @@ LIGHT = {
     "plain file": "inspect {plain} --scale 1",
     "checkpoint": "inspect {base}",
     "merged": "inspect {merged} --json",
-    "plan": "merge {base} {adapter} -o {out} --dry-run",
     "refusal": "merge {base} {plain} -o {out}",
 }
 
@@ -56,6 +55,12 @@ def loaded(*arguments: str, **env: str) -> tuple[list[str], str]:
 @pytest.mark.parametrize("line", LIGHT.values(), ids=LIGHT.keys())
 def test_what_needs_no_tensors_loads_no_library_for_them(world: World, tmp_path: Path, line: str) -> None:
     assert loaded(*world.fill(tuple(line.split()), tmp_path))[0] == []
+
+
+def test_a_plan_loads_no_torch_where_no_undo_file_is_to_be_estimated(world: World, tmp_path: Path) -> None:
+    line = world.fill(tuple("merge {base} {adapter} -o {out} --dry-run --no-undo".split()), tmp_path)
+    assert loaded(*line)[0] == ["huggingface_hub"]  # for the model card
+    assert "torch" in loaded(*line[:-1])[0]
 
 
 def test_completion_loads_no_library_and_completes() -> None:

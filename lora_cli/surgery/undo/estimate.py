@@ -16,8 +16,9 @@ from lora_cli.surgery.undo.recording import codec_of
 SAMPLES = 16
 """Tensors of which one block is looked at."""
 
-_RECORD = 320
-"""Bytes that a tensor takes in the manifest, about."""
+_RECORD = 60
+_CHANGED_RECORD = 240
+"""Bytes that a tensor takes in the manifest and header, about: one that is copied, and one that is not."""
 
 
 def undo_bytes(plan: Plan, budget: Budget, *, embed: bool = False) -> int:
@@ -40,7 +41,13 @@ def undo_bytes(plan: Plan, budget: Budget, *, embed: bool = False) -> int:
     stored = sum(tensor.nbytes for key, tensor in plan.checkpoint.tensors.items() if key not in touched)
     embedded = [tensor.nbytes for number in range(len(plan.opened)) for tensor in factors_of(plan, number).values()]
     older = sum(path.stat().st_size for path in own_files(plan.checkpoint.path).values())
-    fixed = _RECORD * len(plan.checkpoint.tensors) + stored + older + (sum(embedded) if embed else 0)
+    fixed = (
+        _RECORD * len(plan.checkpoint.tensors)
+        + _CHANGED_RECORD * len(changing)
+        + stored
+        + older
+        + (sum(embedded) if embed else 0)
+    )
     return int(share * sum(edit.nbytes for edit in changing)) + fixed
 
 
