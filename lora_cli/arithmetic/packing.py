@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
@@ -211,6 +212,29 @@ def read_stream(data: Buffer, kind: int, elements: int, pattern: np.dtype[Any]) 
     parts = [np.frombuffer(view, np.uint8)[start:end] for start, end in pairwise(ends)]
     choices = Choices(questions, zeros, parts[0], parts[1], parts[4])
     return choices, Exceptions(_positions(parts[2].view("<u4"), elements), parts[3].view(pattern))
+
+
+def stream_lengths(data: Buffer, widths: Mapping[int, int]) -> tuple[int, int]:
+    """Return how many bytes of a stream come before the index planes, and how many these have, by its header alone.
+
+    Args:
+        data: A stream, or anything that begins with its header.
+        widths: Kind → bytes of a pattern of the base.
+
+    Raises:
+        MalformedFileError: No stream begins like this. One that does may still be damaged.
+    """
+    view = memoryview(data).cast("B")
+    if len(view) < HEADER_BYTES:
+        raise _malformed(f"{HEADER_BYTES} bytes of header", f"{len(view)} bytes")
+    version, kind, elements, flags, signs, exceptions, planes = _HEADER.unpack_from(view)
+    _expect("the version", VERSION, version)
+    width = widths.get(kind, 0)
+    # An index has no more bits than its element, and each plane less than a byte of padding.
+    most = 8 * width * _bytes_for(elements)
+    if not width or elements > MAX_ELEMENTS or max(flags, signs, exceptions) > elements or planes > most:
+        raise _malformed("the header of a block", (kind, elements, flags, signs, exceptions, planes))
+    return HEADER_BYTES + _bytes_for(flags) + _bytes_for(signs) + (4 + width) * exceptions, planes
 
 
 def _positions(positions: Positions, elements: int) -> Positions:

@@ -16,7 +16,6 @@ preimages, and its index is as long as what was cut off.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -27,19 +26,18 @@ from lora_cli.arithmetic.edges import Flags, Values
 from lora_cli.arithmetic.floats import dtype_name
 from lora_cli.arithmetic.ordered import Bits, bits_view, from_ordered, to_ordered
 from lora_cli.arithmetic.packing import (
-    HEADER_BYTES,
     MAX_ELEMENTS,
-    VERSION,
     Buffer,
     Exceptions,
     Positions,
     decode_choices,
     encode_choices,
     read_stream,
+    stream_lengths,
     write_stream,
 )
 from lora_cli.arithmetic.preimages import Counts, Intervals, Preimages
-from lora_cli.errors import MalformedFileError, ShapeError, UsageError
+from lora_cli.errors import ShapeError, UsageError
 
 #: Elements that are surveyed at once, and suspects whose intervals are computed at once: they stay in a
 #: core's own cache.
@@ -55,10 +53,8 @@ _CODES = {
     torch.float8_e4m3fn: 5,
     torch.float8_e5m2: 6,
 }
-_WIDTHS = {code: dtype.itemsize for dtype, code in _CODES.items()}
-
-# What `packing` puts first: version, kind, elements, flags, signs, exceptions, bytes of the index planes.
-_COUNTS = struct.Struct("<HHIIIII")
+# Kind → bytes of the base's patterns.
+_WIDTHS = {base << 8 | merged: dtype.itemsize for dtype, base in _CODES.items() for merged in _CODES.values()}
 
 
 def encode(base: Tensor, merged: Tensor, delta: Tensor) -> bytes:
@@ -136,19 +132,7 @@ def lengths(stream: Buffer) -> tuple[int, int]:
     Raises:
         MalformedFileError: No stream begins like this. One that does may still be damaged.
     """
-    view = memoryview(stream).cast("B")
-    if len(view) < HEADER_BYTES:
-        raise _malformed(f"{HEADER_BYTES} bytes of header", f"{len(view)} bytes")
-    version, kind, elements, flags, signs, exceptions, planes = _COUNTS.unpack_from(view)
-    if version != VERSION:
-        raise _malformed(f"the version: {VERSION}", version)
-    if kind >> 8 not in _WIDTHS or kind & 0xFF not in _WIDTHS or elements > MAX_ELEMENTS:
-        raise _malformed("two dtypes and a number of elements", (kind, elements))
-    width = _WIDTHS[kind >> 8]
-    # An index has at most as many bits as its element, and each plane is padded to bytes.
-    if max(flags, signs, exceptions) > elements or planes > 8 * width * ((elements + 7) // 8):
-        raise _malformed(f"counts of {elements} elements", (flags, signs, exceptions, planes))
-    return HEADER_BYTES + (flags + 7) // 8 + (signs + 7) // 8 + (4 + width) * exceptions, planes
+    return stream_lengths(stream, _WIDTHS)
 
 
 class _Block:
@@ -222,7 +206,3 @@ def _check(base: Tensor, merged: Tensor, delta: Tensor) -> None:
         raise ShapeError("The tensors of a block must be contiguous")
     if base.numel() > MAX_ELEMENTS:
         raise ShapeError("The block is too large", expected=f"at most {MAX_ELEMENTS}", found=base.numel())
-
-
-def _malformed(expected: str, found: object) -> MalformedFileError:
-    return MalformedFileError("An undo stream is damaged, or belongs to other data", expected=expected, found=found)
