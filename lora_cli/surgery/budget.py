@@ -27,8 +27,8 @@ STRIP_BYTES = BLOCK_ELEMENTS * _WIDEST
 """Most bytes that one read takes."""
 
 _LEAST_STRIP = 64 << 10
-_CODEC_BYTES = 32 * BLOCK_ELEMENTS
-"""What encoding or decoding a block takes where most of its elements have several preimages."""
+_CODEC_BYTES = 16 * BLOCK_ELEMENTS
+"""What encoding or decoding a block takes where half of its elements have several preimages."""
 
 _TILE_BYTES = TILE_ELEMENTS * (8 + 8 + 8)
 
