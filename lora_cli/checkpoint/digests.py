@@ -46,6 +46,11 @@ def tensor_digests(tensor: StoredTensor, reader: Reader) -> tuple[str, ...]:
     return tuple(span_digest(reader, tensor.offset + begin, end - begin) for begin, end in cuts(tensor))
 
 
+def tensor_content(tensor: StoredTensor, reader: Reader) -> str:
+    """Return what a tensor is, but for its name: type, shape and the digest of each cut. Part of undo files."""
+    return " ".join([tensor.dtype.name, str(list(tensor.shape)), *tensor_digests(tensor, reader)])
+
+
 def span_digest(reader: Reader, offset: int, length: int) -> str:
     """Return the digest of a span of a file."""
     digest = blake3()

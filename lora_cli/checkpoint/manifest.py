@@ -5,7 +5,7 @@ The manifest is JSON in the undo file (see `undo_file`). It holds no path of any
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -13,6 +13,10 @@ from lora_cli.errors import MalformedFileError
 
 MANIFEST_LIMIT = 512 << 20
 """Longest manifest that is read, in bytes of JSON."""
+
+
+Digest = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
+"""Digest of a cut or file, in hexadecimal."""
 
 
 class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -55,9 +59,9 @@ class TensorRecord(_Record, frozen=True):
 
     key: str
     how: Literal["copy", "preimages", "residual", "stored"]
-    digests: tuple[str, ...]
+    digests: tuple[Digest, ...]
     source: str = ""
-    source_digests: tuple[str, ...] = ()
+    source_digests: tuple[Digest, ...] = ()
     fragments: tuple[int, ...] = ()
     terms: tuple[TermRecord, ...] = ()
 
@@ -86,7 +90,7 @@ class FileRecord(_Record, frozen=True):
 
     name: str
     size: int
-    digest: str
+    digest: Digest
     tensors: tuple[TensorRecord, ...]
     own_header: bool = False
     merged_header: str = ""
@@ -97,7 +101,7 @@ class SideRecord(_Record, frozen=True):
 
     name: str
     size: int
-    digest: str
+    digest: Digest
     stored: Literal["", "packed", "raw"] = ""
 
 
@@ -107,12 +111,12 @@ class AdapterRecord(_Record, frozen=True):
     Attributes:
         label: What it is called.
         digest: Of its content: names, types, shapes and bytes of the factors.
-        factors: Digest of each factor, by name.
+        factors: Content of each factor, by name (see `digests.tensor_content`).
         held: Where its factors are: in the adapter's own file, embedded in the undo file, or in the base itself.
     """
 
     label: str
-    digest: str
+    digest: Digest
     factors: dict[str, str]
     held: Literal["apart", "embedded", "in the base"] = "apart"
 
@@ -137,6 +141,11 @@ class Manifest(_Record, frozen=True):
     side_files: tuple[SideRecord, ...]
     adapters: tuple[AdapterRecord, ...]
     left_out: tuple[str, ...] = ()
+
+
+def recorded(name: str) -> str:
+    """Return the name of a file or folder as a manifest can hold it: bytes that are not UTF-8 become `?`."""
+    return name.encode(errors="replace").decode()
 
 
 def write_manifest(manifest: Manifest) -> bytes:

@@ -71,18 +71,27 @@ def side_files(checkpoint: Checkpoint) -> tuple[list[SideFile], list[str]]:
         return taken, left
     root = checkpoint.folder
     own = {shard.name for shard in checkpoint.shards} | ({checkpoint.index.name} if checkpoint.index else set())
-    allowed = [root.resolve(), *([checkpoint.links_inside.resolve()] if checkpoint.links_inside else [])]
     for path in sorted(root.rglob("*")):
         name = path.relative_to(root).as_posix()
         if name in own or path.is_dir() or any(part.startswith(".") for part in name.split("/")):
             continue
-        inside = not path.is_symlink() or any(real in path.resolve().parents for real in allowed)
-        shallow = name.count("/") <= 1
-        if shallow and inside and path.is_file() and belongs(path) and path.stat().st_size <= SIDE_FILE_LIMIT:
+        ours = name.count("/") <= 1 and _is_plain(name) and path.is_file() and lies_inside(checkpoint, path)
+        if ours and belongs(path) and path.stat().st_size <= SIDE_FILE_LIMIT:
             taken.append(SideFile(name, path, path.stat().st_size))
         else:
             left.append(name)
     return taken, left
+
+
+def lies_inside(checkpoint: Checkpoint, path: Path) -> bool:
+    """Whether a file of a checkpoint's folder really is in it, or in the Hub's cache: no link leads out."""
+    places = [place.resolve() for place in (checkpoint.folder, checkpoint.links_inside) if place is not None]
+    return any(place in path.resolve().parents for place in places)
+
+
+def _is_plain(name: str) -> bool:
+    """Whether every system reads a name as the same name: undo files can name no other files."""
+    return "\\" not in name and name == name.encode(errors="replace").decode()
 
 
 def belongs(path: Path) -> bool:

@@ -376,3 +376,28 @@ def _sync_folder(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def write_beside(target: Path, data: bytes) -> None:
+    """Write a small file whole, in place of what was there: for reports, which are made anew each time.
+
+    Raises:
+        DiskFullError: There is no space for it.
+        WriteError: Anything else; what was there before is there still.
+    """
+    place = target.with_name(f".{target.name}.lora-cli-{secrets.token_hex(6)}")
+    file: StagedFile | None = None
+    try:
+        file = StagedFile(place, str(target), len(data))
+        file.write(0, data)
+        file.finish()
+        with _write_errors(str(target)):
+            place.replace(target)
+            _sync_folder(target.parent)
+    except DiskFullError as error:
+        error.hint = "free some space, or choose another disk"  # it is no output, so not with -o
+        raise
+    finally:
+        if file is not None:
+            file.abandon()
+        place.unlink(missing_ok=True)

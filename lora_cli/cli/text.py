@@ -50,6 +50,11 @@ def number(value: float) -> str:
     return f"{value:g}"
 
 
+def ulps(value: int) -> str:
+    """A distance in units in the last place, of which there may be very many: 3, 16,762,001, 4.6e+18."""
+    return f"{value:,}" if value < 10**9 else f"{value:.2g}"
+
+
 def count(amount: int, noun: str) -> str:
     """An amount with its noun: 1 tensor, 14 tensors."""
     return f"{amount:,} {noun}" if amount == 1 else f"{amount:,} {noun}s"

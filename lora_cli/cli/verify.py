@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
+from statistics import median
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -10,12 +12,13 @@ import typer
 from lora_cli.cli import options as opt
 from lora_cli.cli.draw import facts, grid, line
 from lora_cli.cli.output import Output
-from lora_cli.cli.text import count, duration, size
+from lora_cli.cli.text import count, duration, size, ulps
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from lora_cli.surgery.verify import VerifyResult
+    from lora_cli.surgery.survival import Survival
+    from lora_cli.surgery.verify import Difference, VerifyResult
 
 ROWS = 30
 """Tensors that are listed for people; JSON has all of them."""
@@ -29,7 +32,10 @@ def register(app: typer.Typer) -> None:
 def verify(
     output: Output,
     merged: Annotated[str, typer.Argument(metavar="MERGED", help="The checkpoint in question.")],
-    base: Annotated[str, typer.Option("--base", metavar="BASE", help="What it is said to be made from.")],
+    base: Annotated[
+        str | None,
+        typer.Option("--base", metavar="BASE", help="What it is said to be made from. --roundtrip can do without."),
+    ] = None,
     adapter: Annotated[
         list[str] | None, typer.Option("--adapter", metavar="ADAPTER", help="What is said to be in it. Repeat.")
     ] = None,
@@ -37,10 +43,19 @@ def verify(
     alpha: opt.AlphaOption = None,
     scale: opt.ScaleOption = None,
     dtype: opt.DtypeOption = "keep",
+    roundtrip: Annotated[
+        bool,
+        typer.Option(
+            "--roundtrip", help="Also unmerge in memory: compare with the base, or with the digests in the undo file."
+        ),
+    ] = False,
     max_ulp: Annotated[
         int,
         typer.Option("--max-ulp", metavar="N", min=0, help="Units in the last place that an edited weight may be off."),
     ] = 0,
+    junit: Annotated[
+        str | None, typer.Option("--junit", metavar="FILE", help="Write the outcome as JUnit XML too, for CI.")
+    ] = None,
     map_: opt.MapOption = None,
     allow_unmapped: opt.UnmappedOption = False,
     orientation: opt.OrientationOption = None,
@@ -48,30 +63,40 @@ def verify(
     threads: opt.ThreadsOption = None,
     memory: opt.MemoryOption = None,
 ) -> None:
-    """Say whether a checkpoint is exactly base + adapters; writes nothing.
+    """Say whether a checkpoint is exactly base + adapters; writes no checkpoint.
 
-    Exit code 0 if it is, 1 if not. A checkpoint made by another tool rounds differently: give it --max-ulp 1.
+    Exit code 0 if it is, 1 if not; what differs is named, with what it looks like: the bare base, another scale,
+    applied twice, another adapter. A checkpoint made by another tool rounds differently: give it --max-ulp 1.
+
+    With --roundtrip it is also unmerged in memory with its undo file, which has the digests of the base.
     """
+    from lora_cli.cli.junit import Report
     from lora_cli.surgery import verify as surgery
     from lora_cli.surgery.placing import PlanOptions
 
-    result = surgery.verify(
-        merged,
-        base,
-        adapter or (),
-        PlanOptions(
-            weights=tuple(weight or ()),
-            dtype=dtype,
-            maps=tuple(map_ or ()),
-            allow_unmapped=allow_unmapped,
-            orientation=orientation,
-            read=opt.read_options(alpha, scale, ignore_field),
-        ),
-        max_ulp=max_ulp,
-        threads=threads,
-        memory=opt.memory_bytes(memory),
-        progress=output.progress(),
-    )
+    adapters = adapter or []
+    inputs = [("merged", merged), *([("base", base)] if base else []), *(("adapter", name) for name in adapters)]
+    report = Report(junit, inputs)
+    with report.watching():
+        result = surgery.verify(
+            merged,
+            base,
+            adapters,
+            PlanOptions(
+                weights=tuple(weight or ()),
+                dtype=dtype,
+                maps=tuple(map_ or ()),
+                allow_unmapped=allow_unmapped,
+                orientation=orientation,
+                read=opt.read_options(alpha, scale, ignore_field),
+            ),
+            roundtrip=roundtrip,
+            max_ulp=max_ulp,
+            threads=threads,
+            memory=opt.memory_bytes(memory),
+            progress=output.progress(),
+        )
+    report.write(result)
     output.result(result, "verify", lambda: view(result))
     if not result.verified:
         raise typer.Exit(1)
@@ -86,8 +111,46 @@ def view(result: VerifyResult) -> Iterator[RenderableType]:
     else:
         every = checked + sum(difference.what != "values" for difference in result.different)
         yield line(("differs ", "bold red"), f"{count(different, 'tensor')} of {every}, compared {allowed}")
-        rows = [(d.key, d.what, d.elements, d.max_ulp, d.expected, d.found) for d in result.different[:ROWS]]
-        yield grid(("tensor", "what", "elements", "max ULP", "expected", "found"), rows, right=(2, 3))
+        if result.looks_like:
+            yield line(result.looks_like)
+        # What all have in common is not said of each of them.
+        heads = ("tensor", "what", "elements", "max ULP", "strength", *([] if result.looks_like else ["looks like"]))
+        yield grid(heads, [_row(d)[: len(heads)] for d in result.different[:ROWS]], right=(2, 3, 4))
         if different > ROWS:
             yield line(f"… and {different - ROWS} more (--json lists all)", style="dim")
-    yield facts([("took", f"{duration(result.seconds)}, peak memory {size(result.peak_rss_bytes)}")])
+    yield facts(
+        [
+            ("round trip", _trip_words(result)),
+            ("strength", _strength_words(result.survival)),
+            ("took", f"{duration(result.seconds)}, peak memory {size(result.peak_rss_bytes)}"),
+        ]
+    )
+
+
+def _row(difference: Difference) -> list[object]:
+    what = difference.what
+    if difference.found is not None:
+        what += f" {difference.found}, not {difference.expected}"
+    strength = None if difference.strength is None else f"{difference.strength:.3g}"
+    ulp = None if difference.max_ulp is None else ulps(difference.max_ulp)
+    return [difference.key, what, difference.elements, ulp, strength, difference.looks_like]
+
+
+def _trip_words(result: VerifyResult) -> str | None:
+    trip = result.roundtrip
+    if trip is None:
+        return None
+    against = "the base" if trip.against == "base" else f"the digests of {result.base} in the undo file"
+    if trip.exact:
+        return f"unmerged in memory, {count(len(trip.files), 'file')} bit for bit as {against}"
+    if not trip.different:
+        return "not possible"
+    return f"unmerged in memory, {count(trip.different, 'tensor or file')} not as {against}"
+
+
+def _strength_words(survival: Sequence[Survival]) -> str:
+    """What of the deltas is in the checkpoint: the least of all tensors, and what is usual."""
+    strengths = [one.strength for one in survival if one.strength is not None and math.isfinite(one.strength)]
+    if not strengths:
+        return ""
+    return f"{min(strengths):.3g} or more, {median(strengths):.3g} usually ({count(len(strengths), 'tensor')})"

@@ -9,6 +9,7 @@ of what is different are summed up, from which `arithmetic.projection` finds any
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -28,7 +29,10 @@ from lora_cli.surgery.engine import Piece, Readers, Workshop, open_readers, raw_
 from lora_cli.surgery.plan import Edit
 from lora_cli.surgery.workers import run_units
 
-_ROWS = 12
+AGREES = 50
+"""Another merge it is, if of so many elements that differ from the right one at most one differs from that one too."""
+
+_ROWS = 14
 """Rows as long as a run, besides one for each delta, that looking at it takes in float64."""
 
 _SHORTEST_RUN = 64
@@ -46,7 +50,7 @@ class Mistake(NamedTuple):
     again: bool = False
 
 
-def directions(edit: Edit) -> tuple[float, ...]:
+def asked_of(edit: Edit) -> tuple[float, ...]:
     """The strength that is asked for along each delta of a tensor: 1, and 0 where the user's weight is 0."""
     return tuple(1.0 if term.weight else 0.0 for term in edit.terms)
 
@@ -79,19 +83,23 @@ class Evidence:
         unlike_merge: Those whose value is not what the merge would have written.
         moved: Those that the merge itself changes.
         against: Those that moved against the change that was asked for.
+        reach: The largest change that the merge makes, in units in the last place of the larger of weight and change.
         noise: What rounding once to the type of the output is expected to do, squared.
         products: Inner products of the deltas, of the change that the merge makes, and of what was found less that.
-        unlike: For each of `mistakes`, the elements that are not of its value.
+        unlike: For each of `mistakes`, elements that are not of its value: all, or so many that it cannot be meant.
+        enough: How many that are.
     """
 
     products: Tensor
     unlike: list[int]
+    enough: int
     elements: int = 0
     broken: int = 0
     unlike_base: int = 0
     unlike_merge: int = 0
     moved: int = 0
     against: int = 0
+    reach: float = 0.0
     noise: float = 0.0
 
     def take(self, other: Evidence) -> None:
@@ -100,6 +108,7 @@ class Evidence:
         self.unlike = [one + two for one, two in zip(self.unlike, other.unlike, strict=True)]
         for name in ("elements", "broken", "unlike_base", "unlike_merge", "moved", "against", "noise"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.reach = max(self.reach, other.reach)
 
 
 def gather(
@@ -146,10 +155,14 @@ class _Bench:
 
     def look(self, part: Part, candidate: StoredTensor) -> Evidence:
         edit = part.edit
-        asked = directions(edit)
+        asked = asked_of(edit)
         longest = max(_SHORTEST_RUN, self._strip_bytes // (8 * (len(asked) + _ROWS)))
         rows = torch.empty((len(asked) + 2, longest), dtype=torch.float64)
-        evidence = Evidence(torch.zeros((len(rows), len(rows)), dtype=torch.float64), [0] * len(mistakes(asked)))
+        evidence = Evidence(
+            products=torch.zeros((len(rows), len(rows)), dtype=torch.float64),
+            unlike=[0] * len(mistakes(asked)),
+            enough=math.prod(edit.shape) // AGREES,
+        )
         with open_readers() as readers:
             products = [*_products(edit, readers)]
             reader = readers.of(candidate)
@@ -186,27 +199,49 @@ def _runs(offset: int, elements: int, columns: int, longest: int) -> Iterator[tu
 
 def _see(evidence: Evidence, rows: Tensor, asked: tuple[float, ...], piece: Piece, found: Tensor) -> None:
     """Take in one run; the deltas are in the first rows, and the others are filled here."""
-    deltas, expected_change, off = rows[:-2], rows[-2], rows[-1]
+    deltas, moves, off = rows[:-2], rows[-2], rows[-1]
     base, merged, there = (values.to(torch.float64) for values in (piece.source, piece.result, found))
-    fine = torch.isfinite(there)
-    broken = fine.numel() - int(fine.sum())
-    if broken:
-        there = torch.where(fine, there, merged)
-    stored_base = piece.source.to(found.dtype).to(torch.float64)
-    torch.sub(merged, base, out=expected_change)
+    stored_base = base if piece.source.dtype == found.dtype else piece.source.to(found.dtype).to(torch.float64)
+    torch.sub(merged, base, out=moves)
     torch.sub(there, merged, out=off)
+    products = inner_products(rows)
+    broken = None
+    if not math.isfinite(float(products[-1, -1])):
+        broken = ~torch.isfinite(there)
+        there = torch.where(broken, merged, there)
+        torch.sub(there, merged, out=off)
+        products = inner_products(rows)
+        evidence.broken += _count(broken)
+    unlike_base = stored_base != there
+    evidence.products += products
     evidence.elements += found.numel()
-    evidence.broken += broken
-    evidence.unlike_base += int(((stored_base != there) & fine).sum())
-    evidence.unlike_merge += int(off.count_nonzero())
-    evidence.moved += int((stored_base != merged).sum())
-    evidence.noise += float(rounding_variance(there, found.dtype).sum())
-    evidence.products += inner_products(rows)
-    evidence.against += int(((there - base) * _sum(deltas, asked) < 0).sum())
+    evidence.unlike_base += _count(unlike_base if broken is None else unlike_base & ~broken)
+    evidence.unlike_merge += _count(off)
+    evidence.moved += _count(stored_base != merged)
+    evidence.against += _count((there - base).mul_(_sum(deltas, asked)) < 0)
     for number, mistake in enumerate(mistakes(asked)):
-        made = _sum(deltas, asked).add_(merged) if mistake.again else _sum(deltas, mistake.strengths).add_(base)
-        evidence.unlike[number] += int((made.to(found.dtype).to(torch.float64) != there).sum())
+        # Only one that hardly an element speaks against can be meant; of the others a part is enough to see.
+        if evidence.unlike[number] <= evidence.enough:
+            made = _sum(deltas, asked) + merged if mistake.again else _sum(deltas, mistake.strengths) + base
+            evidence.unlike[number] += _count(made.to(found.dtype).to(torch.float64) != there)
+    # Last, since it takes the signs away.
+    _see_sizes(evidence, torch.maximum(base.abs_(), merged.abs_()), there.abs_(), moves, found.dtype)
+
+
+def _see_sizes(evidence: Evidence, right: Tensor, there: Tensor, moves: Tensor, dtype: torch.dtype) -> None:
+    """Take in how large the changes are beside the spacing of the type, at the magnitudes that were rounded."""
+    variances = rounding_variance(torch.maximum(right, there), dtype)
+    evidence.noise += float(variances.sum())
+    # A change is at most twice the larger of what it leads from and to, so that it has hardly a larger spacing.
+    evidence.reach = max(evidence.reach, math.sqrt(float((moves.square() / variances).amax()) / 12))
 
 
 def _sum(deltas: Tensor, strengths: tuple[float, ...]) -> Tensor:
+    """What the deltas come to at these strengths."""
+    if len(strengths) == 1:
+        return deltas[0] * strengths[0]
     return torch.mv(deltas.T, torch.tensor(strengths, dtype=torch.float64))
+
+
+def _count(values: Tensor) -> int:
+    return int(values.count_nonzero())

@@ -16,7 +16,7 @@ from lora_cli.progress import SILENT, Progress
 from lora_cli.surgery.budget import Budget
 from lora_cli.surgery.engine import Piece, Unit, Workshop, raw_bytes, units_of
 from lora_cli.surgery.plan import OutputFile, Plan
-from lora_cli.surgery.receipt import outdated_files
+from lora_cli.surgery.receipt import ours_beside
 from lora_cli.surgery.workers import run_units
 
 Tap = Callable[[Unit, Iterator[Piece]], Iterator[Piece]]
@@ -69,7 +69,7 @@ def execute(
         for side in [*smalls, *closing(staging)]:
             staging.write_small(side.name, side.read())
         written = staging.bytes_written
-        outdated = [] if folder else outdated_files(out, staging.names)
+        outdated = [] if folder else set(ours_beside(out)).difference(staging.names)
         staging.publish(lambda: progress.published(str(out)), outdated)
     return written
 

@@ -8,8 +8,8 @@ from typing import Any
 from blake3 import blake3
 
 from lora_cli.checkpoint.checkpoint import StoredTensor
-from lora_cli.checkpoint.digests import tensor_digests
-from lora_cli.checkpoint.manifest import AdapterRecord
+from lora_cli.checkpoint.digests import tensor_content
+from lora_cli.checkpoint.manifest import AdapterRecord, recorded
 from lora_cli.errors import WrongInputError
 from lora_cli.surgery.plan import Plan
 
@@ -23,17 +23,17 @@ def _adapter_record(plan: Plan, number: int, *, embed: bool) -> AdapterRecord:
     adapter = plan.opened[number]
     tensors = {tensor.key: tensor for tensor in adapter.tensors}
     whole = blake3()
-    digests = {}
+    content = {}
     for key, tensor in sorted(tensors.items()):
         with tensor.shard.source.open() as reader:
-            digests[key] = " ".join(tensor_digests(tensor, reader))
-        whole.update(f"{key}\n{tensor.dtype.name} {list(tensor.shape)}\n{digests[key]}\n".encode())
+            content[key] = tensor_content(tensor, reader)
+        whole.update(f"{key}\n{content[key]}\n".encode())
     own = {shard.source for shard in plan.checkpoint.shards}
     carried = any(tensor.shard.source in own for tensor in tensors.values())
     return AdapterRecord(
-        label=adapter.label,
+        label=recorded(adapter.label),
         digest=whole.hexdigest(),
-        factors={key: digests[key] for key in sorted(factors_of(plan, number))},
+        factors={key: content[key] for key in sorted(factors_of(plan, number))},
         held="in the base" if carried else "embedded" if embed else "apart",
     )
 
@@ -62,8 +62,11 @@ def refuse_again(plan: Plan, records: Sequence[AdapterRecord], receipt: Mapping[
 
 
 def _merged_before(receipt: Mapping[str, Any] | None) -> Iterator[tuple[str, str]]:
-    """Digest and label of every adapter that a receipt, or an earlier one within it, says was merged."""
-    while isinstance(receipt, Mapping):
+    """Digest and label of every adapter that a receipt, or an earlier one within it, says was merged.
+
+    The receipt of an unmerge names adapters too, which are no longer there.
+    """
+    while isinstance(receipt, Mapping) and receipt.get("operation") == "merge":
         adapters = receipt.get("adapters")
         for said in adapters if isinstance(adapters, list) else ():
             if isinstance(said, dict) and isinstance(said.get("digest"), str):

@@ -21,8 +21,8 @@ from lora_cli.progress import SILENT, Progress
 from lora_cli.surgery.placing import PlanOptions
 from lora_cli.surgery.planning import plan
 from lora_cli.surgery.receipt import find_receipt
-from lora_cli.surgery.undo.summary import UndoSummary, undo_summary
 from lora_cli.surgery.results import Reference, open_base
+from lora_cli.surgery.undo.summary import UndoSummary, undo_summary
 
 Kind = Literal["adapter", "checkpoint", "merged"]
 

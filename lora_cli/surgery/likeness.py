@@ -11,14 +11,14 @@ from lora_cli.checkpoint.checkpoint import StoredTensor
 from lora_cli.progress import Progress
 from lora_cli.surgery import distance
 from lora_cli.surgery.budget import Budget
-from lora_cli.surgery.evidence import directions, gather
-from lora_cli.surgery.judgement import Likeness, Subject, bare, but_for, elements, judge
+from lora_cli.surgery.evidence import asked_of, gather
+from lora_cli.surgery.judgement import FEW, Subject, judge
+from lora_cli.surgery.phrases import Likeness, bare, but_for, elements
 from lora_cli.surgery.plan import Edit, Plan
 
 if TYPE_CHECKING:
     from lora_cli.surgery.verify import Difference
 
-_FEW = 100
 _ALIKE = 0.1
 """Numbers that are as near to their median are called alike."""
 
@@ -46,7 +46,7 @@ def likenesses(
     evidence = gather(with_terms, candidates, budget, progress.advance)
     found = {}
     for edit in with_terms:
-        difference, subject = values[edit.key], Subject(directions(edit), _labels(plan, edit))
+        difference, subject = values[edit.key], Subject(asked_of(edit), _labels(plan, edit))
         found[edit.key] = judge(evidence[edit.key], subject, difference.elements or 0, difference.max_ulp)
     wholes = [edit for edit in edits if not edit.terms]
     return found | _wholes(plan, wholes, candidates, values, budget, progress)
@@ -64,9 +64,10 @@ def summary(different: Sequence[Difference], likenesses: Mapping[str, Likeness])
     if len(generals) > 1:
         # "The bare base" is what all are, whichever adapter each of them lacks.
         generals = {general.partition(":")[0] for general in generals}
-    times = [likeness.times for likeness in alike if likeness.times is not None]
-    middle = median(times) if times else 0.0
-    if len(generals) > 1 or any(abs(value - middle) > _ALIKE * abs(middle) for value in times):
+    times = [(likeness.times, likeness.doubt) for likeness in alike if likeness.times is not None]
+    middle = median(value for value, _ in times) if times else 0.0
+    apart = any(abs(value - middle) > max(doubt, _ALIKE * abs(middle)) for value, doubt in times)
+    if len(generals) > 1 or apart:
         return None
     ulp = max((difference.max_ulp or 0 for difference in different), default=0)
     words = generals.pop().replace("{times}", f"{middle:.3g}").replace("{ulp}", str(max(1, ulp)))
@@ -113,7 +114,7 @@ def _wholes(
 def _whole(edit: Edit, difference: Difference, apart: distance.Distance | None) -> Likeness:
     kept = edit.operation not in ("replace", "append")
     count, size = difference.elements or 0, math.prod(edit.shape)
-    if count <= max(1, size // _FEW):
+    if count <= max(1, size // FEW):
         likeness = but_for("the base" if kept else "this merge", count)
     else:
         general = "the base, but changed since" if kept else "another tensor than the adapter's"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from operator import contains
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from lora_cli.surgery.identity import adapter_records, refuse_again
 from lora_cli.surgery.placing import PlanOptions
 from lora_cli.surgery.plan import AdapterUse, LedgerEntry, Plan
 from lora_cli.surgery.planning import plan
-from lora_cli.surgery.receipt import beside, find_receipt, receipt_path, written_by_us
+from lora_cli.surgery.receipt import beside, find_receipt, ours_beside, receipt_path, written_by_us
 from lora_cli.surgery.results import Reference, measured, open_adapters, open_base
 from lora_cli.surgery.survival import Survival, warnings_of
 from lora_cli.surgery.workers import default_threads
@@ -234,8 +236,14 @@ def check_output(made: Plan, target: Path, *, force: bool, beside: Sequence[str]
     may_replace = written_by_us(target) if force else lambda: False
     check_apart(target, made.inputs)
     check_target(target, folder=folder, may_replace=may_replace)
-    for name in () if folder else (receipt_path(target, made.operation).name, *beside):
-        check_target(target.with_name(name), folder=False, may_replace=may_replace)
+    if folder:
+        return
+    ours = ours_beside(target) if may_replace() else []
+    for name in (receipt_path(target, made.operation).name, *beside):
+        check_target(target.with_name(name), folder=False, may_replace=partial(contains, ours, name))
+    # What is ours and tells of what was there before goes, or is replaced.
+    for name in ours:
+        check_apart(target.with_name(name), made.inputs)
 
 
 def output_names(made: Plan, target: Path) -> tuple[str, ...]:

@@ -239,6 +239,10 @@ class Placement:
         base = self.tensors[key]
         if base.dtype.name not in MERGEABLE:
             self._problems.append((UnsupportedError, f"{key}: storage type {base.dtype.name} takes no delta"))
+        for factor in target.delta.tensors:
+            if factor.dtype.name not in MERGEABLE:
+                words = f"{factor.key}: storage type {factor.dtype.name} of a factor"
+                self._problems.append((UnsupportedError, words))
         self._check_plain(key)
 
     def _check_plain(self, key: str) -> None:

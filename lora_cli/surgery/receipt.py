@@ -73,13 +73,13 @@ def find_receipt(path: Path) -> Mapping[str, Any] | None:
     return None if place is None else _read_receipt(place)
 
 
-def outdated_files(out: Path, written: Collection[str]) -> list[str]:
-    """Names of our files beside an output of one file that tell of what was there before, and were not replaced."""
-    places = (receipt_path(out, operation) for operation in OPERATIONS)
+def ours_beside(out: Path) -> list[str]:
+    """Names of the small files beside an output of one file that are ours: receipts, and what these list."""
+    places = [receipt_path(out, operation) for operation in OPERATIONS]
     receipts = {place.name: said for place in places if place.is_file() and (said := _read_receipt(place)) is not None}
-    undo = beside(out, UNDO_FILE).name
-    listed = [undo] if any(undo in (said.get("files") or ()) for said in receipts.values()) else []
-    return sorted({*receipts, *listed}.difference(written))
+    lists = [said.get("files") for said in receipts.values()]
+    listed = {str(name) for names in lists if isinstance(names, list) for name in names}
+    return sorted({*receipts, *listed.intersection(beside(out, name).name for name in OWN_FILES)})
 
 
 def _read_receipt(place: Path) -> Mapping[str, Any] | None:
@@ -101,6 +101,14 @@ def written_by_us(out: Path) -> Callable[[], bool]:
     return check
 
 
+def _length(path: Path) -> int | None:
+    """Length of a file; None if there is none, or cannot be."""
+    try:
+        return path.stat().st_size if path.is_file() else None
+    except OSError:
+        return None
+
+
 def _lists_all(out: Path, receipt: Mapping[str, Any]) -> bool:
     files, sizes = receipt.get("files"), receipt.get("bytes")
     if not isinstance(files, list) or not isinstance(sizes, dict):
@@ -108,7 +116,7 @@ def _lists_all(out: Path, receipt: Mapping[str, Any]) -> bool:
     listed = {str(name) for name in files}
     root = out if out.is_dir() else out.parent
     # A file of another size is somebody's own work under one of our names.
-    if any((root / name).is_file() and (root / name).stat().st_size != size for name, size in sizes.items()):
+    if any(_length(root / name) not in (None, size) for name, size in sizes.items()):
         return False
     if not out.is_dir():
         return out.name in listed

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from lora_cli.checkpoint.checkpoint import Checkpoint, StoredTensor
-from lora_cli.errors import UsageError
+from lora_cli.errors import LoraCliError, UsageError
 from lora_cli.progress import SILENT, Progress
 from lora_cli.surgery.budget import Budget, settle_budget
 from lora_cli.surgery.placing import PlanOptions
@@ -16,6 +16,7 @@ from lora_cli.surgery.plan import AdapterUse, Plan
 from lora_cli.surgery.planning import plan
 from lora_cli.surgery.results import Reference, measured, open_adapters, open_base
 from lora_cli.surgery.survival import Survival, Survivals, warnings_of
+from lora_cli.surgery.unmerge import open_undoing
 from lora_cli.surgery.workers import default_threads
 
 if TYPE_CHECKING:
@@ -28,7 +29,8 @@ class Difference:
 
     Attributes:
         key: Its name.
-        what: `values`, `missing` (from the checkpoint), `unexpected` (in it), `dtype` or `shape`.
+        what: `values`, `missing` (from the checkpoint), `unexpected` (in it), `dtype`, `shape`, or `roundtrip` where
+            unmerging does not give the base; that may be a file.
         elements: How many elements differ by more than is allowed.
         max_ulp: The largest difference in units in the last place; None where values cannot be compared, and for
             other than floating tensors.
@@ -50,6 +52,23 @@ class Difference:
 
 
 @dataclass(frozen=True)
+class RoundTrip:
+    """What unmerging in memory showed.
+
+    Attributes:
+        exact: Whether every byte of the base came back, and merges to what is there.
+        against: What it was compared with: `base`, or the `digests` in the undo file.
+        files: Digest of each file of the base, as the undo file has it.
+        different: How many tensors and files are not right.
+    """
+
+    exact: bool
+    against: str
+    files: Mapping[str, str]
+    different: int
+
+
+@dataclass(frozen=True)
 class VerifyResult:
     """What a verification found.
 
@@ -64,6 +83,7 @@ class VerifyResult:
         looks_like: What all of them look like, in one sentence; None where they do not look alike, or none differs.
         edited: Names of the tensors that the adapters change or add, in the order of the files.
         survival: What of each delta is in the checkpoint.
+        roundtrip: What unmerging in memory showed; None where it was not asked for.
         seconds: Wall time.
         peak_rss_bytes: Most memory that the process had.
     """
@@ -78,16 +98,18 @@ class VerifyResult:
     looks_like: str | None
     edited: tuple[str, ...]
     survival: tuple[Survival, ...]
+    roundtrip: RoundTrip | None
     seconds: float
     peak_rss_bytes: int
 
 
 def verify(
     merged: Reference,
-    base: Reference,
+    base: Reference | None = None,
     adapters: Sequence[Reference] = (),
     options: PlanOptions | None = None,
     *,
+    roundtrip: bool = False,
     max_ulp: int = 0,
     threads: int | None = None,
     memory: int | None = None,
@@ -99,9 +121,11 @@ def verify(
 
     Args:
         merged: The checkpoint in question.
-        base: What it is said to be made from.
+        base: What it is said to be made from. With `roundtrip` it may be left out.
         adapters: What is said to be in it.
         options: Weights and the rest, as for the merge.
+        roundtrip: Also unmerge in memory with the undo file beside `merged`, and compare with the base; without a base,
+            with the digests in the undo file, and what comes out is merged again and compared with what is there.
         max_ulp: Units in the last place by which an element of a tensor that the adapters change may differ, measured
             at its own magnitude. 0 means the same bytes. Tensors that they do not change must always be the same bytes.
         threads: Units of work at once; all cores by default.
@@ -114,33 +138,105 @@ def verify(
     if max_ulp < 0:
         raise UsageError("--max-ulp cannot be negative", found=max_ulp)
     options = options or PlanOptions()
+    if base is None and not roundtrip:
+        raise UsageError("Name the base, or ask for the round trip that needs none", hint="--base BASE or --roundtrip")
+    if base is None and (options != PlanOptions() or max_ulp):
+        raise UsageError("Without --base the undo file says how the merge was made", hint="name the base with --base")
     with measured() as run:
         candidate = open_base(merged, progress)
-        made = plan(open_base(base, progress), open_adapters(adapters, options.read, progress), options)
+        opened = None if base is None else open_base(base, progress)
+        work = _Work(candidate, opened, adapters, threads or default_threads(), memory, progress)
+        found = work.compare(options, max_ulp) if opened else _Found()
+        trip = work.roundtrip(found) if roundtrip else None
+    different = sorted(found.different, key=lambda difference: difference.key)
+    return VerifyResult(
+        verified=not different,
+        merged=candidate.label,
+        base=found.base,
+        adapters=found.adapters,
+        max_ulp=max_ulp,
+        tensors={"checked": found.checked, "different": len(different)},
+        different=tuple(different),
+        looks_like=found.looks_like,
+        edited=found.edited,
+        survival=found.survival,
+        roundtrip=trip,
+        seconds=run.seconds,
+        peak_rss_bytes=run.peak_rss_bytes,
+    )
+
+
+@dataclass
+class _Found:
+    """What is known so far."""
+
+    base: str = ""
+    adapters: tuple[AdapterUse, ...] = ()
+    checked: int = 0
+    different: list[Difference] = field(default_factory=list)
+    looks_like: str | None = None
+    edited: tuple[str, ...] = ()
+    survival: tuple[Survival, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Work:
+    """The two ways to look at a checkpoint."""
+
+    candidate: Checkpoint
+    base: Checkpoint | None
+    adapters: Sequence[Reference]
+    threads: int
+    memory: int | None
+    progress: Progress
+
+    def compare(self, options: PlanOptions, max_ulp: int) -> _Found:
+        """Compare with what merging gives."""
+        assert self.base is not None  # noqa: S101 (who calls has looked)
+        candidate, progress = self.candidate, self.progress
+        made = plan(self.base, open_adapters(self.adapters, options.read, progress), options)
         for warning in (*(f"{candidate.label}: {text}" for text in candidate.warnings), *made.warnings):
             progress.warn(warning)
         different, checked = _compare_names(made, candidate)
         comparable = {key: tensor for key, tensor in candidate.tensors.items() if key in checked}
-        budget = settle_budget(made, memory=memory, threads=threads or default_threads())
+        budget = settle_budget(made, memory=self.memory, threads=self.threads)
         found, survival = _compare_values(made, comparable, max_ulp, budget, progress)
         different += found
         different.sort(key=lambda difference: difference.key)
         _warn(different, survival, progress)
         different, looks_like = _look(made, comparable, different, budget, progress)
-    return VerifyResult(
-        verified=not different,
-        merged=candidate.label,
-        base=made.base,
-        adapters=made.adapters,
-        max_ulp=max_ulp,
-        tensors={"checked": len(checked), "different": len(different)},
-        different=tuple(different),
-        looks_like=looks_like,
-        edited=tuple(edit.key for edit in made.edits if edit.terms or edit.operation in ("replace", "append")),
-        survival=survival,
-        seconds=run.seconds,
-        peak_rss_bytes=run.peak_rss_bytes,
-    )
+        edited = tuple(edit.key for edit in made.edits if edit.terms or edit.operation in ("replace", "append"))
+        return _Found(made.base, made.adapters, len(checked), different, looks_like, edited, survival)
+
+    def roundtrip(self, found: _Found) -> RoundTrip:
+        """Unmerge in memory; what is wrong is added to what was found."""
+        against = "base" if self.base else "digests"
+        try:
+            undoing = open_undoing(self.candidate, self.adapters, None, self.progress)
+        except LoraCliError as error:
+            if not found.different:
+                raise
+            # Of what is known to be wrong the differences say more than the undo file's refusal.
+            self.progress.warn(f"no round trip: {error.message}")
+            return RoundTrip(exact=False, against=against, files={}, different=0)
+        for warning in undoing.plan.warnings:
+            self.progress.warn(warning)
+        from lora_cli.surgery.undo.roundtrip import roundtrip
+
+        budget = settle_budget(undoing.plan, memory=self.memory, threads=self.threads, blocks=True)
+        wrong = roundtrip(undoing, self.base, budget, self.progress)
+        known = {difference.key for difference in found.different}
+        found.different += [
+            Difference(key, "roundtrip", looks_like=what) for key, what in wrong.items() if key not in known
+        ]
+        manifest = undoing.undo.manifest
+        if self.base is None:
+            found.base = manifest.base
+            found.checked = len(list(undoing.plan.edits))
+            found.edited = tuple(edit.key for edit in undoing.plan.edits if edit.forgotten is not None)
+        files = {file.name: file.digest for file in manifest.files}
+        files |= {side.name: side.digest for side in manifest.side_files}
+        return RoundTrip(not wrong, against, files, len(wrong))
 
 
 def _compare_names(made: Plan, candidate: Checkpoint) -> tuple[list[Difference], set[str]]:

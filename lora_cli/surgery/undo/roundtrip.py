@@ -3,41 +3,27 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 
 from lora_cli.arithmetic.ordered import bits_view
 from lora_cli.checkpoint.checkpoint import Checkpoint, Shard, StoredTensor
+from lora_cli.checkpoint.digests import path_digest
 from lora_cli.progress import Progress
 from lora_cli.surgery.budget import TILE_ELEMENTS, Budget
 from lora_cli.surgery.engine import Piece, Readers, Unit, Workshop, open_readers, raw_bytes, units_of
 from lora_cli.surgery.plan import Edit
+from lora_cli.surgery.receipt import OWN_FILES, beside
 from lora_cli.surgery.undo.checking import Checker
 from lora_cli.surgery.undo.undoing import Undoing
 from lora_cli.surgery.workers import run_units
 
 
-@dataclass(frozen=True)
-class RoundTrip:
-    """What unmerging in memory showed.
-
-    Attributes:
-        exact: Whether every byte of the base came back.
-        against: What it was compared with: `base`, or the `digests` in the undo file.
-        files: Digest of each file of the base, as the undo file has it.
-        different: Tensors and files that are not right, each with what is wrong.
-    """
-
-    exact: bool
-    against: str
-    files: Mapping[str, str]
-    different: Mapping[str, str]
-
-
-def roundtrip(undoing: Undoing, base: Checkpoint | None, budget: Budget, progress: Progress) -> RoundTrip:
+def roundtrip(undoing: Undoing, base: Checkpoint | None, budget: Budget, progress: Progress) -> dict[str, str]:
     """Unmerge in memory; compare with digests, with what merging again gives, and with the base where it is given.
+
+    Returns:
+        Tensors and files that are not right, each with what is wrong.
 
     Raises:
         LoraCliError: An input cannot be read.
@@ -48,11 +34,7 @@ def roundtrip(undoing: Undoing, base: Checkpoint | None, budget: Budget, progres
     units = (unit for number, file in enumerate(plan.files) for unit in units_of(number, file, seen=True))
     for unit, _ in run_units(units, trip.work, lambda: Workshop(budget.strip_bytes), budget.threads):
         progress.advance(unit.nbytes)
-    different = trip.verdict()
-    manifest = undoing.undo.manifest
-    files = {file.name: file.digest for file in manifest.files}
-    files |= {side.name: side.digest for side in manifest.side_files}
-    return RoundTrip(not different, "base" if base else "digests", files, different)
+    return trip.verdict()
 
 
 class _Trip:
@@ -105,6 +87,10 @@ class _Trip:
                 self._note(
                     file.name, "the base has no such file" if shard is None else "another header than the base's"
                 )
+        for side in self._undoing.undo.manifest.side_files:
+            path = beside(base.path, side.name) if side.name in OWN_FILES else (base.folder or base.path) / side.name
+            if path.is_file() and path_digest(path) != side.digest:
+                self._note(side.name, "not the base's file")
         for key in base.tensors.keys() - {edit.key for edit in self._undoing.plan.edits}:
             self._note(key, "in the base, and does not come back")
 

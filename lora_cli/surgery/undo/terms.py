@@ -8,7 +8,7 @@ from lora_cli.adapters.adapter import Delta, LowRank, LowRankBias, Scale
 from lora_cli.checkpoint.checkpoint import StoredTensor
 from lora_cli.checkpoint.manifest import TermRecord
 from lora_cli.errors import MalformedFileError, UnsupportedError
-from lora_cli.surgery.plan import Contribution
+from lora_cli.surgery.plan import MERGEABLE, Contribution
 
 Find = Callable[[int, str], StoredTensor]
 """Finds a factor by the position of its adapter and its name."""
@@ -37,7 +37,7 @@ def recall(said: TermRecord, key: str, find: Find) -> Contribution:
 
     Raises:
         UnsupportedError: The kind is not known here.
-        MalformedFileError: It has another number of factors than its kind.
+        MalformedFileError: It has other factors than its kind.
     """
     tensors = [find(said.adapter, name) for name in said.tensors]
     return Contribution(said.adapter, key, _delta(said, tensors, key), 1.0, said.transposed)
@@ -45,9 +45,12 @@ def recall(said: TermRecord, key: str, find: Find) -> Contribution:
 
 def _delta(said: TermRecord, tensors: list[StoredTensor], key: str) -> Delta:
     scale = Scale(said.scale, None, rslora=False, source="undo file")
-    if said.kind == "lora" and len(tensors) == 2 and all(len(tensor.shape) == 2 for tensor in tensors):
-        return LowRank(tensors[0], tensors[1], scale, said.swapped)
-    if said.kind == "lora-bias" and len(tensors) == 1 and len(tensors[0].shape) == 1:
+    shapes = [tensor.shape for tensor in tensors]
+    numbers = all(tensor.dtype.name in MERGEABLE for tensor in tensors)
+    if said.kind == "lora" and numbers and list(map(len, shapes)) == [2, 2]:
+        if shapes[0][said.swapped] == shapes[1][not said.swapped]:
+            return LowRank(tensors[0], tensors[1], scale, said.swapped)
+    elif said.kind == "lora-bias" and numbers and list(map(len, shapes)) == [1]:
         return LowRankBias(tensors[0], scale)
     if said.kind not in ("lora", "lora-bias"):
         raise UnsupportedError(
@@ -56,4 +59,5 @@ def _delta(said: TermRecord, tensors: list[StoredTensor], key: str) -> Delta:
             found=said.kind,
             hint="update lora-cli",
         )
-    raise MalformedFileError("The undo file is damaged", tensor=key, found=f"{len(tensors)} factors of {said.kind}")
+    found = ", ".join(f"{tensor.dtype.name} {list(tensor.shape)}" for tensor in tensors)
+    raise MalformedFileError("The undo file is damaged", tensor=key, expected=f"factors of {said.kind}", found=found)

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from functools import partial
+from pathlib import Path, PurePosixPath
 
 from lora_cli.adapters.source import AdapterSource
 from lora_cli.arithmetic import ARITHMETIC
 from lora_cli.checkpoint.checkpoint import Checkpoint, Shard, StoredTensor
-from lora_cli.checkpoint.digests import bytes_digest, cuts, file_digest, tensor_digests
+from lora_cli.checkpoint.digests import bytes_digest, cuts, file_digest, tensor_content
 from lora_cli.checkpoint.header import Header, TensorInfo
 from lora_cli.checkpoint.manifest import AdapterRecord, FileRecord, SideRecord, TensorRecord
-from lora_cli.checkpoint.sidefiles import SIDE_FILE_LIMIT, SideFile
+from lora_cli.checkpoint.sidefiles import SIDE_FILE_LIMIT, SideFile, lies_inside
 from lora_cli.checkpoint.source import look_at
 from lora_cli.checkpoint.undo_file import UndoFile, factor_part, side_part, stored_part, undo_part
 from lora_cli.errors import MalformedFileError, UnsafeInputError, UnsupportedError, UsageError, WrongInputError
-from lora_cli.surgery.plan import Edit, Forgotten, Operation, OutputFile, Plan
-from lora_cli.surgery.receipt import OWN_FILES
+from lora_cli.surgery.plan import MERGEABLE, Edit, Forgotten, Operation, OutputFile, Plan
+from lora_cli.surgery.receipt import OWN_FILES, receipt_path
 from lora_cli.surgery.undo.terms import recall
+
+_NAME_BYTES = 256
+"""No usual file system takes a name of so many bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +90,7 @@ class _Undoing:
 
     def planned(self) -> Undoing:
         manifest = self._undo.manifest
+        self._check_names()
         pairs = self._pairs()
         files = tuple(self._file(said, shard) for said, shard in pairs)
         sides = [side for said in manifest.side_files if said.name not in OWN_FILES and (side := self._side(said))]
@@ -113,14 +118,23 @@ class _Undoing:
 
     # Inputs
 
+    def _check_names(self) -> None:
+        """Refuse files that would be written to one place, or to places that lead out of the output."""
+        manifest = self._undo.manifest
+        names = [receipt_path(Path(), "unmerge").name, *(_safe(said.name) for said in manifest.side_files)]
+        names += [_safe(said.name, may_hide=True) for said in manifest.files]
+        folders = {parent.as_posix() for name in names for parent in PurePosixPath(name).parents}
+        if not manifest.files or len(set(names)) < len(names) or not folders.isdisjoint(names):
+            raise damaged(self._undo, "files, each with a place of its own")
+
     def _pairs(self) -> list[tuple[FileRecord, Shard | None]]:
         """Each file of the base with the merged file that it comes from; refuses what is not what the merge wrote."""
         said = self._undo.manifest.files
         shards = {shard.name: shard for shard in self._merged.shards}
-        if len(said) == 1 and len(shards) == 1:
-            pairs: list[tuple[FileRecord, Shard | None]] = [(said[0], self._merged.shards[0])]
-        else:
-            pairs = [(file, shards.get(file.name)) for file in said]
+        # Files that held nothing but a wrapped checkpoint's factors were not written; one file alone has any name.
+        written = [file for file in said if file.merged_header]
+        alone = written[0] if len(written) == len(shards) == 1 else None
+        pairs = [(file, self._merged.shards[0] if file is alone else shards.get(file.name)) for file in said]
         wrong = [
             f"{file.name}: {'missing' if shard is None else 'another header'}"
             for file, shard in pairs
@@ -140,24 +154,27 @@ class _Undoing:
         """Refuse an adapter that was not part of the merge."""
         said = self._undo.manifest.adapters
         for source in self._given:
-            differing = [_differing(adapter, source) for adapter in said]
+            differing = [_differing(adapter.factors, source.tensors) for adapter in said]
             if said and all(differing):
                 closest = min(range(len(said)), key=lambda number: len(differing[number]))
                 raise WrongInputError(
                     "The adapter is not the one that was merged",
                     file=source.label,
                     expected=f"{said[closest].label}, content digest {said[closest].digest}",
-                    details=[f"{name} {what}" for name, what in differing[closest].items()],
+                    details=differing[closest],
                     hint="name the adapter of the merge, as it was then",
                 )
 
     def _factors_of(self, number: int, said: AdapterRecord) -> Mapping[str, StoredTensor]:
         """Where the factors of an adapter are: in the undo file, or in an adapter that was given."""
-        if said.held == "embedded":
-            return {name: self._undo.part(factor_part(number, name)) for name in said.factors}
-        if said.held == "in the base":
-            return {name: self._undo.part(stored_part(name)) for name in said.factors}
-        source = next((source for source in self._given if not _differing(said, source)), None)
+        if said.held != "apart":
+            place = partial(factor_part, number) if said.held == "embedded" else stored_part
+            held = {name: self._undo.part(place(name)) for name in said.factors}
+            broken = _differing(said.factors, held)
+            if broken:
+                raise damaged(self._undo, f"the factors of {said.label}", details=broken)
+            return held
+        source = next((source for source in self._given if not _differing(said.factors, source.tensors)), None)
         if said.factors and source is None:
             raise UsageError(
                 f"The adapter {said.label} is needed to undo this merge",
@@ -179,7 +196,7 @@ class _Undoing:
         if file_digest(header, digests) != said.digest:
             raise damaged(self._undo, f"{said.name}: the digests of its tensors")
         edits = tuple(self._edit(info, records[info.name]) for info in header.tensors)
-        return OutputFile(_safe(said.name), header, edits, shard)
+        return OutputFile(said.name, header, edits, shard)
 
     def _header(self, said: FileRecord, shard: Shard | None) -> Header:
         if said.own_header:
@@ -210,15 +227,19 @@ class _Undoing:
         return edit
 
     def _check_edit(self, edit: Edit, said: TensorRecord) -> None:
-        """Hold what is said of a tensor against the shapes that are there."""
+        """Hold what is said of a tensor against the types and shapes that are there."""
         amount = len(list(cuts(edit.source)))
-        same = edit.source.shape == edit.shape and (edit.forgotten or edit.source.dtype == edit.dtype)
+        types = {edit.dtype.name, edit.source.dtype.name}
+        numbers, alike = types <= set(MERGEABLE), len(types) == 1
+        same = edit.source.shape == edit.shape and {"preimages": numbers, "residual": numbers or alike}.get(
+            said.how, alike
+        )
         digests = {len(said.digests), len(said.origin_digests)} == {amount}
         fits = all(term.delta.shape == (edit.matrix[::-1] if term.transposed else edit.matrix) for term in edit.terms)
-        held = edit.forgotten is None or (
-            len(said.fragments) == amount and sum(said.fragments) == edit.forgotten.stored.nbytes
-        )
-        if not (same and digests and fits and held and min(said.fragments, default=0) >= 0):
+        terms = fits and (said.how == "preimages" or not edit.terms)
+        sizes = (amount, edit.forgotten.stored.nbytes) if edit.forgotten else (0, 0)
+        held = (len(said.fragments), sum(said.fragments)) == sizes and min(said.fragments, default=0) >= 0
+        if not (same and digests and terms and held):
             raise damaged(self._undo, f"{edit.key}: what its shape {list(edit.shape)} needs")
 
     def _find(self, number: int, name: str) -> StoredTensor:
@@ -233,15 +254,16 @@ class _Undoing:
     # Small files
 
     def _side(self, said: SideRecord) -> SideFile | None:
-        name = _safe(said.name)
+        name = said.name
         if said.stored:
             data = self._packed(said)
             return SideFile(name, None, len(data), data)
         path = self._merged.folder / name if self._merged.folder else None
         if path is None:
             return None
-        if not path.is_file():
-            self._lose(name, "is missing from the merged checkpoint")
+        if not path.is_file() or not lies_inside(self._merged, path):
+            what = "is missing from the merged checkpoint" if not path.is_file() else "is a link that leads out of it"
+            self._lose(name, what)
             return None
         side = SideFile(name, path, look_at(path, name).size)
         if bytes_digest(side.read()) != said.digest:
@@ -267,16 +289,16 @@ class _Undoing:
         self._warnings.append(f"{name} {what}; the base's own is not in the undo file")
 
 
-def _differing(said: AdapterRecord, source: AdapterSource) -> dict[str, str]:
-    """Which of the recorded factors an adapter does not have as they were."""
-    tensors = source.tensors
-    found = {}
-    with source.shard.source.open() as reader:
-        for name, digest in said.factors.items():
-            if name not in tensors:
-                found[name] = "is missing"
-            elif " ".join(tensor_digests(tensors[name], reader)) != digest:
-                found[name] = "is another tensor"
+def _differing(said: Mapping[str, str], tensors: Mapping[str, StoredTensor]) -> list[str]:
+    """Which of the recorded factors are not there as they were."""
+    found = []
+    for name, content in said.items():
+        if name not in tensors:
+            found.append(f"{name} is missing")
+            continue
+        with tensors[name].shard.source.open() as reader:
+            if tensor_content(tensors[name], reader) != content:
+                found.append(f"{name} is another tensor")
     return found
 
 
@@ -285,17 +307,22 @@ def _names_in(checkpoint: Checkpoint) -> list[str]:
     return [path.relative_to(root).as_posix() for path in sorted(root.rglob("*")) if path.is_file()] if root else []
 
 
-def _safe(name: str) -> str:
-    """Return a file's name that cannot lead out of the output's folder."""
-    path = PurePosixPath(name)
-    plain = not path.is_absolute() and len(path.parts) in (1, 2) and path.as_posix() == name
-    if not plain or any(part.startswith(".") or "\\" in part or "\0" in part for part in path.parts):
-        raise UnsafeInputError("The undo file names a file outside of its output", found=repr(name))
+def _safe(name: str, *, may_hide: bool = False) -> str:
+    """Return a file's name that cannot lead out of the output's folder; only a base's own file may hide in it."""
+    parts = name.removeprefix(".").split("/") if may_hide else name.split("/")
+    long = any(len(part.encode()) >= _NAME_BYTES for part in parts)
+    odd = any(part[:1] in ("", ".") or "\\" in part or "\0" in part for part in parts)
+    if odd or long or len(parts) > (1 if may_hide else 2):
+        raise UnsafeInputError("The undo file names a file that cannot be in its output", found=repr(name))
     return name
 
 
-def damaged(undo: UndoFile, expected: str) -> MalformedFileError:
+def damaged(undo: UndoFile, expected: str, details: Sequence[str] = ()) -> MalformedFileError:
     """The error for an undo file that does not hold what it says."""
     return MalformedFileError(
-        "The undo file is damaged, or belongs to another checkpoint", file=undo.shard.name, expected=expected
+        "The undo file is damaged, or belongs to another checkpoint",
+        file=undo.shard.name,
+        expected=expected,
+        details=details,
+        hint="get the undo file again from where the merged checkpoint came from",
     )

@@ -8,7 +8,14 @@ from lora_cli.arithmetic import ARITHMETIC
 from lora_cli.checkpoint.checkpoint import Shard, StoredTensor
 from lora_cli.checkpoint.digests import bytes_digest, file_digest, path_digest, tensor_digests
 from lora_cli.checkpoint.header import TensorInfo
-from lora_cli.checkpoint.manifest import AdapterRecord, FileRecord, Manifest, SideRecord, TensorRecord
+from lora_cli.checkpoint.manifest import (
+    AdapterRecord,
+    FileRecord,
+    Manifest,
+    SideRecord,
+    TensorRecord,
+    recorded,
+)
 from lora_cli.checkpoint.sidefiles import SideFile, side_files
 from lora_cli.checkpoint.staging import Staging
 from lora_cli.checkpoint.undo_file import (
@@ -63,11 +70,11 @@ class UndoWriter:
         manifest = Manifest(
             arithmetic=ARITHMETIC,
             tool=f"lora-cli {__version__}",
-            base=base.label,
+            base=recorded(base.label),
             files=tuple(self._file(shard, numbers.get(shard.name)) for shard in base.shards),
             side_files=tuple(self._sides()),
             adapters=self._adapters,
-            left_out=self._plan.left_out,
+            left_out=tuple(map(recorded, self._plan.left_out)),
         )
         self.base_digests = {file.name: file.digest for file in manifest.files}
         self.base_digests |= {side.name: side.digest for side in manifest.side_files}
@@ -82,9 +89,9 @@ class UndoWriter:
         merged = None if number is None else self._plan.files[number].header
         own = merged is None or merged.raw != shard.header.raw
         if own:
-            self._parts.append(packed(header_part(shard.name), shard.header.raw))
+            self._parts.append(packed(header_part(recorded(shard.name)), shard.header.raw))
         return FileRecord(
-            name=shard.name,
+            name=recorded(shard.name),
             size=shard.source.size,
             digest=file_digest(shard.header, (digest for tensor in tensors for digest in tensor.digests)),
             tensors=tensors,
@@ -102,7 +109,7 @@ class UndoWriter:
         cuts = self._recorder.cuts(number, edit)
         source = "" if edit.key == info.name else edit.key
         before = tuple(cut.before for cut in cuts)
-        if edit.copies:
+        if edit.copies and edit.displaced is None:
             return TensorRecord(key=info.name, how="copy", digests=before, source=source)
         self._parts.append(self._recorder.fragment_part(info.name, cuts))
         return self._changed(info.name, edit, cuts, source)

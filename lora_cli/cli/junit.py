@@ -1,0 +1,179 @@
+"""`--junit`: a verification as JUnit XML, which GitHub, GitLab and Jenkins show beside the tests of a project.
+
+One test for each tensor that an adapter changes or that differs, since those are what people look for, and one for all
+the rest: a checkpoint may have 70 000 tensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+from xml.etree.ElementTree import Element, SubElement, indent, tostring
+
+from lora_cli.checkpoint.staging import check_apart, write_beside
+from lora_cli.cli.text import count, number, shown, ulps
+from lora_cli.errors import LoraCliError, OutputExistsError, UsageError, WriteError
+from lora_cli.version import __version__
+
+if TYPE_CHECKING:
+    from lora_cli.surgery.survival import Survival
+    from lora_cli.surgery.verify import Difference, VerifyResult
+
+SUITE = "lora-cli verify"
+CLASS = "lora-cli.verify"
+"""Jenkins shows what stands before the last dot as a package; GitLab shows the whole as the suite."""
+
+REST = "tensors that no adapter changes"
+_LONGEST = 10_000
+
+
+class Report:
+    """The file that `--junit` names; without a name nothing is written.
+
+    Args:
+        path: Where it goes; what is there already is replaced.
+        inputs: What users gave as MERGED, BASE and ADAPTER, by those names.
+
+    Raises:
+        UsageError: There is no such folder, or it names something that is no file.
+        OutputExistsError: It would lie in an input.
+        WriteError: Nobody may write there.
+    """
+
+    def __init__(self, path: str | None, inputs: Sequence[tuple[str, str]]) -> None:
+        self._path = None if path is None else Path(path)
+        self._inputs = inputs
+        if self._path is not None:
+            _check(self._path, [Path(name) for _, name in inputs if Path(name).exists()])
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """While entered, an error becomes the content of the file, and goes on."""
+        try:
+            yield
+        except Exception as error:
+            if self._path is not None:
+                with contextlib.suppress(LoraCliError):  # the first error is the one to tell
+                    write_beside(self._path, error_document(error, self._inputs))
+            raise
+
+    def write(self, result: VerifyResult) -> None:
+        """Write the file.
+
+        Raises:
+            DiskFullError: There is no space for it.
+            WriteError: Anything else.
+        """
+        if self._path is not None:
+            write_beside(self._path, document(result))
+
+
+def _check(path: Path, inputs: Sequence[Path]) -> None:
+    if not path.parent.is_dir():
+        raise UsageError("The folder of the JUnit file does not exist", file=path.parent, hint="make it first")
+    if path.exists() and not path.is_file():
+        raise UsageError("--junit names something that is no file", file=path, hint="name a file")
+    try:
+        check_apart(path, inputs)
+    except OutputExistsError as error:
+        error.hint = "choose a place outside the inputs"
+        raise
+    if not os.access(path.parent, os.W_OK):
+        raise WriteError("The JUnit file cannot be written", file=path, found="a folder that may not be written to")
+
+
+def document(result: VerifyResult) -> bytes:
+    """The file for a verification that came to an end."""
+    properties = [("merged", result.merged), ("base", result.base)]
+    properties += [("adapter", f"{use.label} (weight {number(use.weight)})") for use in result.adapters]
+    properties += [("max-ulp", str(result.max_ulp))]
+    properties += [("looks like", result.looks_like)] if result.looks_like else []
+    wrong = {difference.key: difference for difference in result.different}
+    survived = {survival.key: survival for survival in result.survival}
+    edited = set(result.edited)
+    keys = [*result.edited, *(difference.key for difference in result.different if difference.key not in edited)]
+    cases = [_case(key, wrong.get(key), survived.get(key)) for key in keys]
+    rest = _rest(result)
+    if rest:
+        cases.append(_named(REST))
+        SubElement(cases[-1], "system-out").text = f"{count(rest, 'tensor')}, byte for byte"
+    return _document(cases, properties, failures=len(wrong), seconds=result.seconds)
+
+
+def error_document(error: Exception, inputs: Sequence[tuple[str, str]]) -> bytes:
+    """The file for a verification that an error ended."""
+    case = _named("verification")
+    kind = error.code if isinstance(error, LoraCliError) else "internal"
+    words = str(error) if isinstance(error, LoraCliError) else f"{type(error).__name__}: {error}"
+    details = error.details if isinstance(error, LoraCliError) else ()
+    _problem(case, "error", kind, [words, *details])
+    return _document([case], inputs, errors=1)
+
+
+def _document(
+    cases: Sequence[Element],
+    properties: Sequence[tuple[str, str]],
+    *,
+    failures: int = 0,
+    errors: int = 0,
+    seconds: float = 0.0,
+) -> bytes:
+    counts = {"tests": len(cases), "failures": failures, "errors": errors, "skipped": 0, "time": f"{seconds:.3f}"}
+    attributes = {"name": SUITE, **{name: str(value) for name, value in counts.items()}}
+    root = Element("testsuites", attributes)
+    suite = SubElement(root, "testsuite", attributes)
+    listed = SubElement(suite, "properties")
+    for name, value in [("lora-cli", __version__), *properties]:
+        SubElement(listed, "property", {"name": name, "value": _clean(value)})
+    suite.extend(cases)
+    indent(root)
+    data: bytes = tostring(root, encoding="utf-8", xml_declaration=True)
+    return data + b"\n"
+
+
+def _case(key: str, difference: Difference | None, survival: Survival | None) -> Element:
+    case = _named(key)
+    if difference is not None:
+        _problem(case, "failure", difference.what, [difference_words(difference)])
+    if survival is not None and survival.strength is not None:
+        words = f"strength {survival.strength:.4g}, {survival.changed_fraction:.1%} of the weights are not the base's"
+        SubElement(case, "system-out").text = words
+    return case
+
+
+def _named(name: str) -> Element:
+    return Element("testcase", {"classname": CLASS, "name": _clean(name)})
+
+
+def _problem(case: Element, tag: str, kind: str, lines: Sequence[str]) -> None:
+    """What is wrong, twice: some readers show the attribute, others the text."""
+    cleaned = [_clean(words) for words in lines]
+    SubElement(case, tag, {"type": kind, "message": cleaned[0]}).text = "\n".join(cleaned)
+
+
+def difference_words(difference: Difference) -> str:
+    """One difference as a sentence."""
+    if difference.what == "values":
+        by = "" if difference.max_ulp is None else f" by up to {ulps(difference.max_ulp)} ULP"
+        words = f"{count(difference.elements or 0, 'element')} differ{by}"
+    elif difference.what in ("dtype", "shape"):
+        words = f"{difference.what} {difference.found} instead of {difference.expected}"
+    else:
+        words = {"missing": "missing from the checkpoint", "unexpected": "no merge writes it"}[difference.what]
+    return f"{words}; it looks like {difference.looks_like}" if difference.looks_like else words
+
+
+def _rest(result: VerifyResult) -> int:
+    """How many tensors that no adapter changes are as they should be."""
+    edited = set(result.edited)
+    apart = {difference.key for difference in result.different if difference.what != "values"}
+    wrong = {difference.key for difference in result.different if difference.what == "values"}
+    return result.tensors["checked"] - len(edited - apart) - len(wrong - edited)
+
+
+def _clean(text: str) -> str:
+    """Without the characters that XML cannot hold, and those that would steer whoever reads it."""
+    return shown(text, _LONGEST)

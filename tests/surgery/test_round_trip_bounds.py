@@ -1,0 +1,177 @@
+"""Merge, and unmerge with the undo file: however the work is cut, the same bytes, in the memory that was allowed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from round_trips import as_raw, contents, digest_of, gaussian, lora, round_trip, weights, write_adapter, write_base
+
+from lora_cli.arithmetic import fragments
+from lora_cli.checkpoint import digests
+from lora_cli.errors import UsageError
+from lora_cli.surgery import budget, engine, execute
+from lora_cli.surgery.merge import merge
+from lora_cli.surgery.placing import PlanOptions
+from lora_cli.surgery.unmerge import unmerge
+from lora_cli.surgery.workers import run_units
+
+Patch = pytest.MonkeyPatch
+
+SHAPES = {"x": (37, 45), "c_attn": (25, 37), "wide": (3, 803), "tall": (131, 1), "row": (1, 301)}
+MIB = 1 << 20
+
+
+class World:
+    """A base of awkward shapes in three shards: tensors that are changed, replaced, cast, copied and taken along."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype, output: str = "keep") -> None:
+        tensors: dict[str, Any] = {
+            f"{key}.weight": gaussian(n, *shape, dtype=dtype) for n, (key, shape) in enumerate(SHAPES.items())
+        }
+        numbers = np.arange(495, dtype="<u1").tobytes()
+        tensors |= {"x.bias": gaussian(7, 37, dtype=dtype), "copied": gaussian(8, 60, 7, dtype=dtype)}
+        tensors |= {"whole.weight": gaussian(9, 40, 33, dtype=dtype), "whole.ids": ("U8", [99, 5], numbers)}
+        tensors |= {"n": ("I16", [50, 3], bytes(300)), "scalar": ("C64", [], b"76543210")}
+        factors: dict[str, Any] = lora(100, "x", 37, 45) | lora(110, "c_attn", 37, 25) | lora(120, "wide", 3, 803)
+        factors |= {"whole.weight": gaussian(10, 40, 33), "whole.ids": ("U8", [99, 5], numbers[::-1])}
+        factors |= {"x.lora_B.bias": gaussian(11, 37), "head.weight": gaussian(12, 50, 9)}
+        more = lora(130, "x", 37, 45, rank=9) | lora(140, "tall", 131, 1, rank=9, std=5)
+        more |= lora(150, "row", 1, 301, rank=9)
+        self.base = write_base(folder / "base", tensors, 3, model_type="gpt2")
+        config = {"modules_to_save": ["whole", "head"], "lora_bias": True}
+        self.adapters = [write_adapter(folder / "one", factors, **config), write_adapter(folder / "two", more, r=9)]
+        self.options = PlanOptions(weights=(1.0, 1.7), dtype=output)
+
+
+@pytest.fixture(scope="module", params=["bfloat16-keep", "float32-fp16", "float64-keep", "float8_e5m2-keep"])
+def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> World:
+    name, _, output = request.param.partition("-")
+    return World(tmp_path_factory.mktemp("world"), getattr(torch, name), output)
+
+
+def resize(patch: Patch, **sizes: int) -> None:
+    for module in (budget, digests, engine, fragments):
+        for name, size in sizes.items():
+            if hasattr(module, name):
+                patch.setattr(module, name, size)
+
+
+CUTS = {
+    "as they are": {},
+    "blocks of some rows": {"BLOCK_ELEMENTS": 150},
+    "blocks shorter than a row": {"BLOCK_ELEMENTS": 29},
+    "cuts of some rows": {"CUT_ELEMENTS": 500},
+    "cuts of one row": {"CUT_ELEMENTS": 4, "BLOCK_ELEMENTS": 1000},
+    "cuts of blocks": {"CUT_ELEMENTS": 600, "BLOCK_ELEMENTS": 64, "GROUP_BYTES": 200},
+    "a group for each block": {"BLOCK_ELEMENTS": 300, "GROUP_BYTES": 1},
+}
+"""Sizes that are constants otherwise; that of a group is no part of the format."""
+WAYS: list[dict[str, Any]] = [{"threads": 1, "memory": 24 * MIB}, {"threads": 5, "memory": 1 << 30}]
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_cuts_and_blocks_of_any_size(world: World, tmp_path: Path, cut: str, monkeypatch: Patch) -> None:
+    resize(monkeypatch, **CUTS[cut])
+    trip = round_trip(tmp_path, world.base, world.adapters, world.options, threads=2)
+    said = json.loads((trip.merged / "lora_merge.json").read_text())
+    size = CUTS[cut].get("CUT_ELEMENTS", 1 << 25)
+    for folder, found in ((trip.merged, said["digests"]), (world.base, said["base"]["digests"])):
+        assert found.items() >= {name: digest_of(folder / name, size) for name in weights(folder)}.items()
+    for number, how in enumerate(WAYS):
+        again, back = tmp_path / f"merged {number}", tmp_path / f"back {number}"
+        merge(world.base, world.adapters, again, world.options, **how)
+        assert contents(again) == contents(trip.merged)
+        unmerge(trip.merged, world.adapters, back, **how)
+        assert contents(back) == contents(trip.back)
+
+
+HOW: list[dict[str, Any]] = [{"threads": number} for number in (1, 2, 3, 8)]
+HOW += [{"threads": 4, "memory": size * MIB} for size in (18, 64, 1024)]
+
+
+@pytest.mark.parametrize("how", HOW, ids=str)
+def test_undo_file_and_receipt_have_the_same_bytes(world: World, tmp_path: Path, how: Any, monkeypatch: Patch) -> None:
+    def shuffled(units: Iterable[Any], *others: Any) -> Iterator[Any]:
+        every = list(units)
+        return run_units(random.Random(str(how)).sample(every, len(every)), *others)
+
+    for name, options in (("1", {}), ("2", how)):
+        (tmp_path / name).mkdir()
+        merge(world.base, world.adapters, tmp_path / name / "merged", world.options, embed_adapter=True, **options)
+        unmerge(tmp_path / name / "merged", [], tmp_path / name / "back", **options)
+        monkeypatch.setattr(execute, "run_units", shuffled)
+    assert contents(tmp_path / "1") == contents(tmp_path / "2")
+
+
+SCRIPT = """
+import json, resource, sys
+from lora_cli.surgery.merge import merge
+from lora_cli.surgery.unmerge import unmerge
+
+peaks = []
+for base, adapter, merged, back, embed, how in json.loads(sys.argv[1]):
+    merge(base, [adapter], merged, embed_adapter=embed, **how)
+    unmerge(merged, [] if embed else [adapter], back, **how)
+    peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(json.dumps(peaks))
+"""
+
+
+def in_a_process(jobs: list[list[Any]], **environment: str) -> list[int]:
+    """Peak memory of a process after each job, in KiB."""
+    command = [sys.executable, "-c", SCRIPT, json.dumps(jobs)]
+    done = subprocess.run(command, env=os.environ | environment, check=True, capture_output=True, text=True)
+    peaks: list[int] = json.loads(done.stdout)
+    return peaks if sys.platform != "darwin" else [peak // 1024 for peak in peaks]
+
+
+def test_undo_files_are_the_same_in_every_process(tmp_path: Path) -> None:
+    world = World(tmp_path, torch.bfloat16)
+    for seed in ("1", "2"):
+        (tmp_path / seed).mkdir()
+        places = [str(tmp_path / seed / name) for name in ("merged", "back")]
+        in_a_process([[str(world.base), str(world.adapters[0]), *places, True, {}]], PYTHONHASHSEED=seed)
+    assert contents(tmp_path / "1") == contents(tmp_path / "2")
+
+
+def test_memory_does_not_grow_with_a_tensor(tmp_path: Path) -> None:
+    """One tensor of 32 MB, and one of four times as much, which is also more than one cut."""
+    columns, jobs = 4000, list[list[Any]]()
+    _, _, raw = as_raw(gaussian(1, 1000, columns, dtype=torch.bfloat16))
+    for rows in (1000, 4000, 16000):
+        base = tmp_path / f"{rows}.safetensors"
+        entry = {"dtype": "BF16", "shape": [rows, columns], "data_offsets": [0, 2 * rows * columns]}
+        header = json.dumps({"x.weight": entry}).encode()
+        with base.open("wb") as file:
+            file.write(len(header).to_bytes(8, "little") + header)
+            for _ in range(rows // 1000):
+                file.write(raw)
+        adapter = write_adapter(tmp_path / f"adapter {rows}", lora(1, "x", rows, columns, std=1))
+        out = [str(tmp_path / f"{name} {rows}.safetensors") for name in ("merged", "back")]
+        jobs.append([str(base), str(adapter), *out, False, {"threads": 1, "memory": 16 * MIB}])
+    small, large = in_a_process(jobs)[1:]
+    assert large - small < 4 * 1024
+    for base, _, _, back, *_ in jobs:
+        assert list(contents(Path(base)).values()) == list(contents(Path(back)).values())
+    shutil.rmtree(tmp_path)
+
+
+def test_a_budget_that_cannot_hold_a_block_is_refused(world: World, tmp_path: Path) -> None:
+    merge(world.base, world.adapters, tmp_path / "merged", world.options)
+    with pytest.raises(UsageError, match="too small"):
+        merge(world.base, world.adapters, tmp_path / "no", world.options, memory=6 * MIB)
+    with pytest.raises(UsageError, match="too small"):
+        unmerge(tmp_path / "merged", world.adapters, tmp_path / "no", memory=6 * MIB)
+    merge(world.base, world.adapters, tmp_path / "less", world.options, memory=6 * MIB, undo=False)
+    assert not (tmp_path / "no").exists()

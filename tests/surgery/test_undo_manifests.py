@@ -1,0 +1,449 @@
+"""Undo files with a right digest and a wrong manifest or part: forged, or written by something that is broken."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import struct
+import tracemalloc
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from blake3 import blake3
+from undo_world import (
+    FIRST,
+    INDEX,
+    LORA,
+    SECOND,
+    UNDO,
+    Change,
+    Document,
+    Parts,
+    World,
+    as_part,
+    contents,
+    lora,
+    pack,
+    read_undo,
+    record,
+    rewrite,
+    text_of,
+    write_undo,
+    zstd,
+)
+
+from lora_cli.errors import LoraCliError
+from lora_cli.surgery.unmerge import unmerge
+
+A = f"{LORA}x.lora_A.weight"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """A merge with its factors in the undo file."""
+    return World(tmp_path_factory.mktemp("manifests")).write().merge(embed_adapter=True)
+
+
+def spoil(world: World, change: Change) -> Path:
+    place = world.folder / "spoilt"
+    shutil.copy(world.merged / UNDO, place)
+    rewrite(place, change)
+    return place
+
+
+def test_an_undo_file_that_is_written_again_is_the_same(world: World) -> None:
+    world.restored(given=False, undo=spoil(world, lambda manifest, parts: None))
+
+
+# One thing wrong
+
+
+def of_file(**said: Any) -> Change:
+    return lambda manifest, _: manifest["files"][0].update(said)
+
+
+def of_tensor(key: str, **said: Any) -> Change:
+    return lambda manifest, _: record(manifest, key).update(said)
+
+
+def of_term(**said: Any) -> Change:
+    return lambda manifest, _: record(manifest, "x.weight")["terms"][0].update(said)
+
+
+def of_side(name: str, **said: Any) -> Change:
+    return lambda manifest, _: next(s for s in manifest["side_files"] if s["name"] == name).update(said)
+
+
+def of_part(name: str, data: Callable[[bytes], bytes] = lambda data: data, **said: Any) -> Change:
+    def change(_: Document, parts: Parts) -> None:
+        dtype, shape, old = parts[name]
+        new = data(old)
+        parts[name] = (said.get("dtype", dtype), said.get("shape", [len(new)] if dtype == "U8" else shape), new)
+
+    return change
+
+
+def without(name: str) -> Change:
+    return lambda _, parts: parts.pop(name)
+
+
+def both(*changes: Change) -> Change:
+    return lambda manifest, parts: [change(manifest, parts) for change in changes] and None
+
+
+def named(name: str) -> Change:
+    """A small file of this name, which the undo file holds."""
+    side = {"name": name, "size": 3, "digest": blake3(b"abc").hexdigest(), "stored": "packed"}
+
+    def change(manifest: Document, parts: Parts) -> None:
+        manifest["side_files"].append(side)
+        parts[f"side/{name}"] = as_part(pack(b"abc"))
+
+    return change
+
+
+def older(name: str, stored: str, part: bytes | None = None) -> Change:
+    """A file of ours that was with the base, and holds three letters."""
+
+    def change(manifest: Document, parts: Parts) -> None:
+        said = {"name": name, "size": 3, "digest": blake3(b"abc").hexdigest(), "stored": stored}
+        manifest["side_files"].append(said)
+        if part is not None:
+            parts[f"side/{name}"] = as_part(part)
+
+    return change
+
+
+def second_of(field: str) -> Change:
+    return lambda manifest, _: manifest[field].append(copy.deepcopy(manifest[field][0]))
+
+
+def residual(values: bytes) -> bytes:
+    """A whole fragment that says how far a bfloat16 tensor is from what is there, under right checksums."""
+    head = struct.pack("<HBBI", 1, 2, 1, len(values) // 2)
+    stream = head + struct.pack("<I", zlib.crc32(values, zlib.crc32(head))) + values
+    frame = zstd.compress(stream)
+    group = struct.pack("<IIII", 1, len(frame), len(stream), 0)
+    return group + struct.pack("<I", zlib.crc32(frame, zlib.crc32(group))) + frame
+
+
+def another_residual(manifest: Document, parts: Parts) -> None:
+    parts["undo/head.weight"] = as_part(residual(bytes(24)))
+    record(manifest, "head.weight")["fragments"] = [parts["undo/head.weight"][1][0]]
+
+
+def shortened(manifest: Document, parts: Parts) -> None:
+    parts["undo/x.weight"] = as_part(b"")
+    record(manifest, "x.weight")["fragments"] = [0]
+
+
+def doubled(manifest: Document, parts: Parts) -> None:
+    data = parts["undo/x.weight"][2] * 2
+    parts["undo/x.weight"] = as_part(data)
+    record(manifest, "x.weight")["fragments"] = [len(data)]
+
+
+DIGEST, UNHEX = "0" * 64, "g" * 64
+FACTOR = f"factor/0/{A}"
+OTHER = {"name": "other", "size": 1, "digest": DIGEST}
+CASES: dict[str, tuple[int, str, Change]] = {
+    # Names of files
+    "../x": (11, "../x", of_file(name="../x")),
+    "..": (11, "'..'", of_file(name="..")),
+    "absolute": (11, "/etc/x", of_side("config.json", name="/etc/x")),
+    "up and down": (11, "a/../../x", of_side("config.json", name="a/../../x")),
+    "hidden": (11, ".bashrc", named(".bashrc")),
+    "in a hidden folder": (11, ".git/config", named(".git/config")),
+    "hidden in a folder": (11, "a/.x", named("a/.x")),
+    "backslash": (11, "x", of_side("config.json", name="..\\x")),
+    "three deep": (11, "a/b/c", named("a/b/c")),
+    "a shard in a folder": (11, "a/x", of_file(name="a/x.safetensors")),
+    "no name": (11, "''", named("")),
+    "a folder's": (11, "a/", named("a/")),
+    "two slashes": (11, "a//b", named("a//b")),
+    "this folder": (11, "./b", named("./b")),
+    "NUL": (11, "x00", named("a\0b")),
+    "too long": (11, "aaa", named("a" * 256)),
+    "too long a folder": (11, "ééé", named("é" * 128 + "/x")),
+    "the same file twice": (10, "a place of its own", second_of("files")),
+    "the same small file twice": (10, "a place of its own", second_of("side_files")),
+    "a small file like a shard": (10, "a place of its own", named(FIRST)),
+    "a file as a folder": (10, "a place of its own", named("config.json/x")),
+    "the receipt": (10, "a place of its own", named("lora_unmerge.json")),
+    # Files
+    "no files": (10, "a place of its own", lambda manifest, _: manifest.update(files=[])),
+    "an absent file": (23, f"{SECOND[:5]}", of_file(name="other.safetensors")),
+    "another length": (10, FIRST, of_file(size=1)),
+    "a negative length": (10, FIRST, of_file(size=-1)),
+    "a huge length": (10, FIRST, of_file(size=1 << 62)),
+    "an impossible length": (10, FIRST, of_file(size=1 << 80)),
+    "another digest": (10, f"{FIRST}: the digests", of_file(digest=DIGEST)),
+    "a digest that is none": (10, "digest", of_file(digest=UNHEX)),
+    "another merged header": (23, f"{FIRST}: another header", of_file(merged_header=DIGEST)),
+    "a header that is not there": (10, f"header/{FIRST}", of_file(own_header=True)),
+    "the merged header for the base's": (10, SECOND, lambda manifest, _: manifest["files"][1].pop("own_header")),
+    "a header of zeros": (10, SECOND, of_part(f"header/{SECOND}", lambda _: pack(bytes(64)))),
+    "the header of the other": (10, SECOND, of_part(f"header/{SECOND}", lambda _: pack(b"{}"))),
+    "a header with a tensor twice": (11, SECOND, of_part(f"header/{SECOND}", lambda _: pack(b'{"a":1,"a":1}'))),
+    # Tensors
+    "a tensor too few": (10, f"{FIRST}: the tensors", lambda manifest, _: manifest["files"][0]["tensors"].pop()),
+    "a tensor twice": (
+        10,
+        f"{FIRST}: the tensors",
+        lambda manifest, _: manifest["files"][0]["tensors"].append(record(manifest, "x.weight")),
+    ),
+    "another key": (10, f"{FIRST}: the tensors", of_tensor("x.weight", key="z")),
+    "an odd digest": (10, "digests", of_tensor("x.weight", digests=["abc"])),
+    "a digest that is no hexadecimal": (10, "digests", of_tensor("x.weight", digests=[UNHEX])),
+    "a digest and a line break": (10, "digests", of_tensor("x.weight", digests=[DIGEST + "\n"])),
+    "two digests": (10, FIRST, of_tensor("x.weight", digests=[DIGEST, DIGEST])),
+    "no digests": (10, FIRST, of_tensor("x.weight", digests=[])),
+    "two digests of the source": (10, "x.weight", of_tensor("x.weight", source_digests=[DIGEST] * 2)),
+    "another digest of the source": (23, "x.weight", of_tensor("x.weight", source_digests=[DIGEST])),
+    "no such source": (10, "nope", of_tensor("x.weight", source="nope")),
+    "a source of another shape": (10, "x.weight", of_tensor("x.weight", source="y.weight")),
+    "a source of another type": (10, "norm.weight", of_tensor("norm.weight", source="score.weight")),
+    "stored, and is not": (10, "stored/norm.weight", of_tensor("norm.weight", how="stored")),
+    "preimages, and are not": (10, "undo/norm.weight", of_tensor("norm.weight", how="preimages")),
+    "a copy with terms": (10, "x.weight: what its", of_tensor("x.weight", how="copy", fragments=[])),
+    "a residual with terms": (10, "x.weight: what its", of_tensor("x.weight", how="residual")),
+    "a copy with fragments": (10, "norm.weight: what its", of_tensor("norm.weight", fragments=[0])),
+    "preimages of integers": (
+        10,
+        "ids: what its",
+        both(of_tensor("ids", how="preimages", fragments=[0]), lambda _, p: p.update({"undo/ids": as_part(b"")})),
+    ),
+    "a residual of integers": (
+        10,
+        "ids",
+        both(of_tensor("ids", how="residual", fragments=[0]), lambda _, p: p.update({"undo/ids": as_part(b"")})),
+    ),
+    "no terms": (10, "x.weight", of_tensor("x.weight", terms=[])),
+    "another way": (10, "how", of_tensor("x.weight", how="magic")),
+    # Streams
+    "no fragments": (10, "x.weight", of_tensor("x.weight", fragments=[])),
+    "two fragments": (10, "x.weight", of_tensor("x.weight", fragments=[1, 1])),
+    "a fragment that is too long": (10, "x.weight", of_tensor("x.weight", fragments=[1 << 40])),
+    "a fragment beyond all numbers": (10, "x.weight", of_tensor("x.weight", fragments=[1 << 80])),
+    "a negative fragment": (10, "x.weight", of_tensor("x.weight", fragments=[-1])),
+    "fewer streams": (10, "x.weight", shortened),
+    "more streams": (10, "x.weight", doubled),
+    "the streams of another": (10, "x.weight", lambda _, p: p.update({"undo/x.weight": p["undo/y.weight"]})),
+    "a sound residual of another head": (10, "head.weight: what comes out is not the base", another_residual),
+    "no streams at all": (10, "undo/x.weight", without("undo/x.weight")),
+    # Terms
+    "no such adapter": (10, "adapter 7", of_term(adapter=7)),
+    "the last adapter from the end": (10, "adapter -1", of_term(adapter=-1)),
+    "no such factor": (10, "nope", of_term(tensors=["nope", A])),
+    "factors in another order": (10, "x.weight", of_term(tensors=[A.replace("_A", "_B"), A])),
+    "one factor twice": (10, "x.weight", of_term(tensors=[A, A])),
+    "factors of another rank": (10, "x.weight", of_term(tensors=[A, f"{LORA}y.lora_A.weight"])),
+    "three factors": (10, "x.weight", of_term(tensors=[A, A, A])),
+    "swapped": (10, "x.weight", of_term(swapped=True)),
+    "transposed": (10, "x.weight", of_term(transposed=True)),
+    "another scale": (10, "x.weight", of_term(scale=1.25)),
+    "a scale of zero": (10, "x.weight", of_term(scale=0)),
+    "a scale out of range": (10, "scale", of_term(scale=10**400)),
+    "a kind that is not known": (12, "x.weight", of_term(kind="dora")),
+    "another kind": (10, "x.weight", of_term(kind="lora-bias")),
+    # Adapters
+    "no adapters": (10, "adapter 0", lambda manifest, _: manifest.update(adapters=[])),
+    "held apart": (2, "adapter adapter is needed", lambda manifest, _: manifest["adapters"][0].update(held="apart")),
+    "held in the base": (10, "stored/", lambda manifest, _: manifest["adapters"][0].update(held="in the base")),
+    "a factor is missing": (10, FACTOR, without(FACTOR)),
+    "a factor of NaN": (10, f"{A} is another tensor", of_part(FACTOR, lambda data: b"\xff" * len(data))),
+    "a factor of integers": (10, f"{A} is another tensor", of_part(FACTOR, dtype="I32")),
+    "a factor of another shape": (10, f"{A} is another tensor", of_part(FACTOR, shape=[4, 2])),
+    # Small files
+    "a small file that is not there": (10, "side/config.json", of_side("config.json", stored="packed")),
+    "another small file": (10, "README.md", of_part("side/README.md", lambda _: pack(b"# Forged\n"))),
+    "a small file as it is": (10, "side/config.json", of_side("config.json", stored="raw")),
+    "another digest of a small file": (10, INDEX, of_side(INDEX, digest=DIGEST)),
+    "an older receipt that is not there": (10, "side/lora_merge.json", older("lora_merge.json", "packed")),
+    "an older receipt that is not stored": (10, "side/lora_merge.json", older("lora_merge.json", "")),
+    "an older undo file that is not there": (10, "side/lora_merge.undo", older("lora_merge.undo", "raw")),
+    "another older undo file": (10, "lora_merge.undo", older("lora_merge.undo", "raw", b"abd")),
+    "a longer older undo file": (10, "lora_merge.undo", older("lora_merge.undo", "raw", b"abcd")),
+    "another older receipt": (10, "lora_merge.json", older("lora_merge.json", "packed", pack(b"abd"))),
+}
+
+
+@pytest.mark.parametrize(("code", "words", "change"), CASES.values(), ids=CASES)
+def test_one_thing_wrong(world: World, code: int, words: str, change: Change) -> None:
+    place = spoil(world, change)
+    with world.refused(code) as caught:
+        world.unmerge(given=False, undo=place)
+    assert words in text_of(caught.value)
+
+
+FINE: dict[str, Change] = {
+    "another label": lambda manifest, _: manifest.update(base="x"),
+    "another tool": lambda manifest, _: manifest.update(tool="mine 7"),
+    "no digest of the merged header": lambda manifest, _: manifest["files"][0].pop("merged_header"),
+    "what is the default": of_tensor("x.weight", source=""),
+    "parts that nobody speaks of": lambda _, parts: parts.update({"note": as_part(b"of somebody")}),
+    "parts in another order": lambda _, parts: parts.update({FACTOR: parts.pop(FACTOR)}),
+    "a small file in a folder": lambda _, parts: None,
+}
+
+
+@pytest.mark.parametrize("change", FINE.values(), ids=FINE)
+def test_what_changes_nothing_is_accepted(world: World, change: Change) -> None:
+    world.restored(given=False, undo=spoil(world, change))
+
+
+# Anything wrong
+
+WRONG: list[Any] = [None, True, -1, 0, 1 << 70, 0.5, "", "x", "../x", [], [0], ["x"], {}, {"x": 0}]
+
+
+def paths(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The way to each value of a document."""
+    yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield from paths(inner, (*path, key))
+
+
+def replaced(document: Any, path: tuple[Any, ...], value: Any) -> Any:
+    if not path:
+        return value
+    made = copy.copy(document)
+    made[path[0]] = replaced(document[path[0]], path[1:], value)
+    return made
+
+
+def changed(document: Any) -> Iterator[Any]:
+    """Documents in which one value is another, or of another type, is absent, or has company."""
+    for path in paths(document):
+        for value in WRONG:
+            yield replaced(document, path, value)
+        if path and isinstance(path[-1], str):
+            made = copy.deepcopy(document)
+            inner = made
+            for key in path[:-1]:
+                inner = inner[key]
+            del inner[path[-1]]
+            yield made
+            inner["an unknown field"] = 1
+            yield made
+
+
+def test_any_value_of_the_manifest(world: World) -> None:
+    """Whatever it says, no tensor comes out that is not the base's, and nothing but a refusal stops the program."""
+    manifest, parts = read_undo(world.merged / UNDO)
+    base, place = contents(world.base), world.folder / "spoilt"
+    done = refused = 0
+    for document in changed(manifest):
+        write_undo(place, document, parts)
+        try:
+            with tiny.within(10):
+                unmerge(world.merged, [], world.out, undo=place, threads=1)
+        except LoraCliError as error:
+            refused += error.exit_code in (2, 10, 11, 12, 22, 23)
+        else:
+            found = contents(world.out)
+            assert all(base[name] == data for name, data in found.items() if name.endswith(".safetensors"))
+            shutil.rmtree(world.out)
+        done += 1
+        assert list(world.place.iterdir()) == []
+    assert done > 3000
+    assert refused > 0.9 * done
+
+
+TEXTS: dict[str, bytes] = {
+    "no JSON": b"{",
+    "two documents": b"{}{}",
+    "nothing": b"",
+    "not UTF-8": b'{"base":"\xff"}',
+    "half a pair": b'{"base":"\\ud800"}',
+    "NaN": b'{"arithmetic":NaN}',
+    "deep": b"[" * 200_000,
+    "deep in a field": b'{"files":' + b"[" * 200_000,
+    "a long number": b'{"arithmetic":' + b"9" * 100_000 + b"}",
+    "zeros": bytes(5000),
+    "an array": b"[1, 2, 3]",
+}
+
+
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+def test_what_is_no_manifest(world: World, text: bytes) -> None:
+    with tiny.within(5), world.refused(10) as caught:
+        place = spoil(world, lambda *_: pack(text))
+        world.unmerge(given=False, undo=place)
+    assert "manifest" in caught.value.message
+
+
+# Compressed parts
+
+ZEROS = bytes(64 << 20)
+
+
+def framed(data: bytes, **options: int) -> bytes:
+    return zstd.compress(data, options={zstd.CompressionParameter[name]: value for name, value in options.items()})
+
+
+def sized(size: int, frame: bytes) -> bytes:
+    return size.to_bytes(8, "little") + frame
+
+
+FRAMES: dict[str, Callable[[bytes], bytes]] = {
+    "one byte more": lambda data: sized(len(data) - 1, zstd.compress(data)),
+    "one byte less": lambda data: sized(len(data) + 1, zstd.compress(data)),
+    "a bomb": lambda data: sized(len(data), zstd.compress(ZEROS)),
+    "a bomb that says so": lambda _: sized(1 << 40, zstd.compress(ZEROS)),
+    "the longest number": lambda data: sized((1 << 64) - 1, zstd.compress(data)),
+    "bytes after it": lambda data: sized(len(data), zstd.compress(data) + b"x"),
+    "another frame": lambda data: sized(len(data), zstd.compress(data) + zstd.compress(b"x")),
+    "half a frame": lambda data: sized(len(data), zstd.compress(data)[:-4]),
+    "no frame": lambda data: sized(len(data), data),
+    "seven bytes": lambda _: b"1234567",
+    "nothing": lambda _: b"",
+    "a long window": lambda data: sized(len(data), framed(data, window_log=27, content_size_flag=0)),
+}
+
+
+@pytest.mark.parametrize("part", ["manifest", f"header/{SECOND}", "side/README.md"])
+@pytest.mark.parametrize("frame", FRAMES.values(), ids=FRAMES)
+def test_nothing_expands_beyond_what_it_was_said_to_be(
+    world: World, frame: Callable[[bytes], bytes], part: str
+) -> None:
+    def change(manifest: Document, parts: Parts) -> bytes | None:
+        if part == "manifest":
+            return frame(json.dumps(manifest).encode())
+        parts[part] = as_part(frame(zstd.decompress(parts[part][2][8:])))
+        return None
+
+    place = spoil(world, change)
+    tracemalloc.start()
+    try:
+        with tiny.within(5), world.refused(10):
+            world.unmerge(given=False, undo=place)
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    finally:
+        tracemalloc.stop()
+
+
+HUGE = (1 << 32) - 1
+GROUPS = {"blocks": (HUGE, 9, 9, 9), "heads": (1, HUGE, 9, 9), "lengths": (1, 9, HUGE, 9), "tails": (1, 9, 9, HUGE)}
+
+
+@pytest.mark.parametrize("group", GROUPS.values(), ids=GROUPS)
+@pytest.mark.parametrize("key", ["x.weight", "head.weight"])
+def test_a_group_that_claims_to_be_huge(world: World, key: str, group: tuple[int, ...]) -> None:
+    def change(manifest: Document, parts: Parts) -> None:
+        head = struct.pack("<IIII", *group)
+        data = head + struct.pack("<I", zlib.crc32(bytes(9), zlib.crc32(head))) + bytes(30)
+        parts[f"undo/{key}"] = as_part(data)
+        record(manifest, key)["fragments"] = [len(data)]
+
+    place = spoil(world, change)
+    with tiny.within(5), world.refused(10) as caught:
+        world.unmerge(given=False, undo=place)
+    assert caught.value.tensor == key
