@@ -15,6 +15,7 @@ import reference
 import torch
 from blake3 import blake3
 
+from lora_cli.progress import Progress
 from lora_cli.surgery.merge import MergeResult, merge
 from lora_cli.surgery.placing import PlanOptions
 from lora_cli.surgery.unmerge import UnmergeResult, unmerge
@@ -221,3 +222,26 @@ def edges(name: str) -> Array:
 def patterns_of(tensor: torch.Tensor) -> Array:
     """The bits of a tensor."""
     return tensor.contiguous().view(-1).view(torch.uint8).numpy().view(f"<u{tensor.itemsize}").astype(np.uint64)
+
+
+# Small ones
+
+
+def small_base(folder: Path, shards: int = 1, dtype: torch.dtype = torch.bfloat16) -> Path:
+    tensors = {f"{key}.weight": gaussian(n, 30, 20, dtype=dtype) for n, key in enumerate("xyz")}
+    return write_base(folder, tensors | {"x.bias": gaussian(4, 30, dtype=dtype)}, shards)
+
+
+def small_adapter(folder: Path, seed: int, *modules: str, **others: torch.Tensor) -> Path:
+    tensors = {key: t for n, name in enumerate(modules or "xy") for key, t in lora(seed + n, name, 30, 20).items()}
+    return write_adapter(folder, tensors | others, modules_to_save=["head"])
+
+
+class Listener(Progress):
+    """Remembers what a person was told."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def warn(self, text: str) -> None:
+        self.told.append(text)

@@ -84,8 +84,9 @@ def side_files(checkpoint: Checkpoint) -> tuple[list[SideFile], list[str]]:
 
 
 def lies_inside(checkpoint: Checkpoint, path: Path) -> bool:
-    """Whether a file of a checkpoint's folder really is in it, or in the Hub's cache: no link leads out."""
-    places = [place.resolve() for place in (checkpoint.folder, checkpoint.links_inside) if place is not None]
+    """Whether a file beside a checkpoint's tensors really is there, or in the Hub's cache: no link leads out."""
+    folder = checkpoint.folder or checkpoint.path.parent
+    places = [place.resolve() for place in (folder, checkpoint.links_inside) if place is not None]
     return any(place in path.resolve().parents for place in places)
 
 

@@ -27,7 +27,8 @@ from lora_cli.checkpoint.dtypes import DTYPES, DType
 from lora_cli.checkpoint.header import HEADER_LIMIT, Header, parse_header, render_header
 from lora_cli.checkpoint.manifest import MANIFEST_LIMIT, Manifest, read_manifest, write_manifest
 from lora_cli.checkpoint.source import look_at
-from lora_cli.checkpoint.staging import StagedFile, Staging
+from lora_cli.checkpoint.staged import StagedFile
+from lora_cli.checkpoint.staging import Staging
 from lora_cli.errors import MalformedFileError, UnsupportedError
 
 UNDO_FILE = "lora_merge.undo"

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
-from lora_cli.checkpoint.staging import check_apart, write_beside
+from lora_cli.checkpoint.staged import write_beside
+from lora_cli.checkpoint.staging import check_apart
 from lora_cli.cli.text import count, number, shown, ulps
 from lora_cli.errors import LoraCliError, OutputExistsError, UsageError, WriteError
 from lora_cli.version import __version__

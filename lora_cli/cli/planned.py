@@ -155,4 +155,4 @@ def survival_words(survival: Sequence[Survival]) -> str:
     least, key = min(strengths)
     shares = sorted(tensor.changed_fraction for tensor in survival)
     which = f" (least: {key})" if least < WEAK else ""
-    return f"strength {least:.3g} or more{which}; {shares[0]:.0%} to {shares[-1]:.0%} of the weights changed"
+    return f"strength {least:.2f} or more{which}; {shares[0]:.0%} to {shares[-1]:.0%} of the weights changed"

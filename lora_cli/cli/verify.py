@@ -153,4 +153,4 @@ def _strength_words(survival: Sequence[Survival]) -> str:
     strengths = [one.strength for one in survival if one.strength is not None and math.isfinite(one.strength)]
     if not strengths:
         return ""
-    return f"{min(strengths):.3g} or more, {median(strengths):.3g} usually ({count(len(strengths), 'tensor')})"
+    return f"{min(strengths):.2f} or more, {median(strengths):.2f} usually ({count(len(strengths), 'tensor')})"

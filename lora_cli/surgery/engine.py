@@ -6,7 +6,7 @@ of a piece, the number of threads or the order of work.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -121,6 +121,10 @@ class Piece(NamedTuple):
     delta: torch.Tensor | None = None
 
 
+Pieces = Generator[Piece, None, None]
+"""Pieces as they are made; closing it closes the files that it reads."""
+
+
 class Workshop:
     """What one thread keeps between units: a buffer for a piece on each side, and the tile kernels."""
 
@@ -131,7 +135,7 @@ class Workshop:
         self._deltas = torch.empty(0, dtype=torch.uint8)
         self._kernels: dict[torch.dtype, TileKernel] = {}
 
-    def pieces(self, edit: Edit, begin: int, end: int, *, deltas: bool = False) -> Iterator[Piece]:
+    def pieces(self, edit: Edit, begin: int, end: int, *, deltas: bool = False) -> Pieces:
         """Yield the output of rows `begin` to `end` of a tensor, piece by piece.
 
         Args:

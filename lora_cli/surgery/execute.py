@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from safetensors import safe_open
 
 from lora_cli.checkpoint.sidefiles import SideFile
-from lora_cli.checkpoint.staging import StagedFile, Staging, check_apart, check_space
+from lora_cli.checkpoint.staged import StagedFile
+from lora_cli.checkpoint.staging import Staging, check_apart, check_space
 from lora_cli.errors import WriteError
 from lora_cli.progress import SILENT, Progress
 from lora_cli.surgery.budget import Budget
-from lora_cli.surgery.engine import Piece, Unit, Workshop, raw_bytes, units_of
+from lora_cli.surgery.engine import Pieces, Unit, Workshop, raw_bytes, units_of
 from lora_cli.surgery.plan import OutputFile, Plan
 from lora_cli.surgery.receipt import ours_beside
 from lora_cli.surgery.workers import run_units
 
-Tap = Callable[[Unit, Iterator[Piece]], Iterator[Piece]]
+Tap = Callable[[Unit, Pieces], Pieces]
 """Watches the pieces of a unit as they pass."""
 
 Closing = Callable[[Staging], Iterable[SideFile]]
@@ -110,8 +112,10 @@ class _Filler:
             pieces = workshop.pieces(unit.edit, unit.begin, unit.end, deltas=bool(self._taps))
             for tap in self._taps:
                 pieces = tap(unit, pieces)
-            for piece in pieces:
-                staged.write(at + piece.offset * piece.result.itemsize, raw_bytes(piece.result))
+            # Closed at once when a write fails: what it holds open would stay so as long as the error is remembered.
+            with contextlib.closing(pieces):
+                for piece in pieces:
+                    staged.write(at + piece.offset * piece.result.itemsize, raw_bytes(piece.result))
         elif unit.source is not None:
             with unit.source.open() as reader:
                 staged.copy(reader, unit.source_offset, unit.begin, unit.nbytes)

@@ -23,6 +23,9 @@ _HARDLY_ANY = 1000
 _FEW_ULPS = 2
 """Within so many units it is rounding, if everything else speaks for it."""
 
+_SOME_ULPS = 16
+"""Nobody would allow more; it is said then how large the error is beside the change."""
+
 _REACH = 50
 """A change of so many units is known to 2 % where no element is more than one off: it is at no other scale."""
 
@@ -76,7 +79,7 @@ def _by_element(evidence: Evidence, subject: Subject, wrong: int, max_ulp: int |
         made = zip(mistakes(subject.asked)[number].strengths, subject.asked, strict=True)
         return composed([named(strength, asked) for strength, asked in made], subject.labels)
     few = _few(wrong, evidence)
-    if max_ulp is not None and max_ulp <= _FEW_ULPS and (few or max_ulp * _REACH <= evidence.reach):
+    if max_ulp is not None and _small(max_ulp) and (few or max_ulp * _REACH <= evidence.reach):
         return rounded(wrong, max_ulp)
     if few and wrong * _HARDLY_ANY > evidence.elements and _relative_error(evidence) <= COARSE:
         return less_exact(_relative_error(evidence))
@@ -94,7 +97,7 @@ def _by_strength(evidence: Evidence, subject: Subject, wrong: int, max_ulp: int 
     states = strengths.states(subject.asked)
     forms = {state.form for state in states}
     if forms == {"same"}:
-        return _right_strength(evidence, strengths.explained and by_scale, wrong, max_ulp)
+        return _right_strength(evidence, strengths.rounding and by_scale, wrong, max_ulp)
     if {state.form for state, asked in zip(states, subject.asked, strict=True) if asked} == {"missing"}:
         few = _few(evidence.unlike_base, evidence)
         return but_for("the bare base", evidence.unlike_base) if few else another(subject.one, strengths.share)
@@ -103,13 +106,17 @@ def _by_strength(evidence: Evidence, subject: Subject, wrong: int, max_ulp: int 
     return another(subject.one, strengths.share)
 
 
-def _right_strength(evidence: Evidence, explained: bool, wrong: int, max_ulp: int | None) -> Likeness:
+def _right_strength(evidence: Evidence, rounding: bool, wrong: int, max_ulp: int | None) -> Likeness:
     """The right strengths, and yet many elements differ."""
-    if explained or (max_ulp is not None and max_ulp <= _FEW_ULPS):
+    if (rounding and (max_ulp is None or max_ulp <= _SOME_ULPS)) or _small(max_ulp):
         return rounded(wrong, max_ulp)
     if _relative_error(evidence) <= COARSE:
         return less_exact(_relative_error(evidence))
-    return plain("this merge with another change on top")
+    return rounded(wrong, max_ulp) if rounding else plain("this merge with another change on top")
+
+
+def _small(max_ulp: int | None) -> bool:
+    return max_ulp is not None and max_ulp <= _FEW_ULPS
 
 
 def _few(count: int, evidence: Evidence) -> bool:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli.adapters.wrapped import WRAP_FILE
-from lora_cli.checkpoint.checkpoint import read_config
-from lora_cli.checkpoint.sidefiles import SideFile
+from lora_cli.checkpoint.checkpoint import Checkpoint, read_config
+from lora_cli.checkpoint.sidefiles import SIDE_FILE_LIMIT, SideFile, lies_inside
 from lora_cli.checkpoint.undo_file import UNDO_FILE
 from lora_cli.errors import LoraCliError
 from lora_cli.version import __version__
@@ -31,10 +31,11 @@ OWN_FILES = ("lora_inject.json", "lora_merge.json", UNDO_FILE, WRAP_FILE)
 """Files of ours that say what a checkpoint is, and come back with it when a merge is undone."""
 
 
-def own_files(path: Path) -> dict[str, Path]:
-    """The files of ours that are with a checkpoint: name in a folder → where it is."""
-    places = {name: beside(path, name) for name in OWN_FILES}
-    return {name: place for name, place in places.items() if place.is_file()}
+def own_files(checkpoint: Checkpoint) -> dict[str, Path]:
+    """The files of ours that are with a checkpoint and can come back with it: name in a folder → where it is."""
+    places = {name: beside(checkpoint.path, name) for name in OWN_FILES}
+    there = {name: place for name, place in places.items() if place.is_file() and lies_inside(checkpoint, place)}
+    return {name: place for name, place in there.items() if name == UNDO_FILE or _length(place) <= SIDE_FILE_LIMIT}
 
 
 def make_receipt(
@@ -101,12 +102,12 @@ def written_by_us(out: Path) -> Callable[[], bool]:
     return check
 
 
-def _length(path: Path) -> int | None:
-    """Length of a file; None if there is none, or cannot be."""
+def _length(path: Path) -> int:
+    """Length of a file; -1 if there is none, or cannot be."""
     try:
-        return path.stat().st_size if path.is_file() else None
+        return path.stat().st_size if path.is_file() else -1
     except OSError:
-        return None
+        return -1
 
 
 def _lists_all(out: Path, receipt: Mapping[str, Any]) -> bool:
@@ -116,7 +117,7 @@ def _lists_all(out: Path, receipt: Mapping[str, Any]) -> bool:
     listed = {str(name) for name in files}
     root = out if out.is_dir() else out.parent
     # A file of another size is somebody's own work under one of our names.
-    if any(_length(root / name) not in (None, size) for name, size in sizes.items()):
+    if any(_length(root / name) not in (-1, size) for name, size in sizes.items()):
         return False
     if not out.is_dir():
         return out.name in listed

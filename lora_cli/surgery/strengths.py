@@ -42,7 +42,8 @@ class Strengths:
         found: What is there.
         errors: How far apart the two may be if what is different has nothing to do with the deltas.
         blurs: How far `found` may be off if what it leaves unexplained has nothing to do with them.
-        explained: Whether nothing is left but rounding.
+        rounding: Whether nothing is left but what rounding leaves.
+        explained: Whether that, or next to nothing beside the change.
         share: The share of what is there that they explain.
     """
 
@@ -50,6 +51,7 @@ class Strengths:
     found: tuple[float, ...]
     errors: tuple[float, ...]
     blurs: tuple[float, ...]
+    rounding: bool
     explained: bool
     share: float
 
@@ -84,6 +86,7 @@ def strengths_of(evidence: Evidence, asked: tuple[float, ...]) -> Strengths | No
             found=there.coefficients,
             errors=tuple(math.sqrt(off_energy / evidence.elements) * spread for spread in there.spreads),
             blurs=tuple(math.sqrt(there.left / evidence.elements) * spread for spread in there.spreads),
+            rounding=there.left <= noise,
             explained=there.left <= max(noise, COARSE**2 * (energy - there.left)),
             share=1 - there.left / energy if energy else 0.0,
         )
@@ -100,7 +103,8 @@ def named(strength: float, asked: float) -> State:
 def _state(right: float, found: float, error: float, blur: float, asked: float) -> State:
     # However noisy: what is nearer to something else is not the same.
     reach = max(abs(right), 0.1) / 4 if asked else 0.25
-    if abs(found - right) <= min(max(_SURE * error, _FINEST), reach):
+    nearer = abs(found - right) <= abs(found) or not asked
+    if nearer and abs(found - right) <= min(max(_SURE * error, _FINEST), reach):
         return State("same")
     if abs(found) <= min(max(_SURE * blur, COARSE), reach):
         return State("missing")

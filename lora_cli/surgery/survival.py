@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lora_cli.arithmetic.strength import Strength
-    from lora_cli.surgery.engine import Piece, Unit
+    from lora_cli.surgery.engine import Pieces, Unit
 
 WEAK = 0.9
 """Strength under which a person should know."""
@@ -41,7 +40,7 @@ class Survivals:
         self._sums: defaultdict[str, Strength] = defaultdict(Strength)
         self._lock = threading.Lock()
 
-    def watch(self, unit: Unit, pieces: Iterator[Piece]) -> Iterator[Piece]:
+    def watch(self, unit: Unit, pieces: Pieces) -> Pieces:
         """Pass the pieces of a unit on, and take in those that carry a delta."""
         from lora_cli.arithmetic.strength import Strength
 

@@ -15,7 +15,7 @@ from test_machine import assert_failed, failing
 from test_text import HOSTILE, NAMES, assert_harmless, hostile_adapter, hostile_base
 from tiny import MODULES, base_tensors, listing, numbers, read_tensors, write_adapter, write_base
 
-from lora_cli.checkpoint import staging
+from lora_cli.checkpoint import staged
 from lora_cli.cli.text import shown
 from lora_cli.surgery import verify as surgery
 
@@ -76,7 +76,7 @@ def test_what_a_checkpoint_looks_like(call: Call, world: World) -> None:
     assert ran.code == 1
     assert ran.out.splitlines()[1] == f"all 4 tensors that differ look like {BARE}"
     assert "looks like" not in ran.out, "what all have in common is said once"
-    assert "strength  0 or more, 0 usually (4 tensors)" in ran.out
+    assert "strength  0.00 or more, 0.00 usually (4 tensors)" in ran.out
     document = call(*line(world, world.base), "--json").document
     assert document["looks_like"] == f"all 4 tensors that differ look like {BARE}"
     said = {entry["key"]: (entry["looks_like"], entry["strength"]) for entry in document["different"]}
@@ -135,7 +135,7 @@ def test_what_single_tensors_look_like(
 def test_what_is_right(call: Call, world: World, tmp_path: Path) -> None:
     ran = call(*line(world), "--junit", tmp_path / "report.xml")
     assert ran.code == 0
-    assert "strength  1 or more, 1 usually (4 tensors)" in ran.out
+    assert "strength  1.00 or more, 1.00 usually (4 tensors)" in ran.out
     suite, cases = suite_of(tmp_path / "report.xml"), cases_of(tmp_path / "report.xml")
     assert list(cases) == [*KEYS, REST]
     assert suite.failures == suite.errors == 0
@@ -302,6 +302,6 @@ def test_a_folder_that_nobody_may_write_to_is_told_before_the_work(
 def test_a_small_file_is_written_whole(tmp_path: Path) -> None:
     place = tmp_path / "report.xml"
     for data in (b"one", b"", b"x" * 100_000):
-        staging.write_beside(place, data)
+        staged.write_beside(place, data)
         assert place.read_bytes() == data
     assert list(tmp_path.iterdir()) == [place]

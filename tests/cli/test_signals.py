@@ -22,14 +22,14 @@ from lora_cli.surgery import proof
 # Files are finished only once GO is there, so that a signal always meets work in progress.
 SLOW = """
 import os, time
-from lora_cli.checkpoint import staging
+from lora_cli.checkpoint import staged
 from lora_cli.cli.app import main
-was = staging.StagedFile.finish
+was = staged.StagedFile.finish
 def finish(self):
     while not os.path.exists(os.environ["GO"]):
         time.sleep(0.01)
     was(self)
-staging.StagedFile.finish = finish
+staged.StagedFile.finish = finish
 main()
 """
 

@@ -51,8 +51,8 @@ def write_adapter(folder: Path, tensors: Tensors, **config: Any) -> Path:
 
 
 def digest(folder: Path, pattern: str = "*.safetensors") -> dict[str, str]:
-    """What the files of a folder hold; a receipt says how they were made, and may differ."""
-    files = sorted(path for path in folder.glob(pattern) if not path.name.startswith("lora_"))
+    """What the files of a folder hold; receipt, undo file and card say how they were made, and may differ."""
+    files = sorted(path for path in folder.glob(pattern) if not path.name.startswith(("lora_", "README.md")))
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
@@ -158,7 +158,7 @@ class Work:
         self.expected = self.merged(self.out, threads=1)
 
     def merged(self, out: Path, **how: Any) -> dict[str, str]:
-        merge(self.base, self.adapters, out, self.options, **how)
+        merge(self.base, self.adapters, out, self.options, undo=False, **how)
         return digest(out)
 
 

@@ -158,6 +158,7 @@ def test_a_changed_layout_keeps_the_rest(job: Job) -> None:
     assert json.loads((job.out / "config.json").read_text()) == {"model_type": "none", "torch_dtype": "bfloat16"}
 
 
+OURS = ["lora_merge.json", "lora_merge.undo"]
 TAKEN = ["LICENSE", "USE_POLICY.md", "README.md", "tokenizer.json", "tokenizer.model", "chat_template.jinja"]
 TAKEN += ["generation_config.json", "1_Pooling/config.json", "modeling.py", "config.json"]
 LEFT = ["adapter_config.json", "adapter_model.safetensors", "pytorch_model.bin", "sub/optimizer.pt", "lora_merge.json"]
@@ -174,8 +175,9 @@ def test_side_files_are_those_of_the_contract(job: Job) -> None:
     (job.base / "LICENCE").symlink_to("LICENSE")
     result = job.merge()
     sides = {*TAKEN, "LICENCE", INDEX}
-    assert {name for name, what in state(job.out).items() if what} == {*sides, *SHARDS, "lora_merge.json"}
-    assert all((job.out / name).read_bytes() == (job.base / name).read_bytes() for name in sides)
+    assert {name for name, what in state(job.out).items() if what} == {*sides, *SHARDS, *OURS}
+    assert all((job.out / name).read_bytes() == (job.base / name).read_bytes() for name in sides - {"README.md"})
+    assert (job.out / "README.md").read_text().startswith("---\n")
     assert set(result.left_out) - set(HIDDEN) == set(LEFT)
 
 
@@ -191,7 +193,7 @@ def test_a_hub_cache_is_read_through_its_links(job: Job) -> None:
     before = state(cache)
     lora_cli.merge(snapshot, [job.adapter], job.place / "again")
     assert state(cache) == before
-    assert {name for name, _ in state(job.out).items() ^ state(job.place / "again").items()} == {"lora_merge.json"}
+    assert {name for name, _ in state(job.out).items() ^ state(job.place / "again").items()} == {"README.md", *OURS}
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])

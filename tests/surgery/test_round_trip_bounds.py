@@ -114,6 +114,19 @@ def test_undo_file_and_receipt_have_the_same_bytes(world: World, tmp_path: Path,
     assert contents(tmp_path / "1") == contents(tmp_path / "2")
 
 
+def test_blocks_do_not_depend_on_memory(tmp_path: Path) -> None:
+    """Pieces may be longer where there is room for them; blocks may not."""
+    tensors: dict[str, Any] = {"x.weight": gaussian(1, 700, 1000, dtype=torch.bfloat16)}
+    tensors["whole.ids"] = "U8", [1500, 1000], bytes(1500000)
+    factors: dict[str, Any] = lora(2, "x", 700, 1000, std=1)
+    factors["whole.ids"] = "U8", [1500, 1000], np.random.default_rng(1).bytes(1500000)
+    base = write_base(tmp_path / "base", tensors)
+    adapter = write_adapter(tmp_path / "adapter", factors, modules_to_save=["whole"])
+    trip = round_trip(tmp_path / "tight", base, [adapter], threads=1, memory=12 * MIB)
+    merge(base, [adapter], tmp_path / "roomy", threads=1, memory=1 << 30)
+    assert contents(trip.merged) == contents(tmp_path / "roomy")
+
+
 SCRIPT = """
 import json, resource, sys
 from lora_cli.surgery.merge import merge

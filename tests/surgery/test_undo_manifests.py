@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import copy
-import json
 import shutil
 import struct
-import tracemalloc
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
-import torch
 from blake3 import blake3
 from undo_world import (
     FIRST,
@@ -28,14 +25,12 @@ from undo_world import (
     World,
     as_part,
     contents,
-    lora,
+    frame,
     pack,
     read_undo,
     record,
-    rewrite,
     text_of,
     write_undo,
-    zstd,
 )
 
 from lora_cli.errors import LoraCliError
@@ -50,15 +45,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return World(tmp_path_factory.mktemp("manifests")).write().merge(embed_adapter=True)
 
 
-def spoil(world: World, change: Change) -> Path:
-    place = world.folder / "spoilt"
-    shutil.copy(world.merged / UNDO, place)
-    rewrite(place, change)
-    return place
-
-
 def test_an_undo_file_that_is_written_again_is_the_same(world: World) -> None:
-    world.restored(given=False, undo=spoil(world, lambda manifest, parts: None))
+    world.restored(given=False, undo=world.spoilt(lambda manifest, parts: None))
 
 
 # One thing wrong
@@ -68,7 +56,7 @@ def of_file(**said: Any) -> Change:
     return lambda manifest, _: manifest["files"][0].update(said)
 
 
-def of_tensor(key: str, **said: Any) -> Change:
+def of_tensor(key: str, /, **said: Any) -> Change:
     return lambda manifest, _: record(manifest, key).update(said)
 
 
@@ -76,7 +64,7 @@ def of_term(**said: Any) -> Change:
     return lambda manifest, _: record(manifest, "x.weight")["terms"][0].update(said)
 
 
-def of_side(name: str, **said: Any) -> Change:
+def of_side(name: str, /, **said: Any) -> Change:
     return lambda manifest, _: next(s for s in manifest["side_files"] if s["name"] == name).update(said)
 
 
@@ -128,9 +116,9 @@ def residual(values: bytes) -> bytes:
     """A whole fragment that says how far a bfloat16 tensor is from what is there, under right checksums."""
     head = struct.pack("<HBBI", 1, 2, 1, len(values) // 2)
     stream = head + struct.pack("<I", zlib.crc32(values, zlib.crc32(head))) + values
-    frame = zstd.compress(stream)
-    group = struct.pack("<IIII", 1, len(frame), len(stream), 0)
-    return group + struct.pack("<I", zlib.crc32(frame, zlib.crc32(group))) + frame
+    packed = frame(stream)
+    group = struct.pack("<IIII", 1, len(packed), len(stream), 0)
+    return group + struct.pack("<I", zlib.crc32(packed, zlib.crc32(group))) + packed
 
 
 def another_residual(manifest: Document, parts: Parts) -> None:
@@ -178,7 +166,7 @@ CASES: dict[str, tuple[int, str, Change]] = {
     "the receipt": (10, "a place of its own", named("lora_unmerge.json")),
     # Files
     "no files": (10, "a place of its own", lambda manifest, _: manifest.update(files=[])),
-    "an absent file": (23, f"{SECOND[:5]}", of_file(name="other.safetensors")),
+    "an absent file": (23, "other.safetensors: missing", of_file(name="other.safetensors")),
     "another length": (10, FIRST, of_file(size=1)),
     "a negative length": (10, FIRST, of_file(size=-1)),
     "a huge length": (10, FIRST, of_file(size=1 << 62)),
@@ -189,7 +177,7 @@ CASES: dict[str, tuple[int, str, Change]] = {
     "a header that is not there": (10, f"header/{FIRST}", of_file(own_header=True)),
     "the merged header for the base's": (10, SECOND, lambda manifest, _: manifest["files"][1].pop("own_header")),
     "a header of zeros": (10, SECOND, of_part(f"header/{SECOND}", lambda _: pack(bytes(64)))),
-    "the header of the other": (10, SECOND, of_part(f"header/{SECOND}", lambda _: pack(b"{}"))),
+    "an empty header": (11, SECOND, of_part(f"header/{SECOND}", lambda _: pack(b"{}"))),
     "a header with a tensor twice": (11, SECOND, of_part(f"header/{SECOND}", lambda _: pack(b'{"a":1,"a":1}'))),
     # Tensors
     "a tensor too few": (10, f"{FIRST}: the tensors", lambda manifest, _: manifest["files"][0]["tensors"].pop()),
@@ -276,7 +264,7 @@ CASES: dict[str, tuple[int, str, Change]] = {
 
 @pytest.mark.parametrize(("code", "words", "change"), CASES.values(), ids=CASES)
 def test_one_thing_wrong(world: World, code: int, words: str, change: Change) -> None:
-    place = spoil(world, change)
+    place = world.spoilt(change)
     with world.refused(code) as caught:
         world.unmerge(given=False, undo=place)
     assert words in text_of(caught.value)
@@ -289,13 +277,12 @@ FINE: dict[str, Change] = {
     "what is the default": of_tensor("x.weight", source=""),
     "parts that nobody speaks of": lambda _, parts: parts.update({"note": as_part(b"of somebody")}),
     "parts in another order": lambda _, parts: parts.update({FACTOR: parts.pop(FACTOR)}),
-    "a small file in a folder": lambda _, parts: None,
 }
 
 
 @pytest.mark.parametrize("change", FINE.values(), ids=FINE)
 def test_what_changes_nothing_is_accepted(world: World, change: Change) -> None:
-    world.restored(given=False, undo=spoil(world, change))
+    world.restored(given=False, undo=world.spoilt(change))
 
 
 # Anything wrong
@@ -339,111 +326,20 @@ def test_any_value_of_the_manifest(world: World) -> None:
     """Whatever it says, no tensor comes out that is not the base's, and nothing but a refusal stops the program."""
     manifest, parts = read_undo(world.merged / UNDO)
     base, place = contents(world.base), world.folder / "spoilt"
-    done = refused = 0
+    done, codes = 0, Counter[int]()
     for document in changed(manifest):
         write_undo(place, document, parts)
         try:
             with tiny.within(10):
                 unmerge(world.merged, [], world.out, undo=place, threads=1)
         except LoraCliError as error:
-            refused += error.exit_code in (2, 10, 11, 12, 22, 23)
+            codes[error.exit_code] += 1
         else:
             found = contents(world.out)
             assert all(base[name] == data for name, data in found.items() if name.endswith(".safetensors"))
             shutil.rmtree(world.out)
         done += 1
         assert list(world.place.iterdir()) == []
-    assert done > 3000
-    assert refused > 0.9 * done
-
-
-TEXTS: dict[str, bytes] = {
-    "no JSON": b"{",
-    "two documents": b"{}{}",
-    "nothing": b"",
-    "not UTF-8": b'{"base":"\xff"}',
-    "half a pair": b'{"base":"\\ud800"}',
-    "NaN": b'{"arithmetic":NaN}',
-    "deep": b"[" * 200_000,
-    "deep in a field": b'{"files":' + b"[" * 200_000,
-    "a long number": b'{"arithmetic":' + b"9" * 100_000 + b"}",
-    "zeros": bytes(5000),
-    "an array": b"[1, 2, 3]",
-}
-
-
-@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
-def test_what_is_no_manifest(world: World, text: bytes) -> None:
-    with tiny.within(5), world.refused(10) as caught:
-        place = spoil(world, lambda *_: pack(text))
-        world.unmerge(given=False, undo=place)
-    assert "manifest" in caught.value.message
-
-
-# Compressed parts
-
-ZEROS = bytes(64 << 20)
-
-
-def framed(data: bytes, **options: int) -> bytes:
-    return zstd.compress(data, options={zstd.CompressionParameter[name]: value for name, value in options.items()})
-
-
-def sized(size: int, frame: bytes) -> bytes:
-    return size.to_bytes(8, "little") + frame
-
-
-FRAMES: dict[str, Callable[[bytes], bytes]] = {
-    "one byte more": lambda data: sized(len(data) - 1, zstd.compress(data)),
-    "one byte less": lambda data: sized(len(data) + 1, zstd.compress(data)),
-    "a bomb": lambda data: sized(len(data), zstd.compress(ZEROS)),
-    "a bomb that says so": lambda _: sized(1 << 40, zstd.compress(ZEROS)),
-    "the longest number": lambda data: sized((1 << 64) - 1, zstd.compress(data)),
-    "bytes after it": lambda data: sized(len(data), zstd.compress(data) + b"x"),
-    "another frame": lambda data: sized(len(data), zstd.compress(data) + zstd.compress(b"x")),
-    "half a frame": lambda data: sized(len(data), zstd.compress(data)[:-4]),
-    "no frame": lambda data: sized(len(data), data),
-    "seven bytes": lambda _: b"1234567",
-    "nothing": lambda _: b"",
-    "a long window": lambda data: sized(len(data), framed(data, window_log=27, content_size_flag=0)),
-}
-
-
-@pytest.mark.parametrize("part", ["manifest", f"header/{SECOND}", "side/README.md"])
-@pytest.mark.parametrize("frame", FRAMES.values(), ids=FRAMES)
-def test_nothing_expands_beyond_what_it_was_said_to_be(
-    world: World, frame: Callable[[bytes], bytes], part: str
-) -> None:
-    def change(manifest: Document, parts: Parts) -> bytes | None:
-        if part == "manifest":
-            return frame(json.dumps(manifest).encode())
-        parts[part] = as_part(frame(zstd.decompress(parts[part][2][8:])))
-        return None
-
-    place = spoil(world, change)
-    tracemalloc.start()
-    try:
-        with tiny.within(5), world.refused(10):
-            world.unmerge(given=False, undo=place)
-        assert tracemalloc.get_traced_memory()[1] < 8 << 20
-    finally:
-        tracemalloc.stop()
-
-
-HUGE = (1 << 32) - 1
-GROUPS = {"blocks": (HUGE, 9, 9, 9), "heads": (1, HUGE, 9, 9), "lengths": (1, 9, HUGE, 9), "tails": (1, 9, 9, HUGE)}
-
-
-@pytest.mark.parametrize("group", GROUPS.values(), ids=GROUPS)
-@pytest.mark.parametrize("key", ["x.weight", "head.weight"])
-def test_a_group_that_claims_to_be_huge(world: World, key: str, group: tuple[int, ...]) -> None:
-    def change(manifest: Document, parts: Parts) -> None:
-        head = struct.pack("<IIII", *group)
-        data = head + struct.pack("<I", zlib.crc32(bytes(9), zlib.crc32(head))) + bytes(30)
-        parts[f"undo/{key}"] = as_part(data)
-        record(manifest, key)["fragments"] = [len(data)]
-
-    place = spoil(world, change)
-    with tiny.within(5), world.refused(10) as caught:
-        world.unmerge(given=False, undo=place)
-    assert caught.value.tensor == key
+    assert done > 1500
+    assert codes.total() > 0.9 * done
+    assert set(codes) <= {2, 10, 11, 12, 23}

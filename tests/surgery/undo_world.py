@@ -127,6 +127,13 @@ class World:
         shutil.rmtree(self.out)
         return result
 
+    def spoilt(self, change: Change) -> Path:
+        """A copy of the undo file with something changed."""
+        place = self.folder / "spoilt"
+        shutil.copy(self.merged / UNDO, place)
+        rewrite(place, change)
+        return place
+
     @contextmanager
     def refused(self, *exits: int) -> Iterator[pytest.ExceptionInfo[LoraCliError]]:
         """What happens inside is refused with one of these exit codes, and leaves everything as it was."""
@@ -215,9 +222,15 @@ def flip_tensor(folder: Path, key: str, bit: int = 0) -> None:
 # Undo files
 
 
+def frame(data: bytes, **parameters: int) -> bytes:
+    """A zstd frame, made as a stream whose end is not known in advance."""
+    compressor = zstd.ZstdCompressor(options={int(zstd.CompressionParameter[key]): n for key, n in parameters.items()})
+    return compressor.compress(data) + compressor.flush()
+
+
 def pack(data: bytes) -> bytes:
     """How bytes are compressed in an undo file."""
-    return len(data).to_bytes(8, "little") + zstd.compress(data)
+    return len(data).to_bytes(8, "little") + frame(data)
 
 
 def unpack(data: bytes) -> bytes:

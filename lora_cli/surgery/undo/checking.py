@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 
 from blake3 import blake3
 
 from lora_cli.checkpoint.digests import rows_per_cut, tensor_digests
 from lora_cli.checkpoint.manifest import TensorRecord
 from lora_cli.errors import LoraCliError, MalformedFileError, WrongInputError
-from lora_cli.surgery.engine import Piece, Unit, raw_bytes
+from lora_cli.surgery.engine import Pieces, Unit, raw_bytes
 from lora_cli.surgery.plan import Edit
 from lora_cli.surgery.undo.undoing import Undoing
 
@@ -34,7 +33,7 @@ class Checker:
         self._broken: set[str] = set()
         self._lock = threading.Lock()
 
-    def watch(self, unit: Unit, pieces: Iterator[Piece]) -> Iterator[Piece]:
+    def watch(self, unit: Unit, pieces: Pieces) -> Pieces:
         """Pass the pieces of a unit on, and compare both sides with what the undo file says."""
         edit = unit.edit
         if edit is None:

@@ -40,7 +40,7 @@ def undo_bytes(plan: Plan, budget: Budget, *, embed: bool = False) -> int:
     touched = {(e.displaced or e.source).key for e in plan.edits if e.operation != "append"}
     stored = sum(tensor.nbytes for key, tensor in plan.checkpoint.tensors.items() if key not in touched)
     embedded = [tensor.nbytes for number in range(len(plan.opened)) for tensor in factors_of(plan, number).values()]
-    older = sum(path.stat().st_size for path in own_files(plan.checkpoint.path).values())
+    older = sum(path.stat().st_size for path in own_files(plan.checkpoint).values())
     fixed = (
         _RECORD * len(plan.checkpoint.tensors)
         + _CHANGED_RECORD * len(changing)

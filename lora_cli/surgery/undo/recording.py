@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from blake3 import blake3
 
 from lora_cli.arithmetic.fragments import FragmentWriter
 from lora_cli.checkpoint.digests import file_digest
-from lora_cli.checkpoint.staging import Scratch, StagedFile
+from lora_cli.checkpoint.staged import Scratch, StagedFile
 from lora_cli.checkpoint.undo_file import Part, undo_part
-from lora_cli.surgery.engine import Piece, Unit, open_readers, raw_bytes, torch_dtype
+from lora_cli.surgery.engine import Pieces, Unit, open_readers, raw_bytes, torch_dtype
 from lora_cli.surgery.plan import Edit, Plan
 from lora_cli.surgery.undo.codecs import LENGTHS, How, encode
 
@@ -46,7 +46,7 @@ class Recorder:
         self._cuts: defaultdict[tuple[int, str], dict[int, Cut]] = defaultdict(dict)
         self._lock = threading.Lock()
 
-    def watch(self, unit: Unit, pieces: Iterator[Piece]) -> Iterator[Piece]:
+    def watch(self, unit: Unit, pieces: Pieces) -> Pieces:
         """Pass the pieces of a unit on, and keep what undoing them needs."""
         edit = unit.edit
         if edit is None:
@@ -60,14 +60,14 @@ class Recorder:
         with self._lock:
             self._cuts[unit.file, edit.key][unit.begin] = cut
 
-    def _watch_copy(self, cut: Cut, pieces: Iterator[Piece]) -> Iterator[Piece]:
+    def _watch_copy(self, cut: Cut, pieces: Pieces) -> Pieces:
         digest = blake3()
         for piece in pieces:
             digest.update(raw_bytes(piece.result))
             yield piece
         cut.before = cut.after = digest.hexdigest()
 
-    def _watch_change(self, edit: Edit, cut: Cut, pieces: Iterator[Piece]) -> Iterator[Piece]:
+    def _watch_change(self, edit: Edit, cut: Cut, pieces: Pieces) -> Pieces:
         before, after, how = blake3(), blake3(), codec_of(edit)
         writer = FragmentWriter(LENGTHS[how])
         with open_readers() as readers:

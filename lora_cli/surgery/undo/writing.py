@@ -67,14 +67,17 @@ class UndoWriter:
         """Write it into an output; returns its length."""
         base = self._plan.checkpoint
         numbers = {file.base.name: number for number, file in enumerate(self._plan.files)}
+        files = tuple(self._file(shard, numbers.get(shard.name)) for shard in base.shards)
+        sides = tuple(self._sides())
+        back = {side.name for side in sides}
         manifest = Manifest(
             arithmetic=ARITHMETIC,
             tool=f"lora-cli {__version__}",
             base=recorded(base.label),
-            files=tuple(self._file(shard, numbers.get(shard.name)) for shard in base.shards),
-            side_files=tuple(self._sides()),
+            files=files,
+            side_files=sides,
             adapters=self._adapters,
-            left_out=tuple(map(recorded, self._plan.left_out)),
+            left_out=tuple(recorded(name) for name in self._plan.left_out if name not in back),
         )
         self.base_digests = {file.name: file.digest for file in manifest.files}
         self.base_digests |= {side.name: side.digest for side in manifest.side_files}
@@ -138,7 +141,7 @@ class UndoWriter:
             if stored:
                 self._parts.append(packed(side_part(side.name), side.read()))
             yield SideRecord(side.name, side.size, bytes_digest(side.read()), "packed" if stored else "")
-        for name, path in own_files(base.path).items():
+        for name, path in own_files(base).items():
             # An older undo file can be long, and is noise.
             part = copied_file(side_part(name), path)
             self._parts.append(part if name == UNDO_FILE else packed(part.name, path.read_bytes()))

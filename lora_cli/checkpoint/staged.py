@@ -1,0 +1,200 @@
+"""Files that are being written: preallocated, filled by position, synced once."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import threading
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lora_cli.checkpoint.source import look_at
+from lora_cli.errors import DiskFullError, LoraCliError, WriteError
+
+if TYPE_CHECKING:
+    from lora_cli.checkpoint.source import Reader
+
+KERNEL_COPY = 256 << 20
+COPY_CHUNK = 8 << 20
+"""Bytes that one call moves, in the kernel and through memory, so that a stop is noticed in time."""
+
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
+NOT_POSSIBLE_HERE = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EXDEV, errno.EBADF, errno.EPERM}
+
+
+class StagedFile:
+    """One output file: preallocated, written by position from any thread, synced once."""
+
+    def __init__(self, path: Path, name: str, size: int) -> None:
+        self.path = path
+        self.name = name
+        self.size = size
+        with write_errors(name):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+            self.descriptor = os.open(path, flags, 0o666)
+            try:
+                self._preallocate()
+            except BaseException:
+                self.abandon()
+                raise
+
+    def _preallocate(self) -> None:
+        if self.size == 0:
+            return
+        if hasattr(os, "posix_fallocate"):
+            try:
+                os.posix_fallocate(self.descriptor, 0, self.size)
+            except OSError as error:
+                if error.errno not in NOT_POSSIBLE_HERE:
+                    raise
+            else:
+                return
+        os.ftruncate(self.descriptor, self.size)
+
+    def write(self, offset: int, data: bytes | memoryview) -> None:
+        """Write all of `data` at `offset`."""
+        view = memoryview(data)
+        with write_errors(self.name):
+            done = 0
+            while done < len(view):
+                done += os.pwrite(self.descriptor, view[done:], offset + done)
+
+    def copy(self, source: Reader, source_offset: int, offset: int, length: int) -> None:
+        """Copy `length` bytes of an input unread where the kernel can, which also shares blocks where it may."""
+        done = 0
+        if hasattr(os, "copy_file_range"):
+            with write_errors(self.name):
+                done = self._copy_in_kernel(source, source_offset, offset, length)
+        while done < length:
+            data = source.read(source_offset + done, min(COPY_CHUNK, length - done))
+            self.write(offset + done, data)
+            done += len(data)
+
+    def _copy_in_kernel(self, source: Reader, source_offset: int, offset: int, length: int) -> int:
+        done = 0
+        while done < length:
+            try:
+                count = os.copy_file_range(
+                    source.descriptor,
+                    self.descriptor,
+                    min(KERNEL_COPY, length - done),
+                    source_offset + done,
+                    offset + done,
+                )
+            except OSError as error:
+                if error.errno in NOT_POSSIBLE_HERE:
+                    return done
+                raise
+            if count == 0:
+                return done
+            done += count
+        return done
+
+    def finish(self) -> None:
+        """Check the length, sync and close. A failed sync is never tried again: its pages may be lost."""
+        with write_errors(self.name):
+            found = os.fstat(self.descriptor).st_size
+            if found != self.size:
+                raise WriteError("The output has the wrong length", file=self.name, expected=self.size, found=found)
+            os.fsync(self.descriptor)
+            os.close(self.descriptor)
+            self.descriptor = -1
+
+    def abandon(self) -> None:
+        """Close without a word."""
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
+
+
+class Scratch:
+    """Bytes that are gathered in any order beside an output, and are copied into it before it is published."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: StagedFile | None = None
+        self._end = 0
+        self._lock = threading.Lock()
+
+    def append(self, data: bytes) -> tuple[int, int]:
+        """Add bytes, from any thread; returns where they are, and how many."""
+        with self._lock:
+            if self._file is None:
+                self._file = StagedFile(self._path, self._path.name, 0)
+            at = self._end
+            self._end += len(data)
+        self._file.write(at, data)
+        return at, len(data)
+
+    def copy_to(self, file: StagedFile, offset: int, spans: Iterable[tuple[int, int]]) -> None:
+        """Copy spans, one after another, to an offset of an output file."""
+        with look_at(self._path).open() as reader:
+            for at, length in spans:
+                file.copy(reader, at, offset, length)
+                offset += length
+
+    def abandon(self) -> None:
+        """Close it, and take it away."""
+        if self._file is not None:
+            self._file.abandon()
+            self._path.unlink(missing_ok=True)
+            self._file = None
+
+
+def write_beside(target: Path, data: bytes) -> None:
+    """Write a small file whole, in place of what was there: for reports, which are made anew each time.
+
+    Raises:
+        DiskFullError: There is no space for it.
+        WriteError: Anything else; what was there before is there still.
+    """
+    place = target.with_name(f".{target.name}.lora-cli-{secrets.token_hex(6)}")
+    file: StagedFile | None = None
+    try:
+        file = StagedFile(place, str(target), len(data))
+        file.write(0, data)
+        file.finish()
+        with write_errors(str(target)):
+            place.replace(target)
+            sync_folder(target.parent)
+    except DiskFullError as error:
+        error.hint = "free some space, or choose another disk"  # it is no output, so not with -o
+        raise
+    finally:
+        if file is not None:
+            file.abandon()
+        place.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def write_errors(name: str) -> Iterator[None]:
+    """Turn the system's errors into ours, with the file's name."""
+    try:
+        yield
+    except LoraCliError:
+        raise
+    except OSError as error:
+        if error.errno in _NO_SPACE:
+            raise DiskFullError(
+                "The disk is full", file=name, hint="free some space or choose another disk with -o"
+            ) from error
+        raise WriteError(f"The output cannot be written: {error.strerror}", file=name) from error
+
+
+def sync_folder(path: Path) -> None:
+    """Sync a folder's entries, where the file system lets us."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return  # some file systems let nobody open a folder
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NOT_POSSIBLE_HERE:
+            raise
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,215 @@
+"""Undo files that lora-cli 0.1.0 wrote, in format 1 and with arithmetic 1: these are read forever.
+
+Never regenerate them: whoever has a merged checkpoint from then has such a file beside it, and nothing else. A new
+format or arithmetic gets fixtures of its own, beside these. `make` shows how they came about; it refuses to write over
+them, and what it would write today may differ, since the bytes that zstd makes depend on its version.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lora_cli.arithmetic import ARITHMETIC
+from lora_cli.surgery.merge import merge
+from lora_cli.surgery.placing import PlanOptions
+from lora_cli.surgery.unmerge import unmerge
+
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "undo-1"
+FROZEN = {
+    "bare": "40f724625bd5b6f3e1837de5df7db06e64909a1e2eb40bf4b79a6d5c2999b1d6",
+    "cast": "0aa94acaffd863118f94b75f3853ce7da75cc295cb12a1190281385e732027c9",
+    "eight-bits": "360a479e5110172c65f51114ce500b953ea04c83150bce401c3f1c0897d55940",
+    "replaced": "4536096c2a441fa407c28514a148a53b21e3323ac8bc4f75d4b9e3faa4b8ead2",
+    "shards": "80b3b7a477e6a2253d998e43669e4777bbdc47ec506b62ef7023a85e10a11b50",
+    "stack": "39815a3dceec8c3477158e48e24bebf38c13f1e7981a9d9006c6e4c551bef4fd",
+    "wrapped": "5d0389644c33e6936b14199a2a49b7b587450e0ad2b8f90a2a5cb8ea120b0799",
+}
+"""SHA-256 of all that belongs to a case."""
+
+
+def sums(place: Path) -> dict[str, str]:
+    """Every file of a folder, or one file under the name of its kind, by SHA-256."""
+    files = {path.relative_to(place).as_posix(): path for path in place.rglob("*") if path.is_file()}
+    return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in sorted(files.items())}
+
+
+@pytest.fixture(params=FROZEN)
+def case(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A copy of one of them."""
+    return Path(shutil.copytree(FIXTURES / request.param, tmp_path / request.param))
+
+
+def merged_in(case: Path) -> Path:
+    """Its merged checkpoint: a folder, or a bare file."""
+    return case / "merged" if (case / "merged").is_dir() else case / "merged.safetensors"
+
+
+def test_none_of_them_changed_or_went(case: Path) -> None:
+    text = "".join(f"{digest} {name}\n" for name, digest in sums(case).items())
+    assert hashlib.sha256(text.encode()).hexdigest() == FROZEN[case.name]
+    assert sum(path.stat().st_size for path in FIXTURES.rglob("*") if path.is_file()) < 100_000
+    assert {path.name for path in FIXTURES.iterdir()} == set(FROZEN)
+
+
+def restored(case: Path, given: bool) -> Path:
+    """Take out what was merged; returns the base."""
+    merged = merged_in(case)
+    back = case / ("back" if merged.is_dir() else "back.safetensors")
+    said = json.loads((case / "said.json").read_text())
+    adapters = [case / name for name in said["adapters"]] if given else []
+    result = unmerge(merged, adapters, back, threads=1)
+    assert (result.exact, result.warnings) == (True, ())
+    found = sums(back) if back.is_dir() else {"base.safetensors": hashlib.sha256(back.read_bytes()).hexdigest()}
+    found.pop("lora_unmerge.json", None)
+    assert found == said["base"]
+    return back
+
+
+def test_the_base_comes_back(case: Path) -> None:
+    restored(case, given=True)
+
+
+def test_what_is_in_the_undo_file_need_not_be_given(case: Path) -> None:
+    if json.loads((case / "said.json").read_text())["embedded"]:
+        restored(case, given=False)
+
+
+@pytest.mark.skipif(ARITHMETIC != 1, reason="another arithmetic merges to other bytes")
+def test_merging_gives_the_same_bytes_still(case: Path) -> None:
+    said, merged = json.loads((case / "said.json").read_text()), merged_in(case)
+    again = case / ("again" if merged.is_dir() else "again.safetensors")
+    merge(restored(case, given=True), [case / name for name in said["adapters"]], again, PlanOptions(**said["options"]))
+    if merged.is_file():
+        assert again.read_bytes() == merged.read_bytes()
+        return
+    for path in sorted(merged.glob("*.safetensors*")):
+        assert (again / path.name).read_bytes() == path.read_bytes()
+
+
+# How they were made
+
+Tensors = dict[str, torch.Tensor]
+F16, BF16, F8, F5 = torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2
+RANK = 2
+
+
+def make() -> None:
+    """Write the fixtures, once."""
+    torch.manual_seed(20260101)
+    _make("bare", {"": _kinds(BF16) | {"conv.weight": torch.randn(20, 24).to(BF16)}}, {"plain": _plain()})
+    shards = {"1": _kinds(torch.float32), "2": {"other.weight": torch.randn(9, 7), "ids": torch.arange(5)}}
+    _make("shards", shards, {"adapter": _factors("dense", "half", "zeros") | _factors("other", shape=(9, 7))})
+    tensors = _kinds(F8) | {f"five.{key}": tensor for key, tensor in _kinds(F5).items()}
+    tensors |= {f"half.{key}": tensor for key, tensor in _kinds(F16).items()}
+    adapters = {"one": _factors("dense", "five.half", "half.zeros"), "two": _factors("dense", "half.dense")}
+    _make("eight-bits", {"1": tensors}, adapters, options={"weights": (0.7, -1.3)}, embed=True)
+    odd = torch.tensor([torch.nan, -torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 1e-45, 3e38, 1.0])
+    shards = {"1": _kinds(torch.float32), "2": {"odd": odd, "f16": torch.randn(7).half(), "none": torch.ones(0, 3)}}
+    _make("cast", shards, {"adapter": _factors("dense")}, options={"dtype": "bf16"}, embed=True)
+    whole = {"head.weight": torch.randn(3, 20), "dense.lora_B.bias": torch.randn(24)}
+    tensors = {"head.weight": torch.randn(3, 20).to(BF16), "dense.bias": torch.randn(24), "ids": torch.arange(3)}
+    adapter = _factors("dense") | whole | {"score.weight": torch.randn(2, 20), "score.ids": torch.arange(2)}
+    _make("replaced", {"1": _kinds(torch.float64) | tensors}, {"adapter": adapter}, embed=True)
+    wrapped = {"dense.base.weight": torch.randn(24, 20).half(), "dense.base.bias": torch.randn(24)}
+    _make("wrapped", {"1": wrapped, "2": _factors("dense")}, {})
+    _make("stack", {"1": _kinds(BF16)}, {"first": _factors("dense", "half")}, embed=True)
+    _make_stack(FIXTURES / "stack")
+
+
+def _kinds(dtype: torch.dtype) -> Tensors:
+    """Dense and pruned weights, zeros of both signs, numbers that are hardly there."""
+    dense, zeros = torch.randn(24, 20), torch.where(torch.rand(24, 20) < 0.7, 0.0, -0.0)
+    tensors = {"dense": dense, "half": torch.where(torch.rand(24, 20) < 0.5, dense, zeros), "zeros": zeros}
+    tensors["dense"][3] *= 1e-6
+    return {f"{key}.weight": tensor.to(dtype) for key, tensor in tensors.items()}
+
+
+def _factors(*modules: str, shape: tuple[int, int] = (24, 20)) -> Tensors:
+    tensors: Tensors = {}
+    for module in modules:
+        b = torch.randn(shape[0], RANK) * 0.2
+        b[::5] = 0
+        tensors |= {f"{module}.lora_A.weight": torch.randn(RANK, shape[1]), f"{module}.lora_B.weight": b}
+    return tensors
+
+
+def _plain() -> Tensors:
+    """As anybody may store them: the other way round, and for a base that stores its matrix the other way round."""
+    tensors = {f"{key}.{side}": torch.randn(24, RANK) for key in ("dense", "conv") for side in "B"}
+    tensors |= {f"{key}.A": torch.randn(RANK, 20) for key in ("dense", "conv")}
+    return tensors | {"half.A": torch.randn(20, RANK).half(), "half.B": torch.randn(RANK, 24).to(BF16)}
+
+
+def _make(
+    name: str,
+    shards: dict[str, Tensors],
+    adapters: dict[str, Tensors],
+    *,
+    options: dict[str, Any] | None = None,
+    embed: bool = False,
+) -> None:
+    case = FIXTURES / name
+    case.mkdir(parents=True)  # an error if it is there
+    kind = ".safetensors" if "" in shards else ""
+    base = case / f"base{kind}"
+    if kind:
+        save_file(shards[""], base, {"format": "pt"})
+    else:
+        _write_base(base, shards)
+    names = [_write_adapter(case / name, tensors) for name, tensors in adapters.items()]
+    _merge(case, kind, names, options or {}, embed)
+
+
+def _merge(case: Path, kind: str, adapters: list[str], options: dict[str, Any], embed: bool) -> None:
+    base = case / f"base{kind}"
+    given = [case / name for name in adapters]
+    merge(base, given, case / f"merged{kind}", PlanOptions(**options), embed_adapter=embed)
+    found = {base.name: hashlib.sha256(base.read_bytes()).hexdigest()} if kind else sums(base)
+    said = {"adapters": adapters, "options": options, "embedded": embed or not adapters, "base": found}
+    (case / "said.json").write_text(json.dumps(said, indent=1) + "\n")
+    if kind:
+        base.unlink()
+    else:
+        shutil.rmtree(base)
+
+
+def _write_base(base: Path, shards: dict[str, Tensors]) -> None:
+    base.mkdir()
+    places: dict[str, str] = {}
+    for number, tensors in shards.items():
+        name = f"model-{number}.safetensors" if len(shards) > 1 else "model.safetensors"
+        save_file(tensors, base / name, {"format": "pt"})
+        places |= dict.fromkeys(tensors, name)
+    if len(shards) > 1:
+        (base / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    if any(".lora_A." in key for key in places):
+        wrap = {"schema": "lora-cli/wrap/1", "alpha": 3, "rank": RANK, "scaling": "alpha/rank"}
+        (base / "lora_wrap.json").write_text(json.dumps(wrap))
+    (base / "config.json").write_text(json.dumps({"model_type": "none", "dtype": "float32"}))
+    (base / "README.md").write_text("# A base\n")
+
+
+def _write_adapter(place: Path, tensors: Tensors) -> str:
+    if any(key.endswith(".A") for key in tensors):
+        save_file(tensors, place.with_suffix(".safetensors"), {"alpha": "3"})
+        return f"{place.name}.safetensors"
+    place.mkdir()
+    said = {"peft_type": "LORA", "r": RANK, "lora_alpha": 3, "lora_bias": True, "modules_to_save": ["head", "score"]}
+    (place / "adapter_config.json").write_text(json.dumps(said))
+    named = {f"base_model.model.{key}": tensor for key, tensor in tensors.items()}
+    save_file(named, place / "adapter_model.safetensors")
+    return place.name
+
+
+def _make_stack(case: Path) -> None:
+    (case / "merged").rename(case / "base")
+    shutil.rmtree(case / "first")
+    _merge(case, "", [_write_adapter(case / "adapter", _factors("dense", "zeros"))], {}, True)
