@@ -1,6 +1,6 @@
 """How long undo files are, against the least that is possible: the sum of log2 of how many base values merge alike.
 
-    python scripts/undo_sizes.py [--side 2048] [--dtype bfloat16] [--json]
+    python scripts/undo_sizes.py [--side 2048] [--dtype bfloat16] [--ratios 0.005 0.05] [--json]
 
 Gaussian weights (std 0.02), half and nine tenths of them pruned in further rows; a rank-16 Gaussian delta of which the
 standard deviation is a given share of theirs. Each row is one merge through files. The count of preimages is that of
@@ -101,13 +101,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--side", type=int, default=2048)
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--ratios", type=float, nargs="+", default=RATIOS, help="std of the delta / std of the weights")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     dtype: torch.dtype = getattr(torch, arguments.dtype)
     rows = [
         {"weights": name, **measure(ratio, share, arguments.side, dtype)}
         for name, share in PRUNED.items()
-        for ratio in RATIOS
+        for ratio in arguments.ratios
     ]
     if arguments.json:
         print(json.dumps(rows, indent=2))

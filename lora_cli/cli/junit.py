@@ -21,13 +21,15 @@ from lora_cli.version import __version__
 
 if TYPE_CHECKING:
     from lora_cli.surgery.survival import Survival
-    from lora_cli.surgery.verify import Difference, VerifyResult
+    from lora_cli.surgery.verify import Difference, RoundTrip, VerifyResult
 
 SUITE = "lora-cli verify"
 CLASS = "lora-cli.verify"
 """Jenkins shows what stands before the last dot as a package; GitLab shows the whole as the suite."""
 
 REST = "tensors that no adapter changes"
+ROUND_TRIP = "round trip"
+_NAMED_ONLY = ("missing", "unexpected", "dtype", "shape")
 _LONGEST = 10_000
 
 
@@ -101,7 +103,9 @@ def document(result: VerifyResult) -> bytes:
     if rest:
         cases.append(_named(REST))
         SubElement(cases[-1], "system-out").text = f"{count(rest, 'tensor')}, byte for byte"
-    return _document(cases, properties, failures=len(wrong), seconds=result.seconds)
+    if result.roundtrip is not None:
+        cases.append(_round_trip(result.roundtrip))
+    return _document(cases, properties, seconds=result.seconds)
 
 
 def error_document(error: Exception, inputs: Sequence[tuple[str, str]]) -> bytes:
@@ -111,19 +115,13 @@ def error_document(error: Exception, inputs: Sequence[tuple[str, str]]) -> bytes
     words = str(error) if isinstance(error, LoraCliError) else f"{type(error).__name__}: {error}"
     details = error.details if isinstance(error, LoraCliError) else ()
     _problem(case, "error", kind, [words, *details])
-    return _document([case], inputs, errors=1)
+    return _document([case], inputs)
 
 
-def _document(
-    cases: Sequence[Element],
-    properties: Sequence[tuple[str, str]],
-    *,
-    failures: int = 0,
-    errors: int = 0,
-    seconds: float = 0.0,
-) -> bytes:
-    counts = {"tests": len(cases), "failures": failures, "errors": errors, "skipped": 0, "time": f"{seconds:.3f}"}
-    attributes = {"name": SUITE, **{name: str(value) for name, value in counts.items()}}
+def _document(cases: Sequence[Element], properties: Sequence[tuple[str, str]], *, seconds: float = 0.0) -> bytes:
+    problems = {tag: str(sum(case.find(tag) is not None for case in cases)) for tag in ("failure", "error")}
+    counts = {"tests": str(len(cases)), "failures": problems["failure"], "errors": problems["error"], "skipped": "0"}
+    attributes = {"name": SUITE, **counts, "time": f"{seconds:.3f}"}
     root = Element("testsuites", attributes)
     suite = SubElement(root, "testsuite", attributes)
     listed = SubElement(suite, "properties")
@@ -145,6 +143,18 @@ def _case(key: str, difference: Difference | None, survival: Survival | None) ->
     return case
 
 
+def _round_trip(trip: RoundTrip) -> Element:
+    """That it was asked for, and what came of it; what did not come back has a test of its own besides."""
+    case = _named(ROUND_TRIP)
+    against = "the base" if trip.against == "base" else "the digests in the undo file"
+    if trip.exact:
+        SubElement(case, "system-out").text = f"{count(len(trip.files), 'file')}, bit for bit as {against}"
+    else:
+        found = f"{count(trip.different, 'tensor or file')} not as {against}" if trip.different else "not possible"
+        _problem(case, "failure", "roundtrip", [found])
+    return case
+
+
 def _named(name: str) -> Element:
     return Element("testcase", {"classname": CLASS, "name": _clean(name)})
 
@@ -160,6 +170,8 @@ def difference_words(difference: Difference) -> str:
     if difference.what == "values":
         by = "" if difference.max_ulp is None else f" by up to {ulps(difference.max_ulp)} ULP"
         words = f"{count(difference.elements or 0, 'element')} differ{by}"
+    elif difference.what == "roundtrip":
+        return f"after unmerging: {difference.looks_like}"
     elif difference.what in ("dtype", "shape"):
         words = f"{difference.what} {difference.found} instead of {difference.expected}"
     else:
@@ -168,11 +180,11 @@ def difference_words(difference: Difference) -> str:
 
 
 def _rest(result: VerifyResult) -> int:
-    """How many tensors that no adapter changes are as they should be."""
+    """How many tensors that no adapter changes are as they should be; at least, where a file does not come back."""
     edited = set(result.edited)
-    apart = {difference.key for difference in result.different if difference.what != "values"}
-    wrong = {difference.key for difference in result.different if difference.what == "values"}
-    return result.tensors["checked"] - len(edited - apart) - len(wrong - edited)
+    never_read = {difference.key for difference in result.different if difference.what in _NAMED_ONLY}
+    wrong = {difference.key for difference in result.different if difference.what not in _NAMED_ONLY}
+    return max(0, result.tensors["checked"] - len(edited - never_read) - len(wrong - edited))
 
 
 def _clean(text: str) -> str:

@@ -114,7 +114,8 @@ def view(result: VerifyResult) -> Iterator[RenderableType]:
         if result.looks_like:
             yield line(result.looks_like)
         # What all have in common is not said of each of them.
-        heads = ("tensor", "what", "elements", "max ULP", "strength", *([] if result.looks_like else ["looks like"]))
+        common = result.looks_like and all(difference.what == "values" for difference in result.different)
+        heads = ("tensor", "what", "elements", "max ULP", "strength", *([] if common else ["looks like"]))
         yield grid(heads, [_row(d)[: len(heads)] for d in result.different[:ROWS]], right=(2, 3, 4))
         if different > ROWS:
             yield line(f"… and {different - ROWS} more (--json lists all)", style="dim")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from lora_cli.surgery import verify as surgery
 
 BARE = "the bare base: the adapter was not applied"
 KEYS = sorted(f"{module}.weight" for module in MODULES)
-REST = "tensors that no adapter changes"
+REST, TRIP = "tensors that no adapter changes", "round trip"
 
 both_forms = pytest.mark.parametrize("flags", [(), ("--json",)], ids=["text", "json"])
 
@@ -166,6 +167,50 @@ def test_only_tensors_that_an_adapter_changes(call: Call, tmp_path: Path) -> Non
     report = tmp_path / "report.xml"
     assert call("verify", base, "--base", base, "--adapter", adapter, "--junit", report).code == 1
     assert list(cases_of(report)) == [key]
+
+
+def test_a_round_trip(call: Call, world: World, tmp_path: Path) -> None:
+    report = tmp_path / "report.xml"
+    assert call(*line(world), "--roundtrip", "--junit", report).code == 0
+    assert list(cases_of(report)) == [*KEYS, REST, TRIP]
+    assert str(cases_of(report)[TRIP].system_out).endswith(", bit for bit as the base")
+    alone = call("verify", world.merged, "--adapter", world.adapter, "--roundtrip", "--junit", report)
+    assert alone.code == 0
+    assert str(cases_of(report)[TRIP].system_out).endswith(", bit for bit as the digests in the undo file")
+    assert failures_of(report) == {}
+
+
+def test_a_round_trip_that_does_not_come_back(call: Call, world: World, tmp_path: Path) -> None:
+    shutil.copytree(world.base, tmp_path / "base")
+    (tmp_path / "base" / "config.json").write_text("{}")
+    report = tmp_path / "report.xml"
+    ran = call(
+        "verify",
+        world.merged,
+        "--base",
+        tmp_path / "base",
+        "--adapter",
+        world.adapter,
+        "--roundtrip",
+        "--junit",
+        report,
+    )
+    assert ran.code == 1
+    assert "not the base's file" in ran.out
+    assert failures_of(report) == {
+        "config.json": "roundtrip: after unmerging: not the base's file",
+        TRIP: "roundtrip: 1 tensor or file not as the base",
+    }
+
+
+def test_a_round_trip_that_is_not_possible(call: Call, world: World, tmp_path: Path) -> None:
+    """What is wrong is told still, beside what all other tensors have in common."""
+    report = tmp_path / "report.xml"
+    ran = call(*line(world, world.base), "--roundtrip", "--junit", report)
+    assert ran.code == 1
+    failures = failures_of(report)
+    assert failures.pop(TRIP) == "roundtrip: not possible"
+    assert {words.split("; it looks like ")[1] for words in failures.values()} == {BARE}
 
 
 # The file

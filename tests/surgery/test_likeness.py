@@ -207,7 +207,7 @@ def test_one_mistake_in_all_tensors(world: World, mistake: str) -> None:
 
 
 @every_type
-@pytest.mark.parametrize("weight", [0.1, 0.3, 0.7, 0.9, 1.1, 1.5, 3.0, 12.5, -0.5, -4.0])
+@pytest.mark.parametrize("weight", [0.1, 0.3, 0.7, 0.9, 1.04, 1.1, 1.5, 3.0, 12.5, -0.5, -4.0])
 @pytest.mark.parametrize("size", [LARGE, 1.0], ids=["large", "middling"])
 def test_any_scale_of_a_large_change(world: World, dtype: torch.dtype, size: float, weight: float) -> None:
     """By as many digits as rounding leaves sure; a vector of 64 weights is too short for that."""
@@ -245,6 +245,13 @@ def test_another_scale_of_a_small_change(world: World, weight: float, word: str)
     result = verify(world.merged("x", world.one, weights=(weight,)), world.base, [world.one])
     for key in MATRICES:
         assert looks(result)[key] == f"the adapter at {word} than its scale"
+
+
+@every_type
+@pytest.mark.parametrize("size", [SMALL])
+def test_the_opposite_of_a_small_change_is_that_at_any_scale(world: World) -> None:
+    result = verify(world.merged("x", world.one, weights=(-3.0,)), world.base, [world.one])
+    assert {looks(result)[key] for key in MATRICES} == {"the adapter with the opposite sign"}
 
 
 @every_type
@@ -371,6 +378,30 @@ def test_adapters_that_cannot_be_told_apart(bf16: World) -> None:
     assert set(looks(result).values()) == {"all adapters at 0.5 times their scale"}
 
 
+def test_two_adapters_of_one_name(bf16: World) -> None:
+    twin = bf16.folder / "twin" / "one"
+    twin.parent.mkdir()
+    shutil.copytree(bf16.two, twin)
+    result = verify(bf16.merged("x", bf16.one), bf16.base, [bf16.one, twin])
+    assert set(looks(result).values()) == {"this merge without one (2)"}
+
+
+def test_each_tensor_names_the_adapters_that_change_it(bf16: World) -> None:
+    """And what all have in common is said of all."""
+    tensors = {
+        name: tensor for name, tensor in factors(600, 0.1).items() if "mlp.lin.lora_A" in name or "B.weight" in name
+    }
+    tensors = {name: tensor for name, tensor in tensors.items() if "mlp.lin" in name}
+    third = write_adapter(bf16.folder / "third", tensors, r=4)
+    result = verify(bf16.base, bf16.base, [bf16.one, third])
+    assert looks(result) == {
+        "h.0.mlp.lin.weight": "the bare base: no adapter was applied",
+        "h.0.mlp.lin.bias": "the bare base: one was not applied",
+        "h.0.attn.c_attn.weight": "the bare base: one was not applied",
+    }
+    assert result.looks_like == "all 3 tensors that differ look like the bare base"
+
+
 # Single tensors
 
 
@@ -469,6 +500,35 @@ def test_a_merge_with_narrower_factors(world: World, dtype: torch.dtype, size: f
             assert float(found[1]) == pytest.approx(100 * float(off), rel=0.1)
     if dtype == torch.float32:
         assert result.looks_like == "all 2 tensors that differ look like this merge, computed less exactly"
+
+
+def test_another_change_where_the_adapter_makes_none(bf16: World) -> None:
+    """Nothing moves against the adapter, and its strength is the right one."""
+    tensors = factors(100, LARGE * EPS[torch.bfloat16])
+    for name, tensor in tensors.items():
+        if "lora_B" in name:
+            tensor[:32] = 0
+    half = write_adapter(bf16.folder / "half", tensors, r=4, lora_alpha=4, lora_bias=True)
+    on_top = bf16.merged("x", bf16.two, base=bf16.merged("first", half))
+    right, there = in_memory(bf16.folder / "first"), in_memory(on_top)
+    key = "h.0.mlp.lin.weight"
+    overwrite(bf16.folder / "first", key, torch.cat([there[key][:32], right[key][32:]]))
+    result = verify(bf16.folder / "first", bf16.base, [half])
+    assert looks(result) == {key: "this merge with another change on top"}
+
+
+def test_half_of_a_short_vector(tmp_path: Path) -> None:
+    """So few weights tell little: half of the strength may be noise, but it is not the right strength for that."""
+    base = write_base(tmp_path / "base", {"x.weight": torch.ones(6, 1, dtype=torch.bfloat16)})
+    tensors = {"x.lora_A.weight": torch.ones(1, 1), "x.lora_B.weight": torch.full((6, 1), 0.125)}
+    adapter = write_adapter(tmp_path / "adapter", tensors, r=1, lora_alpha=1)
+    merge(base, [adapter], tmp_path / "out")
+    other = in_memory(tmp_path / "out")["x.weight"]
+    other[:3] = 1
+    overwrite(tmp_path / "out", "x.weight", other)
+    result = verify(tmp_path / "out", base, [adapter])
+    assert looks(result) == {"x.weight": "another adapter, or another change (the adapter explains 50 % of it)"}
+    assert result.different[0].strength == pytest.approx(0.5)
 
 
 @every_type
@@ -706,6 +766,13 @@ def test_names_and_types_look_like_nothing(bf16: World) -> None:
     result = verify(bf16.folder / "wide", bf16.base, [bf16.one])
     assert {difference.what for difference in result.different} == {"dtype"}
     assert (result.looks_like, set(looks(result).values())) == (None, {None})
+
+
+def test_one_tensor_too_many_spoils_the_sentence(bf16: World) -> None:
+    base = write_base(bf16.folder / "more", in_memory(bf16.base) | {"more": torch.ones(3)})
+    result = verify(base, bf16.base, [bf16.one])
+    assert looks(result) == dict.fromkeys(KEYS, "the bare base: the adapter was not applied") | {"more": None}
+    assert result.looks_like is None
 
 
 @pytest.mark.parametrize("cut", ["little memory", "pieces within rows", "cuts of some rows"])

@@ -17,8 +17,9 @@ import pytest
 import torch
 from round_trips import as_raw, contents, digest_of, gaussian, lora, round_trip, weights, write_adapter, write_base
 
-from lora_cli.arithmetic import fragments
+from lora_cli.arithmetic import fragments, residual, undo
 from lora_cli.checkpoint import digests
+from lora_cli.checkpoint.undo_file import open_undo_file, undo_part
 from lora_cli.errors import UsageError
 from lora_cli.surgery import budget, engine, execute
 from lora_cli.surgery.merge import merge
@@ -42,7 +43,11 @@ class World:
         numbers = np.arange(495, dtype="<u1").tobytes()
         tensors |= {"x.bias": gaussian(7, 37, dtype=dtype), "copied": gaussian(8, 60, 7, dtype=dtype)}
         tensors |= {"whole.weight": gaussian(9, 40, 33, dtype=dtype), "whole.ids": ("U8", [99, 5], numbers)}
-        tensors |= {"n": ("I16", [50, 3], bytes(300)), "scalar": ("C64", [], b"76543210")}
+        tensors |= {
+            "n": ("I16", [50, 3], bytes(300)),
+            "scalar": ("C64", [], b"76543210"),
+            "packed": ("F4", [4, 3], b"654321"),
+        }
         factors: dict[str, Any] = lora(100, "x", 37, 45) | lora(110, "c_attn", 37, 25) | lora(120, "wide", 3, 803)
         factors |= {"whole.weight": gaussian(10, 40, 33), "whole.ids": ("U8", [99, 5], numbers[::-1])}
         factors |= {"x.lora_B.bias": gaussian(11, 37), "head.weight": gaussian(12, 50, 9)}
@@ -114,17 +119,28 @@ def test_undo_file_and_receipt_have_the_same_bytes(world: World, tmp_path: Path,
     assert contents(tmp_path / "1") == contents(tmp_path / "2")
 
 
-def test_blocks_do_not_depend_on_memory(tmp_path: Path) -> None:
-    """Pieces may be longer where there is room for them; blocks may not."""
-    tensors: dict[str, Any] = {"x.weight": gaussian(1, 700, 1000, dtype=torch.bfloat16)}
-    tensors["whole.ids"] = "U8", [1500, 1000], bytes(1500000)
-    factors: dict[str, Any] = lora(2, "x", 700, 1000, std=1)
-    factors["whole.ids"] = "U8", [1500, 1000], np.random.default_rng(1).bytes(1500000)
+@pytest.mark.parametrize(("dtype", "tight"), [(torch.bfloat16, 12), (torch.float32, 14), (torch.float64, 20)])
+def test_blocks_do_not_depend_on_memory(tmp_path: Path, dtype: torch.dtype, tight: int) -> None:
+    """Pieces may be longer where there is room for them; blocks may not: they are part of the format."""
+    tensors: dict[str, Any] = {"x.weight": gaussian(1, 600, 1000, dtype=dtype)}
+    tensors["whole.ids"] = "U8", [900, 1000], bytes(900000)
+    factors: dict[str, Any] = lora(2, "x", 600, 1000, std=1)
+    factors["whole.ids"] = "U8", [900, 1000], np.random.default_rng(1).bytes(900000)
     base = write_base(tmp_path / "base", tensors)
     adapter = write_adapter(tmp_path / "adapter", factors, modules_to_save=["whole"])
-    trip = round_trip(tmp_path / "tight", base, [adapter], threads=1, memory=12 * MIB)
+    trip = round_trip(tmp_path / "tight", base, [adapter], threads=1, memory=tight * MIB)
     merge(base, [adapter], tmp_path / "roomy", threads=1, memory=1 << 30)
     assert contents(trip.merged) == contents(tmp_path / "roomy")
+    # 262 rows of 1000 are the most that 2^18 elements hold; copied bytes have no rows.
+    assert blocks_in(trip.merged, "x.weight", undo.lengths) == 3
+    assert blocks_in(trip.merged, "whole.ids", residual.lengths) == 4
+
+
+def blocks_in(merged: Path, key: str, lengths: fragments.Lengths) -> int:
+    part = open_undo_file(merged / "lora_merge.undo").part(undo_part(key))
+    with part.shard.source.open() as reader:
+        read = fragments.read_fragment(lambda at, size: reader.read(part.offset + at, size), part.nbytes, lengths)
+        return len(list(read))
 
 
 SCRIPT = """

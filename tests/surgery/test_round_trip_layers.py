@@ -22,6 +22,7 @@ from round_trips import (
 )
 
 from lora_cli.adapters.source import ReadOptions
+from lora_cli.checkpoint.undo_file import open_undo_file
 from lora_cli.errors import UsageError, WrongInputError
 from lora_cli.surgery.inject import inject
 from lora_cli.surgery.merge import merge
@@ -70,24 +71,20 @@ def trained(wrapped: Path) -> Path:
 
 
 @pytest.mark.parametrize("output", ["keep", "fp32"])
-@pytest.mark.parametrize("more", [False, True])
+@pytest.mark.parametrize("more", ["", "apart", "embedded"])
 @pytest.mark.parametrize("shards", [1, 3])
-def test_wrapped_checkpoints_come_back_wrapped(tmp_path: Path, shards: int, more: bool, output: str) -> None:
-    inject(
-        small_base(tmp_path / "plain", shards),
-        tmp_path / "base",
-        rank=2,
-        alpha=3,
-        rslora=True,
-        layout="wrapped",
-        targets=["x", "z"],
-    )
-    base = trained(tmp_path / "base")
+def test_wrapped_checkpoints_come_back_wrapped(tmp_path: Path, shards: int, more: str, output: str) -> None:
+    plain, targets = small_base(tmp_path / "plain", shards), ["x", "z"]
+    inject(plain, tmp_path / "base", rank=2, alpha=3, rslora=True, layout="wrapped", targets=targets)
+    base, options = trained(tmp_path / "base"), PlanOptions(dtype=output)
     adapters = [small_adapter(tmp_path / "adapter", 5, "x", "y")] if more else []
-    trip = round_trip(tmp_path, base, adapters, PlanOptions(dtype=output), embed=False)
+    embed = more == "embedded"
+    trip = round_trip(tmp_path, base, adapters, options, given=[] if embed else adapters, embed=embed)
     assert {"lora_wrap.json", "lora_inject.json"} <= set(contents(trip.back))
     assert trip.there.tensors["dropped"] == 4
     assert "lora_wrap.json" not in contents(trip.merged)
+    held = [adapter.held for adapter in open_undo_file(trip.merged / "lora_merge.undo").manifest.adapters]
+    assert held == ["in the base", *([more] if more else [])]
 
 
 def test_a_bare_wrapped_file_comes_back_with_its_description(tmp_path: Path) -> None:

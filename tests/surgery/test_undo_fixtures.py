@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from undo_reader import restore
+from undo_world import Raw, read_raw, read_undo
 
 from lora_cli.arithmetic import ARITHMETIC
 from lora_cli.surgery.merge import merge
@@ -92,6 +94,31 @@ def test_merging_gives_the_same_bytes_still(case: Path) -> None:
         return
     for path in sorted(merged.glob("*.safetensors*")):
         assert (again / path.name).read_bytes() == path.read_bytes()
+
+
+def test_another_reader_finds_the_same(case: Path) -> None:
+    """One that was written from docs/undo-file.md alone."""
+    merged = merged_in(case)
+    manifest, parts = read_undo(next(case.rglob("*.undo")))
+    files = sorted(merged.glob("*.safetensors")) if merged.is_dir() else [merged]
+    there = {key: raw for file in files for key, raw in read_raw(file)[1].items()}
+    base = restored(case, given=True)
+
+    def find(number: int, name: str) -> Raw:
+        held = manifest["adapters"][number].get("held", "apart")
+        if held == "apart":
+            adapter = case / json.loads((case / "said.json").read_text())["adapters"][number]
+            return read_raw(adapter / "adapter_model.safetensors" if adapter.is_dir() else adapter)[1][name]
+        return parts[f"stored/{name}" if held == "in the base" else f"factor/{number}/{name}"]
+
+    done = 0
+    for file in manifest["files"]:
+        path = base / file["name"] if base.is_dir() else base
+        for said, (key, (dtype, _, data)) in zip(file["tensors"], read_raw(path)[1].items(), strict=True):
+            assert said["key"] == key
+            assert not data or restore(said, parts, there, dtype, find) == data, key
+            done += said["how"] in ("preimages", "residual")
+    assert done
 
 
 # How they were made

@@ -228,6 +228,11 @@ def frame(data: bytes, **parameters: int) -> bytes:
     return compressor.compress(data) + compressor.flush()
 
 
+def unframe(data: bytes) -> bytes:
+    """What a zstd frame holds."""
+    return zstd.decompress(data)
+
+
 def pack(data: bytes) -> bytes:
     """How bytes are compressed in an undo file."""
     return len(data).to_bytes(8, "little") + frame(data)
@@ -235,7 +240,7 @@ def pack(data: bytes) -> bytes:
 
 def unpack(data: bytes) -> bytes:
     """The way back."""
-    found = zstd.decompress(data[8:])
+    found = unframe(data[8:])
     assert len(found) == int.from_bytes(data[:8], "little")
     return found
 

@@ -1,0 +1,248 @@
+"""A second reader of undo files, written from docs/undo-file.md: integers and fractions, nothing of the program.
+
+It takes minutes for a megabyte, and is there so that the page and the program cannot say different things.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from fractions import Fraction
+from typing import Any
+
+import reference
+from reference import FORMATS, Term, TooLargeError, cast_bits, decode, encode, rounded
+from undo_world import Document, Parts, Raw, unframe
+
+NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+NAMES |= {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
+CODES = {"BF16": 1, "F16": 2, "F32": 3, "F64": 4, "F8_E4M3": 5, "F8_E5M2": 6}
+
+Find = Callable[[int, str], Raw]
+
+
+def restore(said: Document, parts: Parts, merged: Parts, dtype: str, find: Find) -> bytes:
+    """The bytes of one tensor of the base.
+
+    Args:
+        said: What the manifest says of it.
+        parts: The parts of the undo file.
+        merged: The tensors of the merged checkpoint.
+        dtype: Its type, which its file's header says.
+        find: Gives the factor of an adapter.
+    """
+    if said["how"] == "stored":
+        return parts[f"stored/{said['key']}"][2]
+    there, _, data = merged[said.get("source") or said["key"]]
+    if said["how"] == "copy":
+        return data
+    (fragment,) = said["fragments"]  # nothing here has more than one cut, nor a cut more than one block
+    stored = parts[f"undo/{said['key']}"][2]
+    assert len(stored) == fragment
+    (stream,) = streams_of(stored)
+    if said["how"] == "residual":
+        return from_residual(stream, dtype, data if there == dtype else None)
+    patterns = patterns_in(data, there)
+    deltas = [Fraction(0)] * len(patterns)
+    work = reference.working(NAMES[dtype], NAMES[there])
+    if said.get("terms"):
+        terms = [term_of(term, find) for term in said["terms"]]
+        product = reference.product([term for term, _ in terms], 1 if work == "float32" else 2)
+        product = [list(row) for row in zip(*product, strict=True)] if terms[0][1] else product
+        deltas = [rounded(value, work) for row in product for value in row]
+    else:
+        largest = FORMATS[NAMES[there]].largest_pattern
+        sign = FORMATS[NAMES[there]].sign
+        patterns = [pattern if pattern & (sign - 1) <= largest else 0 for pattern in patterns]
+    return Preimages(NAMES[dtype], NAMES[there], work, patterns, deltas).read(stream, dtype, there)
+
+
+def streams_of(fragment: bytes) -> Iterator[bytes]:
+    """The streams of a fragment of one block each group."""
+    while fragment:
+        blocks, frame, heads, tails = struct.unpack("<IIII", fragment[:16])
+        assert blocks == 1
+        body = fragment[20:]
+        assert struct.unpack("<I", fragment[16:20]) == (zlib.crc32(fragment[:16] + body[:frame]),)
+        head = unframe(body[:frame])
+        assert len(head) == heads
+        yield head + body[frame : frame + tails]
+        fragment = body[frame + tails :]
+
+
+def take_header(stream: bytes, form: str) -> tuple[Sequence[int], bytes]:
+    """The numbers of a stream's header, and what follows it, under its checksum."""
+    size = struct.calcsize(form)
+    rest = stream[size + 4 :]
+    assert struct.unpack_from("<I", stream, size) == (zlib.crc32(stream[:size] + rest),)
+    return struct.unpack_from(form, stream), rest
+
+
+def patterns_in(data: bytes, dtype: str) -> list[int]:
+    """Patterns of a floating type."""
+    width = FORMATS[NAMES[dtype]].width // 8
+    return [int.from_bytes(data[at : at + width], "little") for at in range(0, len(data), width)]
+
+
+def place(pattern: int, sign: int) -> int:
+    """The place on the line."""
+    return pattern if pattern < sign else -1 - (pattern - sign)
+
+
+def at_place(key: int, sign: int) -> int:
+    """The pattern at a place on the line."""
+    return key if key >= 0 else sign + (-1 - key)
+
+
+def from_residual(stream: bytes, dtype: str, candidate: bytes | None) -> bytes:
+    """A tensor that was replaced."""
+    number = dtype in NAMES
+    width = FORMATS[NAMES[dtype]].width // 8 if number else 1
+    (version, *said, count), planes = take_header(stream, "<HBBI")
+    assert (version, said, len(planes)) == (1, [width, int(number)], width * count)
+    sign, everything = 1 << (8 * width - 1), 1 << 8 * width
+    found = b""
+    for at in range(count):
+        folded = sum(planes[plane * count + at] << 8 * plane for plane in range(width))
+        step = folded >> 1 if folded % 2 == 0 else -1 - (folded >> 1)
+        there = 0 if candidate is None else int.from_bytes(candidate[at * width : (at + 1) * width], "little")
+        key = ((place(there, sign) if number else there) + step) % everything
+        pattern = at_place(key if key < sign else key - everything, sign) if number else key
+        found += pattern.to_bytes(width, "little")
+    return found
+
+
+def term_of(said: Mapping[str, Any], find: Find) -> tuple[Term, bool]:
+    """One term, and whether it is of the transposed matrix."""
+    matrices = []
+    for name in said["tensors"]:
+        dtype, shape, data = find(said["adapter"], name)
+        values = [decode(pattern, NAMES[dtype]) for pattern in patterns_in(data, dtype)]
+        columns = shape[1] if len(shape) == 2 else 1
+        matrix = [values[at : at + columns] for at in range(0, len(values), columns)]
+        matrices.append([list(row) for row in zip(*matrix, strict=True)] if said.get("swapped") else matrix)
+    a, b = matrices if said["kind"] == "lora" else ([[Fraction(1)]], matrices[0])
+    return Term(b, a, said["scale"]), said.get("transposed", False)
+
+
+class Preimages:
+    """One block: which values map to what is there."""
+
+    def __init__(self, base: str, merged: str, work: str, patterns: list[int], deltas: list[Fraction]) -> None:
+        self.base, self.merged, self.work = base, merged, work
+        self.patterns, self.deltas = patterns, deltas
+        self.sign, self.merged_sign = FORMATS[base].sign, FORMATS[merged].sign
+        self.top = FORMATS[base].largest_pattern
+
+    def read(self, stream: bytes, dtype: str, there: str) -> bytes:
+        """The base's bytes."""
+        (version, kind, elements, *counts), rest = take_header(stream, "<HHIIIII")
+        assert (version, kind, elements) == (1, 256 * CODES[dtype] + CODES[there], len(self.patterns))
+        found = [self.candidate(at) for at in range(elements)]
+        suspects = [at for at in range(elements) if self.suspected(at, found[at])]
+        intervals = {at: self.interval(at) for at in suspects}
+        bits, exceptions = self._take_apart(rest, counts)
+        flags, signs, planes = bits
+        indexed = []
+        for at in suspects:
+            first, spare = intervals[at]
+            pair = (first, spare) == (-1, 1)
+            near = spare > 1 and first <= 0 and first + spare >= -1
+            if pair or (near and next(flags)):
+                found[at] = self.sign * next(signs)
+            elif spare:
+                indexed.append(at)
+        self._read_planes(planes, indexed, intervals, found)
+        for bits_left in (flags, signs):
+            assert not any(bits_left)
+        for at, pattern in exceptions:
+            found[at] = pattern
+        width = self.sign.bit_length() // 8
+        return b"".join(pattern.to_bytes(width, "little") for pattern in found)
+
+    def _take_apart(self, rest: bytes, counts: Sequence[int]) -> tuple[tuple[Any, Any, bytes], list[tuple[int, int]]]:
+        flags, signs, exceptions, planes = counts
+        width = self.sign.bit_length() // 8
+        ends = [0, (flags + 7) // 8, (signs + 7) // 8, 4 * exceptions, width * exceptions, planes]
+        pieces = []
+        for size in ends[1:]:
+            pieces.append(rest[:size])
+            rest = rest[size:]
+        assert not rest
+        positions = struct.unpack(f"<{exceptions}I", pieces[2])
+        patterns = [int.from_bytes(pieces[3][at : at + width], "little") for at in range(0, len(pieces[3]), width)]
+        return (bits_of(pieces[0]), bits_of(pieces[1]), pieces[4]), list(zip(positions, patterns, strict=True))
+
+    def _read_planes(self, planes: bytes, alive: list[int], intervals: Mapping[int, tuple[int, int]], out: Any) -> None:
+        index, plane = dict.fromkeys(alive, 0), 0
+        while alive:
+            size = (len(alive) + 7) // 8
+            for at, bit in zip(alive, bits_of(planes[:size]), strict=False):
+                index[at] += bit << plane
+            planes, plane = planes[size:], plane + 1
+            alive = [at for at in alive if intervals[at][1] >> plane]
+        assert not planes
+        for at, value in index.items():
+            assert value <= intervals[at][1]
+            out[at] = at_place(intervals[at][0] + value, self.sign)
+
+    def candidate(self, at: int) -> int:
+        """The value that the element most likely was."""
+        pattern = encode(self._difference(at), self.base)
+        if pattern == 0 and self.deltas[at] == 0 and self.patterns[at] >= self.merged_sign:
+            return self.sign
+        return pattern
+
+    def _difference(self, at: int) -> Fraction:
+        largest = decode(self.top, self.base)
+        value = rounded(decode(self.patterns[at], self.merged) - self.deltas[at], self.work)
+        return max(-largest, min(value, largest))
+
+    def suspected(self, at: int, candidate: int) -> bool:
+        """Whether it is not taken at its word."""
+        merged, fraction = self.patterns[at], FORMATS[self.base].fraction_bits
+        if self.base != self.merged:
+            other = FORMATS[self.merged]
+            widest = max(abs(decode(merged, self.merged)), reference.power(other.least_normal))
+            return abs(decode(candidate, self.base)) <= widest * reference.power(1 + fraction - other.fraction_bits)
+        key = place(candidate, self.sign)
+        if self.base == "float64":
+            m = place(merged, self.sign)
+            return self.reached(at, key - 1) >= m or self.reached(at, key + 1) <= m
+        binade = merged & (self.sign - 1) >> fraction << fraction
+        if self.sign > 1 << 7:
+            binade = max(binade, 1 << fraction)
+        dropped = FORMATS[self.work].fraction_bits - fraction
+        tie = encode(self._difference(at), self.work) % (1 << dropped) == 1 << (dropped - 1)
+        return candidate & (self.sign - 1) <= binade or tie
+
+    def reached(self, at: int, key: int) -> int:
+        """The place of what the value at a place merges to; beyond all where that is too large."""
+        delta, pattern = self.deltas[at], at_place(key, self.sign)
+        try:
+            if delta == 0:
+                found = cast_bits(pattern, self.base, self.merged) if self.base != self.merged else pattern
+            else:
+                found = encode(rounded(decode(pattern, self.base) + delta, self.work), self.merged)
+        except TooLargeError:
+            return self.merged_sign if pattern < self.sign else -self.merged_sign
+        return place(found, self.merged_sign)
+
+    def interval(self, at: int) -> tuple[int, int]:
+        """First place and number of further places that map to what is there."""
+        m = place(self.patterns[at], self.merged_sign)
+        first, end = (self._first(at, least) for least in (m, m + 1))
+        return first, max(end - first - 1, 0)
+
+    def _first(self, at: int, least: int) -> int:
+        low, high = -2 - self.top, self.top + 1
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self.reached(at, middle) >= least else (middle, high)
+        return high
+
+
+def bits_of(data: bytes) -> Iterator[int]:
+    """The bits of bytes, the lowest first."""
+    return (byte >> bit & 1 for byte in data for bit in range(8))
