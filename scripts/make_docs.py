@@ -35,8 +35,8 @@ RESULTS = {
 JSON_PAGE = """## JSON
 
 With `--json` stdout holds one document. Its field `schema` is `lora-cli/COMMAND/1`, or `lora-cli/error/1` on failure;
-`--dry-run` prints `lora-cli/plan/1`. Fields are only ever added. The schemas are in `docs/schemas`. Numbers that JSON
-lacks are strings (`inf`, `nan`).
+`--dry-run` prints `lora-cli/plan/1`. Fields are only ever added. The schemas of results and errors are in
+`docs/schemas`. Numbers that JSON lacks are strings (`inf`, `nan`).
 """
 
 

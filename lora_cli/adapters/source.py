@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ class AdapterSource:
     shard: Shard
     config: Mapping[str, Any] | None
 
-    @property
+    @cached_property
     def tensors(self) -> dict[str, StoredTensor]:
         """The stored tensors by their names as in the file."""
         return {info.name: StoredTensor(self.shard, info) for info in self.shard.header.tensors}

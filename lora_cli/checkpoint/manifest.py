@@ -11,7 +11,7 @@ import msgspec
 
 from lora_cli.errors import MalformedFileError
 
-MANIFEST_LIMIT = 512 << 20
+MANIFEST_LIMIT = 64 << 20
 """Longest manifest that is read, in bytes of JSON."""
 
 
@@ -86,6 +86,7 @@ class FileRecord(_Record, frozen=True):
         tensors: Its tensors in byte order.
         own_header: Whether its header is in the undo file; else the merged file has the same.
         merged_header: Digest of what stands before the data in the merged file of that name; empty if there is none.
+        appended: Tensors that the merge added to that file: digest of each cut, by key.
     """
 
     name: str
@@ -94,6 +95,7 @@ class FileRecord(_Record, frozen=True):
     tensors: tuple[TensorRecord, ...]
     own_header: bool = False
     merged_header: str = ""
+    appended: dict[str, tuple[Digest, ...]] = {}
 
 
 class SideRecord(_Record, frozen=True):
@@ -110,7 +112,8 @@ class AdapterRecord(_Record, frozen=True):
 
     Attributes:
         label: What it is called.
-        digest: Of its content: names, types, shapes and bytes of the factors.
+        digest: Of its content: names, types, shapes and bytes of all tensors in its file.
+        weight: The user's weight.
         factors: Content of each factor, by name (see `digests.tensor_content`).
         held: Where its factors are: in the adapter's own file, embedded in the undo file, or in the base itself.
     """
@@ -118,6 +121,7 @@ class AdapterRecord(_Record, frozen=True):
     label: str
     digest: Digest
     factors: dict[str, str]
+    weight: float = 1.0
     held: Literal["apart", "embedded", "in the base"] = "apart"
 
 
@@ -144,8 +148,8 @@ class Manifest(_Record, frozen=True):
 
 
 def recorded(name: str) -> str:
-    """Return the name of a file or folder as a manifest can hold it: bytes that are not UTF-8 become `?`."""
-    return name.encode(errors="replace").decode()
+    """Return the name of a file or folder as a manifest can hold it: `?` for what is not printable or no UTF-8."""
+    return "".join(character if character.isprintable() else "?" for character in name)
 
 
 def write_manifest(manifest: Manifest) -> bytes:

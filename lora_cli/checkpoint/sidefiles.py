@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from lora_cli.checkpoint.source import read_whole
@@ -91,11 +91,11 @@ def lies_inside(checkpoint: Checkpoint, path: Path) -> bool:
 
 
 def _is_plain(name: str) -> bool:
-    """Whether every system reads a name as the same name: undo files can name no other files."""
-    return "\\" not in name and name == name.encode(errors="replace").decode()
+    """Whether a name is the same name everywhere: undo files can name no others. Not UTF-8 is not printable either."""
+    return "\\" not in name and name.isprintable()
 
 
-def belongs(path: Path) -> bool:
+def belongs(path: PurePath) -> bool:
     """Whether a file of this name is one that belongs beside a checkpoint's tensors."""
     name = path.name.lower()
     if name in _ADAPTER_FILES or name.endswith(".index.json") or name.startswith("lora_"):

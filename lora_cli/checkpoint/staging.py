@@ -95,13 +95,12 @@ class Staging:
         for scratch in self._scratches:
             scratch.abandon()
         with write_errors(self.target.name):
-            replacing = self.target.exists() and not self.folder
             if self.folder:
                 self._publish_folder()
             else:
                 self._publish_files()
             done()
-            for name in outdated if replacing else ():
+            for name in outdated:
                 (self.target.parent / name).unlink(missing_ok=True)
             sync_folder(self.target.parent)
 

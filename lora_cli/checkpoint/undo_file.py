@@ -38,6 +38,9 @@ FORMAT = 1
 MANIFEST = "manifest"
 _FORMAT = re.compile(r"lora-cli/undo/([1-9][0-9]{0,8})")
 _BYTES = DTYPES["U8"]
+_FREE, _MOST_DENSE = 1 << 20, 64
+"""What is packed may unpack to so many bytes, and so many times its own length: digests hardly compress."""
+
 _DAMAGED = "The undo file is damaged"
 _HINT = "get the undo file again from where the merged checkpoint came from"
 
@@ -146,6 +149,7 @@ def _read(part: StoredTensor) -> bytes:
 def _unpacked(data: bytes, limit: int, file: str) -> bytes:
     """Undo `_packed`: the length goes before the compressed bytes, so that nothing expands beyond it."""
     length = int.from_bytes(data[:8], "little")
+    limit = min(limit, _FREE + _MOST_DENSE * len(data))
     if len(data) < 8 or length > limit:
         raise MalformedFileError(_DAMAGED, file=file, expected=f"at most {limit} bytes", found=length, hint=_HINT)
     return decompress(data[8:], length)

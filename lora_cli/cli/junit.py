@@ -30,6 +30,7 @@ CLASS = "lora-cli.verify"
 REST = "tensors that no adapter changes"
 ROUND_TRIP = "round trip"
 _NAMED_ONLY = ("missing", "unexpected", "dtype", "shape")
+_ELSEWHERE = "choose a place outside the inputs"
 _LONGEST = 10_000
 
 
@@ -82,10 +83,18 @@ def _check(path: Path, inputs: Sequence[Path]) -> None:
     try:
         check_apart(path, inputs)
     except OutputExistsError as error:
-        error.hint = "choose a place outside the inputs"
+        error.hint = _ELSEWHERE
         raise
+    if path.is_file() and not _is_report(path):
+        raise OutputExistsError("--junit names a file that is no XML, and would replace it", file=path, hint=_ELSEWHERE)
     if not os.access(path.parent, os.W_OK):
         raise WriteError("The JUnit file cannot be written", file=path, found="a folder that may not be written to")
+
+
+def _is_report(path: Path) -> bool:
+    """Whether a file may be replaced: an empty one, or XML as the last run left it."""
+    with path.open("rb") as file:
+        return file.read(5) in (b"", b"<?xml")
 
 
 def document(result: VerifyResult) -> bytes:

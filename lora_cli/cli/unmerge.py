@@ -104,7 +104,8 @@ def unmerge(
 def view(result: UnmergeResult) -> Iterator[RenderableType]:
     """What an unmerge did, for people."""
     proved = sum(file.digest is not None for file in result.files)
-    how = "bit for bit" if proved else "every weight proved" if result.exact else "approximate"
+    whole = "bit for bit" if proved else "every weight proved"
+    how = whole if result.exact else "tensors bit for bit, other files not" if proved else "approximate"
     yield line(("unmerged ", "bold green"), (result.out, "bold"), f" ({how})")
     total = sum(tensor.elements for tensor in result.undecided)
     exact = sum(tensor.exact for tensor in result.undecided)
@@ -116,7 +117,8 @@ def view(result: UnmergeResult) -> Iterator[RenderableType]:
             (t.key, f"{t.exact / t.elements:.2%}", f"{t.undecided:,}", f"{t.impossible:,}" if t.impossible else "")
             for t in worst
         ]
-        yield grid(("tensor", "proved", "may differ", "impossible"), rows, right=(1, 2, 3))
+        heads = ("tensor", "proved" if result.proved else "one candidate", "may differ", "impossible")
+        yield grid(heads, rows, right=(1, 2, 3))
         if len(result.undecided) > ROWS:
             yield line(f"… and {len(result.undecided) - ROWS} better ones (--json lists all)", style="dim")
     yield facts(

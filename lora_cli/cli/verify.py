@@ -49,6 +49,9 @@ def verify(
             "--roundtrip", help="Also unmerge in memory: compare with the base, or with the digests in the undo file."
         ),
     ] = False,
+    undo: Annotated[
+        str | None, typer.Option("--undo", metavar="FILE", help="The undo file, where it is not beside MERGED.")
+    ] = None,
     max_ulp: Annotated[
         int,
         typer.Option("--max-ulp", metavar="N", min=0, help="Units in the last place that an edited weight may be off."),
@@ -91,6 +94,7 @@ def verify(
                 read=opt.read_options(alpha, scale, ignore_field),
             ),
             roundtrip=roundtrip,
+            undo=undo,
             max_ulp=max_ulp,
             threads=threads,
             memory=opt.memory_bytes(memory),
@@ -104,12 +108,14 @@ def verify(
 
 def view(result: VerifyResult) -> Iterator[RenderableType]:
     """What a verification found, for people."""
+    from lora_cli.cli.planned import use_words
+
     checked, different = result.tensors["checked"], result.tensors["different"]
     allowed = "byte for byte" if result.max_ulp == 0 else f"within {result.max_ulp} ULP"
     if result.verified:
         yield line(("verified ", "bold green"), f"{count(checked, 'tensor')} {allowed}")
     else:
-        every = checked + sum(difference.what != "values" for difference in result.different)
+        every = checked + sum(difference.what not in ("values", "roundtrip") for difference in result.different)
         yield line(("differs ", "bold red"), f"{count(different, 'tensor')} of {every}, compared {allowed}")
         if result.looks_like:
             yield line(result.looks_like)
@@ -121,6 +127,7 @@ def view(result: VerifyResult) -> Iterator[RenderableType]:
             yield line(f"… and {different - ROWS} more (--json lists all)", style="dim")
     yield facts(
         [
+            *(("adapter", use_words(use)) for use in result.adapters),
             ("round trip", _trip_words(result)),
             ("strength", _strength_words(result.survival)),
             ("took", f"{duration(result.seconds)}, peak memory {size(result.peak_rss_bytes)}"),

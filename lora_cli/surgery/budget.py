@@ -57,6 +57,7 @@ def settle_budget(plan: Plan, *, memory: int | None, threads: int, blocks: bool 
     Raises:
         UsageError: Not even one thread with the shortest piece fits; says what would.
     """
+    blocks = blocks or any(edit.forgotten for edit in plan.edits)
     factors = max((_factor_bytes(edit) for edit in plan.edits), default=0)
     fixed = _TILE_BYTES + factors + (_CODEC_BYTES if blocks else 0)
     shortest = BLOCK_ELEMENTS * max(map(_width, plan.edits), default=1) if blocks else _LEAST_STRIP

@@ -294,9 +294,9 @@ def _hub_name(path: Path, label: str) -> str | None:
 
 def _claim(adapter: Adapter) -> str | None:
     claim = adapter.config.get("base_model_name_or_path")
-    if not isinstance(claim, str) or _NO_BASE.fullmatch(claim):
+    if not isinstance(claim, str) or not _is_repository(claim, parts=2):
         return None
-    return claim if _is_repository(claim, parts=2) else None
+    return None if _NO_BASE.fullmatch(claim) else claim
 
 
 def _is_repository(text: str, *, parts: int) -> bool:
@@ -337,7 +337,7 @@ def _section(
         opening = f"{_HEADING}\n\nThese weights are {name} with {these} merged in:"
     results = "The evaluation results in the metadata were left out: they are results of the base.\n\n"
     how = (
-        "--roundtrip`; to take it out again, `lora-cli unmerge . ADAPTER -o BASE`."
+        "--adapter ADAPTER --roundtrip`; to take it out again, `lora-cli unmerge . ADAPTER -o BASE`."
         if undo
         else "--base BASE --adapter ADAPTER` with the same weights."
     )

@@ -61,7 +61,8 @@ def execute(
     """
     folder = out.suffix != ".safetensors"
     check_apart(out, plan.inputs)
-    check_space(out, plan.bytes_to_write)
+    # What is recorded is gathered first, and then copied together.
+    check_space(out, plan.bytes_to_write + (2 * plan.bytes_to_undo if see_copies else 0))
     with Staging(out, folder=folder, may_replace=may_replace).opened() as staging:
         names = [file.name if folder else out.name for file in plan.files]
         staged = [staging.create(name, file.size) for name, file in zip(names, plan.files, strict=True)]

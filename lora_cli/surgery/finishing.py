@@ -11,7 +11,7 @@ from lora_cli.checkpoint.sidefiles import SideFile
 from lora_cli.checkpoint.staging import Staging
 from lora_cli.checkpoint.undo_file import UNDO_FILE
 from lora_cli.surgery.execute import Tap
-from lora_cli.surgery.identity import adapter_records
+from lora_cli.surgery.identity import adapter_records, merged_before
 from lora_cli.surgery.merge import WrittenUndo, output_names, output_sizes, receipt_content
 from lora_cli.surgery.placing import PlanOptions
 from lora_cli.surgery.plan import Plan
@@ -54,8 +54,8 @@ class Finishing:
         content["arithmetic"] = ARITHMETIC
         for said, record in zip(content["adapters"], self._adapters, strict=True):
             said["digest"] = record.digest
-        earlier = find_receipt(self._plan.checkpoint.path)
-        if earlier and earlier.get("operation") == "merge":
+        earlier = merged_before(find_receipt(self._plan.checkpoint.path))
+        if earlier:
             content["earlier"] = earlier
         others = []
         if self._recorder is not None:

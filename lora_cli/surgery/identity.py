@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from blake3 import blake3
@@ -10,6 +11,7 @@ from blake3 import blake3
 from lora_cli.checkpoint.checkpoint import StoredTensor
 from lora_cli.checkpoint.digests import tensor_content
 from lora_cli.checkpoint.manifest import AdapterRecord, recorded
+from lora_cli.checkpoint.source import Reader, SourceFile
 from lora_cli.errors import WrongInputError
 from lora_cli.surgery.plan import Plan
 
@@ -21,21 +23,39 @@ def adapter_records(plan: Plan, *, embed: bool) -> tuple[AdapterRecord, ...]:
 
 def _adapter_record(plan: Plan, number: int, *, embed: bool) -> AdapterRecord:
     adapter = plan.opened[number]
-    tensors = {tensor.key: tensor for tensor in adapter.tensors}
-    whole = blake3()
-    content = {}
-    for key, tensor in sorted(tensors.items()):
-        with tensor.shard.source.open() as reader:
-            content[key] = tensor_content(tensor, reader)
-        whole.update(f"{key}\n{content[key]}\n".encode())
     own = {shard.source for shard in plan.checkpoint.shards}
-    carried = any(tensor.shard.source in own for tensor in tensors.values())
+    carried = any(tensor.shard.source in own for tensor in adapter.tensors)
+    shards = {tensor.shard.source: tensor.shard for tensor in adapter.tensors}.values()
+    every = [StoredTensor(shard, info) for shard in shards for info in shard.header.tensors]
+    content = contents(adapter.tensors if carried else every)
     return AdapterRecord(
         label=recorded(adapter.label),
-        digest=whole.hexdigest(),
+        digest=content_digest(content),
         factors={key: content[key] for key in sorted(factors_of(plan, number))},
+        weight=plan.adapters[number].weight,
         held="in the base" if carried else "embedded" if embed else "apart",
     )
+
+
+def contents(tensors: Iterable[StoredTensor]) -> dict[str, str]:
+    """What each tensor is (see `digests.tensor_content`), by its name, reading each of them once."""
+    found = {}
+    with ExitStack() as stack:
+        readers: dict[SourceFile, Reader] = {}
+        for tensor in tensors:
+            source = tensor.shard.source
+            if source not in readers:
+                readers[source] = stack.enter_context(source.open())
+            found[tensor.key] = tensor_content(tensor, readers[source])
+    return found
+
+
+def content_digest(content: Mapping[str, str]) -> str:
+    """Return the digest of an adapter: of the names of all tensors in its file, and of what they are."""
+    whole = blake3()
+    for key, said in sorted(content.items()):
+        whole.update(f"{key}\n{said}\n".encode())
+    return whole.hexdigest()
 
 
 def factors_of(plan: Plan, number: int) -> dict[str, StoredTensor]:
@@ -45,30 +65,42 @@ def factors_of(plan: Plan, number: int) -> dict[str, StoredTensor]:
 
 
 def refuse_again(plan: Plan, records: Sequence[AdapterRecord], receipt: Mapping[str, Any] | None) -> None:
-    """Refuse an adapter that the base's receipt says is in it already.
+    """Refuse an adapter that the base's receipt says is in it already, or that is given twice.
 
     Raises:
         WrongInputError: With the adapter's label.
     """
-    merged = dict(_merged_before(receipt))
-    for said in records:
-        if said.digest in merged:
+    hint = "to apply it once more on purpose: --again"
+    there = {said["digest"]: f"{said['label']} in the receipt of {plan.base}" for said in merged_before(receipt)}
+    given: dict[str, str] = {}
+    for said, use in zip(records, plan.adapters, strict=True):
+        if use.weight == 0:
+            continue
+        if said.digest in there:
+            found = there[said.digest]
             raise WrongInputError(
-                "This adapter is merged into the base already",
-                file=said.label,
-                found=f"{merged[said.digest]} in the receipt of {plan.base}",
-                hint="to apply it once more on purpose: --again",
+                "This adapter is merged into the base already", file=said.label, found=found, hint=hint
             )
+        if said.digest in given:
+            found = f"the same tensors as {given[said.digest]}"
+            raise WrongInputError("This adapter is given twice", file=said.label, found=found, hint=hint)
+        given[said.digest] = said.label
 
 
-def _merged_before(receipt: Mapping[str, Any] | None) -> Iterator[tuple[str, str]]:
-    """Digest and label of every adapter that a receipt, or an earlier one within it, says was merged.
+def merged_before(receipt: Mapping[str, Any] | None) -> list[dict[str, str]]:
+    """Label and digest of every adapter that a receipt says is in a checkpoint, those of earlier merges first.
 
-    The receipt of an unmerge names adapters too, which are no longer there.
+    The receipt of an exact unmerge names adapters too, which are no longer there.
     """
-    while isinstance(receipt, Mapping) and receipt.get("operation") == "merge":
-        adapters = receipt.get("adapters")
-        for said in adapters if isinstance(adapters, list) else ():
-            if isinstance(said, dict) and isinstance(said.get("digest"), str):
-                yield said["digest"], str(said.get("label"))
-        receipt = receipt.get("earlier")
+    if receipt is None:
+        return []
+    found = _listed(receipt.get("earlier"))
+    if receipt.get("operation") == "merge":
+        found += _listed(receipt.get("adapters"))
+    return found
+
+
+def _listed(adapters: object) -> list[dict[str, str]]:
+    said = [one for one in adapters if isinstance(one, dict)] if isinstance(adapters, list) else []
+    there = [one for one in said if isinstance(one.get("digest"), str) and one.get("weight") != 0]
+    return [{"label": str(one.get("label")), "digest": one["digest"]} for one in there]

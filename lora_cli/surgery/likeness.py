@@ -19,7 +19,7 @@ from lora_cli.surgery.plan import Edit, Plan
 if TYPE_CHECKING:
     from lora_cli.surgery.verify import Difference
 
-_ALIKE = 0.1
+_ALIKE = 0.02
 """Numbers that are as near to their median are called alike."""
 
 
@@ -70,7 +70,7 @@ def summary(different: Sequence[Difference], likenesses: Mapping[str, Likeness])
     if len(generals) > 1 or apart:
         return None
     ulp = max((difference.max_ulp or 0 for difference in different), default=0)
-    words = generals.pop().replace("{times}", f"{middle:.3g}").replace("{ulp}", str(max(1, ulp)))
+    words = generals.pop().replace("{times}", f"{middle:.3g}").replace("{ulp}", str(ulp))
     return f"all {len(alike):,} tensors that differ look like {words}"
 
 

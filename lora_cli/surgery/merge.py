@@ -98,7 +98,7 @@ def plan_merge(
     opened = open_base(base, progress)
     made = plan(opened, open_adapters(adapters, options.read, progress), options)
     receipt = find_receipt(opened.path)
-    if receipt and not again:
+    if not again and (receipt or len(made.opened) > 1):
         refuse_again(made, adapter_records(made, embed=False), receipt)
     made = _with_card(made.for_output(Path(out)), undo=undo)
     for warning in made.warnings:

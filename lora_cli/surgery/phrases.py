@@ -90,9 +90,8 @@ def rounded(count: int, max_ulp: int | None) -> Likeness:
     words = "this merge, rounded in another way"
     if max_ulp is None:
         return Likeness(f"{words} in {elements(count)}", words)
-    most = max(1, max_ulp)
     return Likeness(
-        f"{words}: {elements(count)}, by at most {most} ULP (--max-ulp {most} allows that)",
+        f"{words}: {elements(count)}, by at most {max_ulp} ULP (--max-ulp {max_ulp} allows that)",
         f"{words} (--max-ulp {{ulp}} allows that)",
     )
 

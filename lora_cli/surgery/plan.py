@@ -261,6 +261,16 @@ class Plan:
         return sum(file.size for file in self.files) + sum(side.size for side in self.side_files)
 
     @property
+    def bytes_to_undo(self) -> int:
+        """Bytes that an undo file has at least: what replaced and narrowed tensors lose, and what is dropped."""
+        lost = [e.displaced.nbytes if e.displaced else max(0, e.source.nbytes - e.nbytes) for e in self._changed]
+        return sum(lost) + sum(self.checkpoint.tensors[key].nbytes for key in self.dropped if self.operation == "merge")
+
+    @property
+    def _changed(self) -> Iterable[Edit]:
+        return (e for e in self.edits if e.fresh is None and (e.displaced or e.operation in ("add", "cast")))
+
+    @property
     def bytes_to_read(self) -> int:
         """Bytes of base and adapter tensors that are read."""
         factors = {id(tensor): tensor.nbytes for e in self.edits for t in e.terms for tensor in t.delta.tensors}

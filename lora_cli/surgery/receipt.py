@@ -68,10 +68,19 @@ OPERATIONS = ("merge", "unmerge", "inject")
 
 
 def find_receipt(path: Path) -> Mapping[str, Any] | None:
-    """Read the receipt of a checkpoint or adapter that lora-cli wrote, or None."""
-    places = (receipt_path(path, operation) for operation in OPERATIONS)
+    """Read the receipt of a checkpoint or adapter that lora-cli wrote, or None.
+
+    A file in the folder of an output has that folder's receipt, if it lists the file.
+    """
+    places = [receipt_path(path, operation) for operation in OPERATIONS]
     place = next((place for place in places if place.is_file()), None)
-    return None if place is None else _read_receipt(place)
+    if place is not None:
+        return _read_receipt(place)
+    if path.suffix != ".safetensors":
+        return None
+    around = find_receipt(path.parent)
+    files = around.get("files") if around else None
+    return around if isinstance(files, list) and path.name in files else None
 
 
 def ours_beside(out: Path) -> list[str]:

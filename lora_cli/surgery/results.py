@@ -27,12 +27,15 @@ def open_base(reference: Reference, progress: Progress = SILENT) -> Checkpoint:
     return open_checkpoint(place.path, label=place.label, links_inside=place.links_inside)
 
 
+def listed(references: Iterable[Reference]) -> list[Reference]:
+    """Return references as a list; one alone may be given without."""
+    return [references] if isinstance(references, str | Path) else list(references)
+
+
 def open_adapters(references: Iterable[Reference], options: ReadOptions, progress: Progress = SILENT) -> list[Adapter]:
     """Open adapters from paths or Hub ids; one alone may be given without a list."""
-    if isinstance(references, str | Path):
-        references = [references]
     adapters = []
-    for reference in references:
+    for reference in listed(references):
         place = locate(str(reference), role="adapter", progress=progress)
         adapters.append(open_adapter(place.path, options, label=place.label))
     return adapters

@@ -35,9 +35,8 @@ class Survivals:
     """Gathers what survived, from any thread."""
 
     def __init__(self) -> None:
-        from lora_cli.arithmetic.strength import Strength
 
-        self._sums: defaultdict[str, Strength] = defaultdict(Strength)
+        self._sums: defaultdict[str, dict[int, Strength]] = defaultdict(dict)
         self._lock = threading.Lock()
 
     def watch(self, unit: Unit, pieces: Pieces) -> Pieces:
@@ -50,16 +49,24 @@ class Survivals:
                 sums.add(piece.source, piece.result, piece.delta)
             yield piece
         if unit.edit is not None and sums.elements:
-            self.take(unit.edit.key, sums)
+            self.take(unit.edit.key, unit.begin, sums)
 
-    def take(self, key: str, sums: Strength) -> None:
-        """Add the sums of a part of a tensor."""
+    def take(self, key: str, begin: int, sums: Strength) -> None:
+        """Take in the sums of the part of a tensor that begins at a row."""
         with self._lock:
-            self._sums[key].take(sums)
+            self._sums[key][begin] = sums
 
     def report(self) -> tuple[Survival, ...]:
         """What survived, by key."""
-        return tuple(Survival(key, sums.changed_fraction, sums.value) for key, sums in sorted(self._sums.items()))
+        from lora_cli.arithmetic.strength import Strength
+
+        found = []
+        for key, parts in sorted(self._sums.items()):
+            whole = Strength()
+            for begin in sorted(parts):  # sums in one order are the same sums
+                whole.take(parts[begin])
+            found.append(Survival(key, whole.changed_fraction, whole.value))
+        return tuple(found)
 
 
 def warnings_of(survivals: tuple[Survival, ...]) -> list[str]:

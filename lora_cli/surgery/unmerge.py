@@ -18,11 +18,12 @@ from lora_cli.errors import UsageError, WrongInputError
 from lora_cli.progress import SILENT, Progress
 from lora_cli.surgery.approximate import Undecided, kept, plan_subtraction, prove_subtraction
 from lora_cli.surgery.budget import Budget, settle_budget
+from lora_cli.surgery.identity import adapter_records, merged_before
 from lora_cli.surgery.merge import check_output, output_names, output_path, output_sizes, receipt_content
 from lora_cli.surgery.placing import PlanOptions
 from lora_cli.surgery.plan import Plan
-from lora_cli.surgery.receipt import beside, make_receipt, written_by_us
-from lora_cli.surgery.results import Reference, measured, open_base
+from lora_cli.surgery.receipt import beside, find_receipt, make_receipt, written_by_us
+from lora_cli.surgery.results import Reference, listed, measured, open_base
 from lora_cli.surgery.undo.undoing import Undoing, plan_undoing
 from lora_cli.surgery.workers import default_threads
 
@@ -109,7 +110,12 @@ def _planned(
 
 
 def open_undoing(
-    merged: Checkpoint, adapters: Sequence[Reference], undo: Reference | None, progress: Progress
+    merged: Checkpoint,
+    adapters: Sequence[Reference],
+    undo: Reference | None,
+    progress: Progress,
+    *,
+    whole: bool = False,
 ) -> Undoing:
     """Plan an exact unmerge with the undo file that is named, or found beside the merged checkpoint.
 
@@ -123,11 +129,11 @@ def open_undoing(
             "There is no undo file, so the base cannot be recovered bit for bit",
             file=merged.label,
             expected=place.name,
-            hint="name it with --undo; or --approximate subtracts the adapter, proves most weights, counts the rest",
+            hint="name it with --undo; or unmerge --approximate subtracts, proves most weights, and counts the rest",
         )
-    located = [locate(str(adapter), role="adapter", progress=progress) for adapter in adapters]
+    located = [locate(str(adapter), role="adapter", progress=progress) for adapter in listed(adapters)]
     sources = [look_at_adapter(adapter.path, label=adapter.label) for adapter in located]
-    return plan_undoing(merged, open_undo_file(place), sources)
+    return plan_undoing(merged, open_undo_file(place), sources, whole=whole)
 
 
 def unmerge(
@@ -229,7 +235,11 @@ class _How:
         for name in stays:
             self.progress.warn(f"{name}: the adapter replaced it whole; its base values are lost, the merged ones stay")
         sizes = output_sizes(self.made, self.target)
-        receipt = make_receipt(self.target, "unmerge", receipt_content(self.made, options), sizes)
+        content = receipt_content(self.made, options)
+        taken = {record.digest for record in adapter_records(self.made, embed=False)}
+        before = merged_before(find_receipt(self.made.checkpoint.path))
+        content["earlier"] = [said for said in before if said["digest"] not in taken]
+        receipt = make_receipt(self.target, "unmerge", content, sizes)
         budget = self._budget(blocks=False)
         written = self._execute(budget, [], lambda _: [receipt], see_copies=False)
         undecided = prove_subtraction(self.made, budget, self.progress)

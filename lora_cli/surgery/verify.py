@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
+from lora_cli.adapters.source import ReadOptions
 from lora_cli.checkpoint.checkpoint import Checkpoint, StoredTensor
 from lora_cli.errors import LoraCliError, UsageError
 from lora_cli.progress import SILENT, Progress
 from lora_cli.surgery.budget import Budget, settle_budget
+from lora_cli.surgery.identity import content_digest, contents
 from lora_cli.surgery.placing import PlanOptions
 from lora_cli.surgery.plan import AdapterUse, Plan
 from lora_cli.surgery.planning import plan
 from lora_cli.surgery.results import Reference, measured, open_adapters, open_base
 from lora_cli.surgery.survival import Survival, Survivals, warnings_of
+from lora_cli.surgery.undo.undoing import Undoing
 from lora_cli.surgery.unmerge import open_undoing
 from lora_cli.surgery.workers import default_threads
-
-if TYPE_CHECKING:
-    from lora_cli.arithmetic.strength import Strength
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class Difference:
             other than floating tensors.
         expected: What the merge would have written, where that is a type or shape.
         found: What is there.
-        looks_like: What it looks like instead, in words; None for other than values.
+        looks_like: What it looks like instead, or why it does not come back; None where neither is known.
         strength: How much of the whole delta is there, along the delta itself; NaN and infinity count as right. None
             for tensors without one, and where it is zero.
     """
@@ -110,6 +109,7 @@ def verify(
     options: PlanOptions | None = None,
     *,
     roundtrip: bool = False,
+    undo: Reference | None = None,
     max_ulp: int = 0,
     threads: int | None = None,
     memory: int | None = None,
@@ -125,7 +125,9 @@ def verify(
         adapters: What is said to be in it.
         options: Weights and the rest, as for the merge.
         roundtrip: Also unmerge in memory with the undo file beside `merged`, and compare with the base; without a base,
-            with the digests in the undo file, and what comes out is merged again and compared with what is there.
+            with the digests in the undo file, and what comes out is merged again and compared with what is there. The
+            undo file is then taken at its word for what the base is, and for weights and scales.
+        undo: The undo file; the one beside `merged` unless given.
         max_ulp: Units in the last place by which an element of a tensor that the adapters change may differ, measured
             at its own magnitude. 0 means the same bytes. Tensors that they do not change must always be the same bytes.
         threads: Units of work at once; all cores by default.
@@ -147,7 +149,7 @@ def verify(
         opened = None if base is None else open_base(base, progress)
         work = _Work(candidate, opened, adapters, threads or default_threads(), memory, progress)
         found = work.compare(options, max_ulp) if opened else _Found()
-        trip = work.roundtrip(found) if roundtrip else None
+        trip = work.roundtrip(found, undo) if roundtrip else None
     different = sorted(found.different, key=lambda difference: difference.key)
     return VerifyResult(
         verified=not different,
@@ -208,11 +210,11 @@ class _Work:
         edited = tuple(edit.key for edit in made.edits if edit.terms or edit.operation in ("replace", "append"))
         return _Found(made.base, made.adapters, len(checked), different, looks_like, edited, survival)
 
-    def roundtrip(self, found: _Found) -> RoundTrip:
+    def roundtrip(self, found: _Found, undo: Reference | None) -> RoundTrip:
         """Unmerge in memory; what is wrong is added to what was found."""
         against = "base" if self.base else "digests"
         try:
-            undoing = open_undoing(self.candidate, self.adapters, None, self.progress)
+            undoing = open_undoing(self.candidate, self.adapters, undo, self.progress, whole=self.base is None)
         except LoraCliError as error:
             if not found.different:
                 raise
@@ -231,12 +233,40 @@ class _Work:
         ]
         manifest = undoing.undo.manifest
         if self.base is None:
+            self._compare_scales(undoing)
             found.base = manifest.base
+            found.adapters = undoing.uses()
             found.checked = len(list(undoing.plan.edits))
             found.edited = tuple(edit.key for edit in undoing.plan.edits if edit.forgotten is not None)
         files = {file.name: file.digest for file in manifest.files}
         files |= {side.name: side.digest for side in manifest.side_files}
         return RoundTrip(not wrong, against, files, len(wrong))
+
+    def _compare_scales(self, undoing: Undoing) -> None:
+        """Say where the merge used another scale than the adapter's own config has."""
+        terms = [term for edit in undoing.plan.edits for term in edit.terms]
+        used = {(tensor.shard.source, tensor.key): t.delta.scale.alpha for t in terms for tensor in t.delta.tensors}
+        weights = {adapter.digest: adapter.weight for adapter in undoing.undo.manifest.adapters}
+        for reference in self.adapters:
+            try:
+                (adapter,) = open_adapters([reference], ReadOptions(), self.progress)
+            except LoraCliError:
+                continue  # it has no scale of its own
+            shards = {tensor.shard.source: tensor.shard for tensor in adapter.tensors}.values()
+            every = [StoredTensor(shard, info) for shard in shards for info in shard.header.tensors]
+            weight = weights.get(content_digest(contents(every)), 1.0)
+            pairs = [
+                (target.delta.scale.times(weight), used[place])
+                for target in adapter.targets
+                if (place := (target.delta.tensors[0].shard.source, target.delta.tensors[0].key)) in used
+            ]
+            other = [(own, there) for own, there in pairs if own != there]
+            if other:
+                own, there = other[0]
+                self.progress.warn(
+                    f"{adapter.label}: the merge used scale {there:g} where its config says {own:g} "
+                    f"({len(other)} of {len(pairs)} modules); only --base with the options of the merge can judge that"
+                )
 
 
 def _compare_names(made: Plan, candidate: Checkpoint) -> tuple[list[Difference], set[str]]:
@@ -276,7 +306,7 @@ def _compare_values(
     progress.begin("verify", left.total())
     sizes = dict(left)
     tallies: dict[str, _Tally] = {}
-    strengths: defaultdict[str, dict[int, Strength]] = defaultdict(dict)
+    survivals = Survivals()
     for part in compare_plan(made, tensors, budget, max_ulp):
         progress.advance(part.nbytes)
         left[compared[part.key]] -= part.nbytes
@@ -289,20 +319,12 @@ def _compare_values(
                 tally.floating = True
                 tally.max_ulp = max(tally.max_ulp, part.max_ulp)
         if part.strength is not None:
-            strengths[part.key][part.begin] = part.strength
+            survivals.take(part.key, part.begin, part.strength)
     different = [
         Difference(key, "values", tally.elements, tally.max_ulp if tally.floating else None)
         for key, tally in tallies.items()
     ]
-    return different, _survival(strengths)
-
-
-def _survival(strengths: Mapping[str, Mapping[int, Strength]]) -> tuple[Survival, ...]:
-    survivals = Survivals()
-    for key, by_begin in strengths.items():
-        for begin in sorted(by_begin):  # sums in one order are the same sums
-            survivals.take(key, by_begin[begin])
-    return survivals.report()
+    return different, survivals.report()
 
 
 def _warn(different: Sequence[Difference], survival: tuple[Survival, ...], progress: Progress) -> None:

@@ -254,7 +254,7 @@ def test_lone_surrogates_in_labels(world: World, tmp_path: Path) -> None:
 def test_an_error_becomes_the_content(call: Call, world: World, tmp_path: Path, flags: tuple[str, ...]) -> None:
     other = write_adapter(tmp_path / "other", {"base_model.model.x.lora_A.weight": numbers(2, 2)})
     report = tmp_path / "report.xml"
-    report.write_text("of yesterday")
+    report.write_text("<?xml of yesterday ?>")
     ran = call("verify", world.merged, "--base", world.base, "--adapter", other, "--junit", report, *flags)
     assert ran.code in (10, 20)
     (case,) = cases_of(report).values()
@@ -293,13 +293,13 @@ def test_31_and_32_while_writing(
 ) -> None:
     """Nothing of it is left, and what was there is there still."""
     report = tmp_path / "report.xml"
-    report.write_text("of yesterday")
+    report.write_text("<?xml of yesterday ?>")
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(os, name, failing(number))
         ran = call(*line(world, world.base if wrong else None), "--junit", report, *flags)
     assert_failed(ran, *((32, "write") if number == errno.EIO else (31, "disk-full")), "report.xml")
     assert " -o" not in ran.out + ran.err, "there is no such option here"
-    assert report.read_text() == "of yesterday"
+    assert report.read_text() == "<?xml of yesterday ?>"
     assert list(tmp_path.iterdir()) == [report]
 
 
@@ -328,7 +328,9 @@ def test_places_where_no_report_goes(call: Call, world: World, tmp_path: Path) -
         world.base / "config.json": (30, "output-exists", "into an input"),
         world.adapter / "report.xml": (30, "output-exists", "into an input"),
         world.merged / "report.xml": (30, "output-exists", "into an input"),
+        tmp_path / "other.lora_merge.undo": (30, "output-exists", "no XML"),
     }
+    (tmp_path / "other.lora_merge.undo").write_bytes(b"of somebody's")
     for place, (code, name, words) in places.items():
         ran = call(*line(world), "--junit", place)
         assert_failed(ran, code, name, words)

@@ -768,6 +768,16 @@ def test_names_and_types_look_like_nothing(bf16: World) -> None:
     assert (result.looks_like, set(looks(result).values())) == (None, {None})
 
 
+def test_tensors_at_different_scales(bf16: World) -> None:
+    scales = {"h.0.mlp.lin.weight": 0.7, "h.0.attn.c_attn.weight": 0.8}
+    merges = {key: bf16.merged(key, bf16.one, weights=(scale,)) for key, scale in scales.items()}
+    wrong = bf16.wrong("wrong", {key: in_memory(path)[key] for key, path in merges.items()})
+    result = verify(wrong, bf16.base, [bf16.one])
+    found = {key: float(str(words).split()[3]) for key, words in looks(result).items()}
+    assert found == pytest.approx(scales, abs=0.01)
+    assert result.looks_like is None
+
+
 def test_one_tensor_too_many_spoils_the_sentence(bf16: World) -> None:
     base = write_base(bf16.folder / "more", in_memory(bf16.base) | {"more": torch.ones(3)})
     result = verify(base, bf16.base, [bf16.one])

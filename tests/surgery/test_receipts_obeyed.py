@@ -12,9 +12,8 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import save_file
-from undo_world import FIRST, RECEIPT, UNDO, World, adapter_tensors, contents, lora
+from undo_world import FIRST, RECEIPT, UNDO, World, adapter_tensors, command, contents, lora
 
-from lora_cli.cli.app import run
 from lora_cli.surgery.merge import merge, plan_merge
 
 
@@ -69,7 +68,7 @@ def test_an_adapter_is_not_merged_twice_unawares(world: World, find: Callable[[W
         plan_merge(base, [adapter])
     with world.refused(23):
         merge(base, [adapter], world.out, undo=False)
-    assert run(["-q", "merge", str(base), str(adapter), "-o", str(world.out), "--dry-run"]) == 23
+    assert command("-q", "merge", base, adapter, "-o", world.out, "--dry-run") == 23
     assert not world.out.exists()
     merge(base, [adapter], world.out, again=True)
     assert plan_merge(base, [adapter], again=True).adapters

@@ -75,8 +75,8 @@ def test_names_that_are_odd_as_names_of_files(tmp_path: Path, bare: bool) -> Non
     latin = os.fsdecode(b"\xe9")
     base = write_base(tmp_path / f"b{latin}", {"x.weight": gaussian(1, 30, 20)})
     (base / "model.safetensors").rename(base / ".hidden.safetensors")
-    lost = [f"{latin}.txt", "back\\slash.txt"]
-    for name in (*lost, "new\nline.txt", "x" * 251 + ".txt"):
+    lost = [f"{latin}.txt", "back\\slash.txt", "new\nline.txt"]
+    for name in (*lost, "ü 重み.txt", "x" * 251 + ".txt"):
         (base / name).write_text(ascii(name))
     adapter = small_adapter(tmp_path / f"a{latin}", 1, "x")
     if bare:

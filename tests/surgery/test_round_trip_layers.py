@@ -168,7 +168,7 @@ def test_an_embedded_adapter_is_all_that_is_needed(tmp_path: Path) -> None:
     assert caught.value.exit_code == 23
     with pytest.raises(WrongInputError):
         unmerge(trip.merged, [adapter, wrong], tmp_path / "no")
-    unmerge(trip.merged, [other], tmp_path / "right")
+    unmerge(trip.merged, str(other), tmp_path / "right")  # one alone needs no list
     assert weights(tmp_path / "right") == weights(base)
     assert not (tmp_path / "no").exists()
 

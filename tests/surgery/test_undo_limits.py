@@ -7,10 +7,13 @@ import struct
 import tracemalloc
 import zlib
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import tiny
 from undo_world import SECOND, Document, Parts, World, as_part, frame, pack, record, unpack
+
+from lora_cli.checkpoint import digests
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +87,21 @@ def test_nothing_expands_beyond_what_it_was_said_to_be(world: World, make: Calla
         assert tracemalloc.get_traced_memory()[1] < 8 << 20
     finally:
         tracemalloc.stop()
+
+
+def test_fragments_that_add_up_and_overlap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if a cut had at most 8 elements."""
+    monkeypatch.setattr(digests, "CUT_ELEMENTS", 8)
+    world = World(tmp_path).write().merge(embed_adapter=True)
+
+    def change(manifest: Document, _: Parts) -> None:
+        first, second, third = record(manifest, "x.weight")["fragments"]
+        record(manifest, "x.weight")["fragments"] = [-first, second + 2 * first, third]
+
+    place = world.spoilt(change)
+    with world.refused(10) as caught:
+        world.unmerge(given=False, undo=place)
+    assert "x.weight: what its shape" in str(caught.value.expected)
 
 
 HUGE = (1 << 32) - 1

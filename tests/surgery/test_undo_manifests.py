@@ -126,6 +126,16 @@ def another_residual(manifest: Document, parts: Parts) -> None:
     record(manifest, "head.weight")["fragments"] = [parts["undo/head.weight"][1][0]]
 
 
+def stored(data: Callable[[bytes], bytes]) -> Change:
+    """A tensor that nobody touched comes from the undo file."""
+
+    def change(manifest: Document, parts: Parts) -> None:
+        record(manifest, "ids")["how"] = "stored"
+        parts["stored/ids"] = ("I64", [4], data(bytes(byte for n in range(4) for byte in n.to_bytes(8, "little"))))
+
+    return change
+
+
 def shortened(manifest: Document, parts: Parts) -> None:
     parts["undo/x.weight"] = as_part(b"")
     record(manifest, "x.weight")["fragments"] = [0]
@@ -149,7 +159,8 @@ CASES: dict[str, tuple[int, str, Change]] = {
     "hidden": (11, ".bashrc", named(".bashrc")),
     "in a hidden folder": (11, ".git/config", named(".git/config")),
     "hidden in a folder": (11, "a/.x", named("a/.x")),
-    "backslash": (11, "x", of_side("config.json", name="..\\x")),
+    "backslash": (11, "x", of_side("config.json", name="a\\x")),
+    "backslash in a shard": (11, "x", of_file(name="a\\x.safetensors")),
     "three deep": (11, "a/b/c", named("a/b/c")),
     "a shard in a folder": (11, "a/x", of_file(name="a/x.safetensors")),
     "no name": (11, "''", named("")),
@@ -194,6 +205,7 @@ CASES: dict[str, tuple[int, str, Change]] = {
     "no digests": (10, FIRST, of_tensor("x.weight", digests=[])),
     "two digests of the source": (10, "x.weight", of_tensor("x.weight", source_digests=[DIGEST] * 2)),
     "another digest of the source": (23, "x.weight", of_tensor("x.weight", source_digests=[DIGEST])),
+    "another stored tensor": (10, "ids: what comes out is not the base", stored(lambda data: data[::-1])),
     "no such source": (10, "nope", of_tensor("x.weight", source="nope")),
     "a source of another shape": (10, "x.weight", of_tensor("x.weight", source="y.weight")),
     "a source of another type": (10, "norm.weight", of_tensor("norm.weight", source="score.weight")),
@@ -276,6 +288,7 @@ FINE: dict[str, Change] = {
     "no digest of the merged header": lambda manifest, _: manifest["files"][0].pop("merged_header"),
     "what is the default": of_tensor("x.weight", source=""),
     "parts that nobody speaks of": lambda _, parts: parts.update({"note": as_part(b"of somebody")}),
+    "a tensor in the undo file": stored(lambda data: data),
     "parts in another order": lambda _, parts: parts.update({FACTOR: parts.pop(FACTOR)}),
 }
 

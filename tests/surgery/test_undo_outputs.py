@@ -79,6 +79,15 @@ def test_files_that_came_later_stay_behind_and_are_listed(world: World) -> None:
     assert plan_unmerge(world.merged, [world.adapter]).left_out == ("notes.txt",)
 
 
+def test_a_card_that_the_merge_made_is_no_surprise(tmp_path: Path) -> None:
+    world = World(tmp_path).write()
+    (world.base / "README.md").unlink()
+    world.merge()
+    assert (world.merged / "README.md").exists()
+    assert plan_unmerge(world.merged, [world.adapter]).left_out == ()
+    world.restored()
+
+
 def test_a_small_file_that_the_undo_file_holds_is_not_taken_from_the_merged_checkpoint(world: World) -> None:
     """The merge wrote another index, since the head came in; whatever it is now, the base's own comes back."""
     assert (world.merged / INDEX).read_bytes() != (world.base / INDEX).read_bytes()

@@ -21,6 +21,7 @@ from undo_world import (
     World,
     adapter_tensors,
     base_tensors,
+    command,
     contents,
     flip_tensor,
     lora,
@@ -113,6 +114,14 @@ def test_several_adapters(tmp_path: Path) -> None:
     with world.refused(23) as caught:
         world.unmerge(world.adapter, third, second)
     assert caught.value.file == "third"
+    # Of several it is told what is different from the one that is most alike.
+    for name, tensors in (("adapter", adapter_tensors()), ("second", lora("x", 6, 4, 30))):
+        tensors[A].view(torch.int32)[0, 0] ^= 1
+        spoilt = world.write_adapter("spoilt", tensors)
+        with world.refused(23) as caught:
+            world.unmerge(spoilt)
+        assert str(caught.value.expected).startswith(f"{name}, content digest ")
+        assert names_in(caught.value.details, A)
 
 
 def test_an_adapter_in_the_undo_file_is_not_asked_for_and_another_is_refused(tmp_path: Path) -> None:
@@ -312,4 +321,36 @@ def test_either_an_undo_file_or_an_approximation(world: World) -> None:
     with world.refused(2) as caught:
         world.unmerge(undo=world.merged / UNDO, approximate=True)
     assert "--approximate" in caught.value.message
+    assert contents(world.place) == {}
+
+
+# The command line
+
+
+LINES: dict[str, tuple[int, str, list[str]]] = {
+    "no adapter": (2, "content digest", []),
+    "a weight": (2, "--approximate", ["{adapter}", "--weight", "1"]),
+    "a scale": (2, "--approximate", ["{adapter}", "--scale", "1"]),
+    "both ways": (2, "--approximate", ["{adapter}", "--undo", "{undo}", "--approximate"]),
+    "no such undo file": (2, "nothing.undo", ["{adapter}", "--undo", "nothing.undo"]),
+    "no undo file": (10, "config.json", ["{adapter}", "--undo", "{merged}/config.json"]),
+    "a device": (11, "regular file", ["{adapter}", "--undo", "/dev/null"]),
+    "another adapter": (23, "is not the one that was merged", ["{other}"]),
+}
+
+
+@pytest.mark.parametrize(("code", "words", "line"), LINES.values(), ids=LINES)
+@pytest.mark.parametrize("dry", [False, True])
+def test_exit_codes(
+    world: World, capsys: pytest.CaptureFixture[str], code: int, words: str, line: list[str], dry: bool
+) -> None:
+    places = {"adapter": world.adapter, "merged": world.merged, "undo": world.merged / UNDO}
+    places["other"] = world.write_adapter("other", lora("x", 6, 4, 90))
+    given = [part.format(**places) for part in line]
+    found = command("unmerge", world.merged, *given, "-o", world.out, *(["--dry-run"] if dry else []))
+    said = capsys.readouterr()
+    assert (found, said.out) == (code, "")
+    assert said.err.startswith("error: ")
+    assert words in said.err
+    assert "Traceback" not in said.err
     assert contents(world.place) == {}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ import torch
 from blake3 import blake3
 from safetensors.torch import save_file
 
+from lora_cli.cli.app import run
 from lora_cli.errors import LoraCliError
 from lora_cli.surgery.merge import MergeResult, merge
 from lora_cli.surgery.placing import PlanOptions
@@ -144,6 +146,17 @@ class World:
         assert everything(self.folder) == before
         assert caught.value.message
         assert not caught.value.message.endswith(".")
+
+
+def command(*line: object) -> int:
+    """Run the program in this process; returns its exit code."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    try:
+        return run([str(part) for part in line])
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 def everything(folder: Path) -> dict[str, object]:

@@ -50,9 +50,10 @@ class Checker:
                 yield piece
         except MalformedFileError:
             # Streams do not fit other values than those they were made for: then these are what is wrong.
-            if not self._is_changed(edit, said):
-                raise
-            self._note(self._changed, said.origin)
+            if self._is_changed(edit, said):
+                self._note(self._changed, said.origin)
+            else:
+                self._note(self._broken, said.key)
             return
         self._compare(edit, said, number, source.hexdigest(), result.hexdigest())
         with self._lock:
@@ -90,7 +91,7 @@ class Checker:
         """
         if self._changed:
             raise WrongInputError(
-                f"{len(self._changed)} tensors of the merged checkpoint are not what the merge wrote",
+                f"Tensors of the merged checkpoint are not what the merge wrote ({len(self._changed)})",
                 file=self._undoing.plan.base,
                 details=sorted(self._changed),
                 hint="get the checkpoint as the merge wrote it; --approximate subtracts the adapter from this one",

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lora_cli.checkpoint.digests import span_digest
 from lora_cli.checkpoint.sidefiles import SideFile
 from lora_cli.checkpoint.staging import Staging
 from lora_cli.surgery.merge import output_names, output_sizes
 from lora_cli.surgery.plan import Plan
 from lora_cli.surgery.receipt import beside, make_receipt
 from lora_cli.surgery.undo.checking import Checker
-from lora_cli.surgery.undo.undoing import Undoing, damaged
+from lora_cli.surgery.undo.undoing import Undoing
 from lora_cli.surgery.unmerge import WrittenFile
 
 
@@ -32,7 +31,6 @@ class Restoring:
         self.checker = Checker(undoing)
         said = undoing.undo.manifest
         self._own = {beside(target, own.name).name: own for own in undoing.own}
-        self._undo = undoing.undo
         known = {file.name: file.digest for file in said.files}
         known |= {side.name: side.digest for side in said.side_files if side.name not in undoing.lost}
         planned = [*(file.name for file in plan.files), *(side.name for side in plan.side_files)]
@@ -59,8 +57,6 @@ class Restoring:
                 continue
             file = staging.create(name, own.size)
             with own.content.shard.source.open() as reader:
-                if span_digest(reader, own.content.offset, own.size) != own.digest:
-                    raise damaged(self._undo, f"the file {own.name}")
                 file.copy(reader, own.content.offset, 0, own.size)
             file.finish()
         return [self._receipt]

@@ -8,7 +8,7 @@ import torch
 
 from lora_cli.arithmetic.ordered import bits_view
 from lora_cli.checkpoint.checkpoint import Checkpoint, Shard, StoredTensor
-from lora_cli.checkpoint.digests import path_digest
+from lora_cli.checkpoint.digests import path_digest, tensor_digests
 from lora_cli.progress import Progress
 from lora_cli.surgery.budget import TILE_ELEMENTS, Budget
 from lora_cli.surgery.engine import Piece, Readers, Unit, Workshop, open_readers, raw_bytes, units_of
@@ -73,9 +73,24 @@ class _Trip:
             self._different.setdefault(key, what)
         for name in self._undoing.lost:
             self._different.setdefault(name, "changed since the merge, or missing")
+        self._check_appended()
         if self._base is not None:
             self._compare_files(self._base)
         return dict(sorted(self._different.items()))
+
+    def _check_appended(self) -> None:
+        """What the merge added is as it wrote it, and nothing else was added since."""
+        merged = self._undoing.plan.checkpoint.tensors
+        said = {key: cuts for file in self._undoing.undo.manifest.files for key, cuts in file.appended.items()}
+        for key in self._undoing.plan.dropped:
+            if key not in said:
+                self._note(key, "the merge did not write it")
+                continue
+            with merged[key].shard.source.open() as reader:
+                if tensor_digests(merged[key], reader) != said[key]:
+                    self._note(key, "not what the merge wrote")
+        for key in said.keys() - merged.keys():
+            self._note(key, "the merge wrote it, and it is not there")
 
     def _compare_files(self, base: Checkpoint) -> None:
         shards: dict[str, Shard] = {shard.name: shard for shard in base.shards}
@@ -89,7 +104,11 @@ class _Trip:
                 )
         for side in self._undoing.undo.manifest.side_files:
             path = beside(base.path, side.name) if side.name in OWN_FILES else (base.folder or base.path) / side.name
-            if path.is_file() and path_digest(path) != side.digest:
+            if base.folder is None and side.name not in OWN_FILES:
+                continue  # a bare file was named: there is nothing to compare with
+            if not path.is_file():
+                self._note(side.name, "the base has no such file")
+            elif path_digest(path) != side.digest:
                 self._note(side.name, "not the base's file")
         for key in base.tensors.keys() - {edit.key for edit in self._undoing.plan.edits}:
             self._note(key, "in the base, and does not come back")

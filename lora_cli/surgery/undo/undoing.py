@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 
 from lora_cli.adapters.source import AdapterSource
 from lora_cli.arithmetic import ARITHMETIC
-from lora_cli.checkpoint.checkpoint import Checkpoint, Shard, StoredTensor
-from lora_cli.checkpoint.digests import bytes_digest, cuts, file_digest, tensor_content
+from lora_cli.checkpoint.checkpoint import PICKLES, Checkpoint, Shard, StoredTensor
+from lora_cli.checkpoint.digests import bytes_digest, cuts, file_digest, span_digest
 from lora_cli.checkpoint.header import Header, TensorInfo
 from lora_cli.checkpoint.manifest import AdapterRecord, FileRecord, SideRecord, TensorRecord
-from lora_cli.checkpoint.sidefiles import SIDE_FILE_LIMIT, SideFile, lies_inside
+from lora_cli.checkpoint.sidefiles import SIDE_FILE_LIMIT, SideFile, belongs, lies_inside
 from lora_cli.checkpoint.source import look_at
 from lora_cli.checkpoint.undo_file import UndoFile, factor_part, side_part, stored_part, undo_part
 from lora_cli.errors import MalformedFileError, UnsafeInputError, UnsupportedError, UsageError, WrongInputError
-from lora_cli.surgery.plan import MERGEABLE, Edit, Forgotten, Operation, OutputFile, Plan
+from lora_cli.surgery.identity import content_digest, contents
+from lora_cli.surgery.plan import MERGEABLE, AdapterUse, Edit, Forgotten, Operation, OutputFile, Plan, ScaleUse
 from lora_cli.surgery.receipt import OWN_FILES, receipt_path
 from lora_cli.surgery.undo.terms import recall
 
@@ -55,9 +57,34 @@ class Undoing:
     own: tuple[OwnFile, ...]
     lost: tuple[str, ...]
 
+    def uses(self) -> tuple[AdapterUse, ...]:
+        """How each adapter was used, as the undo file has it."""
+        scales: list[Counter[float]] = [Counter() for _ in self.undo.manifest.adapters]
+        for term in (term for edit in self.plan.edits for term in edit.terms):
+            scales[term.adapter][term.delta.scale.alpha] += 1
+        return tuple(
+            AdapterUse(
+                said.label,
+                "undo file",
+                "LoRA",
+                said.weight,
+                "",
+                tuple(ScaleUse(scale, "recorded at the merge", count) for scale, count in found.items()),
+            )
+            for said, found in zip(self.undo.manifest.adapters, scales, strict=True)
+        )
 
-def plan_undoing(merged: Checkpoint, undo: UndoFile, adapters: Sequence[AdapterSource]) -> Undoing:
-    """Plan an exact unmerge, reading headers and the adapters' factors, whose digests are compared.
+
+def plan_undoing(
+    merged: Checkpoint, undo: UndoFile, adapters: Sequence[AdapterSource], *, whole: bool = False
+) -> Undoing:
+    """Plan an exact unmerge, reading headers and the adapters' tensors, whose digests are compared.
+
+    Args:
+        merged: The merged checkpoint.
+        undo: Its undo file.
+        adapters: What was merged; not needed where the undo file holds the factors.
+        whole: Whether all tensors of an adapter must be those of the merge, and not only its factors.
 
     Raises:
         WrongInputError: The merged checkpoint or an adapter is not the one of the merge.
@@ -73,16 +100,18 @@ def plan_undoing(merged: Checkpoint, undo: UndoFile, adapters: Sequence[AdapterS
             found=undo.manifest.arithmetic,
             hint="update lora-cli",
         )
-    return _Undoing(merged, undo, adapters).planned()
+    return _Undoing(merged, undo, adapters, whole=whole).planned()
 
 
 class _Undoing:
     """Makes the plan. Used once."""
 
-    def __init__(self, merged: Checkpoint, undo: UndoFile, adapters: Sequence[AdapterSource]) -> None:
+    def __init__(self, merged: Checkpoint, undo: UndoFile, adapters: Sequence[AdapterSource], *, whole: bool) -> None:
         self._merged = merged
+        self._whole = whole
         self._undo = undo
         self._given = adapters
+        self._contents = [contents(source.tensors.values()) for source in adapters]
         self._check_given()
         self._factors = [self._factors_of(number, said) for number, said in enumerate(undo.manifest.adapters)]
         self._warnings: list[str] = []
@@ -153,34 +182,42 @@ class _Undoing:
     def _check_given(self) -> None:
         """Refuse an adapter that was not part of the merge."""
         said = self._undo.manifest.adapters
-        for source in self._given:
-            differing = [_differing(adapter.factors, source.tensors) for adapter in said]
+        for source, content in zip(self._given, self._contents, strict=True):
+            differing = [_differing(adapter, content) for adapter in said]
+            if self._whole and not all(differing) and content_digest(content) not in {a.digest for a in said}:
+                differing = [["its factors are the same, and other tensors of it are not"]] * len(said)
             if said and all(differing):
                 closest = min(range(len(said)), key=lambda number: len(differing[number]))
+                every = len(differing[closest]) == len(said[closest].factors)
                 raise WrongInputError(
-                    "The adapter is not the one that was merged",
+                    "The adapter is not one of this merge",
                     file=source.label,
-                    expected=f"{said[closest].label}, content digest {said[closest].digest}",
-                    details=differing[closest],
-                    hint="name the adapter of the merge, as it was then",
+                    expected=", ".join(f"{one.label} (content digest {one.digest})" for one in said),
+                    found="all of its factors are others" if every else None,
+                    details=() if every else differing[closest],
+                    hint="name the adapters of the last merge, as they were then; earlier ones come off after it",
                 )
 
     def _factors_of(self, number: int, said: AdapterRecord) -> Mapping[str, StoredTensor]:
         """Where the factors of an adapter are: in the undo file, or in an adapter that was given."""
         if said.held != "apart":
             place = partial(factor_part, number) if said.held == "embedded" else stored_part
+            if not said.factors:
+                return {}
             held = {name: self._undo.part(place(name)) for name in said.factors}
-            broken = _differing(said.factors, held)
+            broken = _differing(said, contents(held.values()), by_part=place)
             if broken:
                 raise damaged(self._undo, f"the factors of {said.label}", details=broken)
             return held
-        source = next((source for source in self._given if not _differing(said.factors, source.tensors)), None)
+        pairs = zip(self._given, self._contents, strict=True)
+        source = next((source for source, content in pairs if not _differing(said, content)), None)
         if said.factors and source is None:
             raise UsageError(
                 f"The adapter {said.label} is needed to undo this merge",
                 file=self._merged.label,
                 expected=f"content digest {said.digest}",
-                hint="lora-cli unmerge MERGED ADAPTER -o OUT; merge --embed-adapter makes that needless",
+                hint="name it: unmerge MERGED ADAPTER -o OUT, verify --adapter ADAPTER; merge --embed-adapter makes it "
+                "needless",
             )
         return {name: source.tensors[name] for name in said.factors} if source else {}
 
@@ -260,6 +297,7 @@ class _Undoing:
             return SideFile(name, None, len(data), data)
         path = self._merged.folder / name if self._merged.folder else None
         if path is None:
+            self._lose(name, "is not beside a single file")
             return None
         if not path.is_file() or not lies_inside(self._merged, path):
             what = "is missing from the merged checkpoint" if not path.is_file() else "is a link that leads out of it"
@@ -274,8 +312,9 @@ class _Undoing:
         if said.stored == "packed":
             return OwnFile(said.name, said.digest, self._packed(said))
         part = self._undo.part(side_part(said.name))
-        if part.nbytes != said.size:
-            raise damaged(self._undo, f"the file {said.name}")
+        with part.shard.source.open() as reader:
+            if part.nbytes != said.size or span_digest(reader, part.offset, said.size) != said.digest:
+                raise damaged(self._undo, f"the file {said.name}")
         return OwnFile(said.name, said.digest, part)
 
     def _packed(self, said: SideRecord) -> bytes:
@@ -289,17 +328,17 @@ class _Undoing:
         self._warnings.append(f"{name} {what}; the base's own is not in the undo file")
 
 
-def _differing(said: Mapping[str, str], tensors: Mapping[str, StoredTensor]) -> list[str]:
-    """Which of the recorded factors are not there as they were."""
-    found = []
-    for name, content in said.items():
-        if name not in tensors:
-            found.append(f"{name} is missing")
-            continue
-        with tensors[name].shard.source.open() as reader:
-            if tensor_content(tensors[name], reader) != content:
-                found.append(f"{name} is another tensor")
-    return found
+def _differing(
+    said: AdapterRecord, content: Mapping[str, str], by_part: Callable[[str], str] = lambda name: name
+) -> list[str]:
+    """How an adapter differs from the recorded one in what unmerging needs; one without factors must be it all."""
+    if not said.factors:
+        return [] if content_digest(content) == said.digest else ["it is another adapter"]
+    return [
+        f"{name} is {'another tensor' if by_part(name) in content else 'missing'}"
+        for name, content_said in said.factors.items()
+        if content.get(by_part(name)) != content_said
+    ]
 
 
 def _names_in(checkpoint: Checkpoint) -> list[str]:
@@ -308,11 +347,13 @@ def _names_in(checkpoint: Checkpoint) -> list[str]:
 
 
 def _safe(name: str, *, may_hide: bool = False) -> str:
-    """Return a file's name that cannot lead out of the output's folder; only a base's own file may hide in it."""
+    """Return a file's name that belongs beside a checkpoint; only a base's own file may hide there."""
     parts = name.removeprefix(".").split("/") if may_hide else name.split("/")
     long = any(len(part.encode()) >= _NAME_BYTES for part in parts)
     odd = any(part[:1] in ("", ".") or "\\" in part or "\0" in part for part in parts)
-    if odd or long or len(parts) > (1 if may_hide else 2):
+    small = belongs(PurePosixPath(name)) or name in OWN_FILES or name.endswith(".safetensors.index.json")
+    ours = not PurePosixPath(name).suffix.lower().startswith(PICKLES) if may_hide else small
+    if odd or long or len(parts) > (1 if may_hide else 2) or not ours or not name.isprintable():
         raise UnsafeInputError("The undo file names a file that cannot be in its output", found=repr(name))
     return name
 

@@ -100,7 +100,12 @@ class UndoWriter:
             tensors=tensors,
             own_header=own,
             merged_header=bytes_digest(merged.prefix) if merged else "",
+            appended={} if number is None else self._appended(number),
         )
+
+    def _appended(self, number: int) -> dict[str, tuple[str, ...]]:
+        edits = [edit for edit in self._plan.files[number].edits if edit.operation == "append"]
+        return {edit.key: tuple(cut.after for cut in self._recorder.cuts(number, edit)) for edit in edits}
 
     def _tensor(self, shard: Shard, info: TensorInfo) -> TensorRecord:
         stored = StoredTensor(shard, info)
