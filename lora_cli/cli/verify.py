@@ -127,8 +127,8 @@ def view(result: VerifyResult) -> Iterator[RenderableType]:
             yield line(f"… and {different - ROWS} more (--json lists all)", style="dim")
     yield facts(
         [
-            *(("adapter", use_words(use)) for use in result.adapters),
             ("round trip", _trip_words(result)),
+            *(("adapter", use_words(use)) for use in result.adapters),
             ("strength", _strength_words(result.survival)),
             ("took", f"{duration(result.seconds)}, peak memory {size(result.peak_rss_bytes)}"),
         ]

@@ -100,6 +100,7 @@ class Checker:
             raise MalformedFileError(
                 "The undo file is damaged",
                 file=self._undoing.undo.shard.name,
+                tensor=next(iter(self._broken)) if len(self._broken) == 1 else None,
                 details=[f"{key}: {what}" for key, what in self.problems().items()],
                 hint="get the undo file again from where the merged checkpoint came from",
             )

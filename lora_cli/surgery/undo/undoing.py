@@ -150,11 +150,15 @@ class _Undoing:
     def _check_names(self) -> None:
         """Refuse files that would be written to one place, or to places that lead out of the output."""
         manifest = self._undo.manifest
-        names = [receipt_path(Path(), "unmerge").name, *(_safe(said.name) for said in manifest.side_files)]
-        names += [_safe(said.name, may_hide=True) for said in manifest.files]
+        names = [receipt_path(Path(), "unmerge").name, *(said.name for said in manifest.side_files)]
+        names += [said.name for said in manifest.files]
         folders = {parent.as_posix() for name in names for parent in PurePosixPath(name).parents}
         if not manifest.files or len(set(names)) < len(names) or not folders.isdisjoint(names):
             raise damaged(self._undo, "files, each with a place of its own")
+        for said in manifest.side_files:
+            _check_safe(said.name)
+        for file in manifest.files:
+            _check_safe(file.name, may_hide=True)
 
     def _pairs(self) -> list[tuple[FileRecord, Shard | None]]:
         """Each file of the base with the merged file that it comes from; refuses what is not what the merge wrote."""
@@ -188,13 +192,11 @@ class _Undoing:
                 differing = [["its factors are the same, and other tensors of it are not"]] * len(said)
             if said and all(differing):
                 closest = min(range(len(said)), key=lambda number: len(differing[number]))
-                every = len(differing[closest]) == len(said[closest].factors)
                 raise WrongInputError(
-                    "The adapter is not one of this merge",
+                    "The adapter is not the one that was merged",
                     file=source.label,
-                    expected=", ".join(f"{one.label} (content digest {one.digest})" for one in said),
-                    found="all of its factors are others" if every else None,
-                    details=() if every else differing[closest],
+                    expected="; ".join(f"{one.label}, content digest {one.digest}" for one in said),
+                    details=differing[closest],
                     hint="name the adapters of the last merge, as they were then; earlier ones come off after it",
                 )
 
@@ -346,16 +348,15 @@ def _names_in(checkpoint: Checkpoint) -> list[str]:
     return [path.relative_to(root).as_posix() for path in sorted(root.rglob("*")) if path.is_file()] if root else []
 
 
-def _safe(name: str, *, may_hide: bool = False) -> str:
-    """Return a file's name that belongs beside a checkpoint; only a base's own file may hide there."""
+def _check_safe(name: str, *, may_hide: bool = False) -> None:
+    """Refuse the name of a file that does not belong beside a checkpoint; only a base's own tensors may hide there."""
     parts = name.removeprefix(".").split("/") if may_hide else name.split("/")
     long = any(len(part.encode()) >= _NAME_BYTES for part in parts)
     odd = any(part[:1] in ("", ".") or "\\" in part or "\0" in part for part in parts)
     small = belongs(PurePosixPath(name)) or name in OWN_FILES or name.endswith(".safetensors.index.json")
-    ours = not PurePosixPath(name).suffix.lower().startswith(PICKLES) if may_hide else small
-    if odd or long or len(parts) > (1 if may_hide else 2) or not ours or not name.isprintable():
+    ours = not name.lower().endswith(PICKLES) if may_hide else small and name.isprintable()
+    if odd or long or len(parts) > (1 if may_hide else 2) or not ours:
         raise UnsafeInputError("The undo file names a file that cannot be in its output", found=repr(name))
-    return name
 
 
 def damaged(undo: UndoFile, expected: str, details: Sequence[str] = ()) -> MalformedFileError:
