@@ -133,6 +133,23 @@ def test_what_single_tensors_look_like(
     assert cases[REST].system_out == f"{len(right)} tensors, byte for byte"
 
 
+def test_values_that_differ_in_two_ways(
+    call: Call, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is told what it looks like; and an edited tensor that is not there is no tensor that was read."""
+    tensors, base = read_tensors(world.merged), base_tensors()
+    tensors[KEYS[0]], tensors[KEYS[1]] = base[KEYS[0]], 2 * tensors[KEYS[1]] - base[KEYS[1]]
+    monkeypatch.setenv("COLUMNS", "160")
+    ran = call(*line(world, write_base(tmp_path / "values", tensors)))
+    assert BARE in ran.out
+    assert "the adapter applied twice" in ran.out
+    del tensors[KEYS[3]]
+    report = tmp_path / "report.xml"
+    assert call(*line(world, write_base(tmp_path / "missing", tensors)), "--junit", report).code == 1
+    assert failures_of(report)[KEYS[3]] == "missing: missing from the checkpoint"
+    assert cases_of(report)[REST].system_out == "5 tensors, byte for byte"
+
+
 def test_what_is_right(call: Call, world: World, tmp_path: Path) -> None:
     ran = call(*line(world), "--junit", tmp_path / "report.xml")
     assert ran.code == 0

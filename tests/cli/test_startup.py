@@ -58,7 +58,7 @@ def test_what_needs_no_tensors_loads_no_library_for_them(world: World, tmp_path:
 
 
 def test_a_plan_loads_no_torch_where_no_undo_file_is_to_be_estimated(world: World, tmp_path: Path) -> None:
-    line = world.fill(tuple("merge {base} {adapter} -o {out} --dry-run --no-undo".split()), tmp_path)
+    line = world.fill(("merge", "{base}", "{adapter}", "-o", "{out}", "--dry-run", "--no-undo"), tmp_path)
     assert loaded(*line)[0] == ["huggingface_hub"]  # for the model card
     assert "torch" in loaded(*line[:-1])[0]
 

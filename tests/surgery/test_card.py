@@ -121,7 +121,8 @@ These weights are `org/model@0123456789abcdef0123456789abcdef01234567` with thes
 - `style`: LoRA, weight 0.7, scale 1.4
 - `facts`: rsLoRA, weight -0.123456789, scale -0.349189
 
-To check this, run `lora-cli verify . --adapter ADAPTER --roundtrip`; to take it out again, `lora-cli unmerge . ADAPTER -o BASE`. \
+To check this, run `lora-cli verify . --adapter ADAPTER --roundtrip`; to take it out \
+again, `lora-cli unmerge . ADAPTER -o BASE`. \
 `lora_merge.json` has the details.
 """
 
@@ -438,7 +439,8 @@ Everything above is the card of `org/model@{COMMIT}`. These weights are that mod
 - `me/style@{COMMIT}`: LoRA, weight 1, scale 2
 
 {again}{again}\
-To check this, run `lora-cli verify . --adapter ADAPTER --roundtrip`; to take it out again, `lora-cli unmerge . ADAPTER -o BASE`. \
+To check this, run `lora-cli verify . --adapter ADAPTER --roundtrip`; to take it out \
+again, `lora-cli unmerge . ADAPTER -o BASE`. \
 `lora_merge.json` has the details.
 """
     )

@@ -768,6 +768,19 @@ def test_names_and_types_look_like_nothing(bf16: World) -> None:
     assert (result.looks_like, set(looks(result).values())) == (None, {None})
 
 
+def test_the_units_that_would_allow_for_all(bf16: World) -> None:
+    right = in_memory(bf16.merged("right", bf16.one))
+    wrong = {}
+    for steps, key in enumerate(MATRICES, start=1):
+        wrong[key] = right[key].clone()
+        for _ in range(steps):
+            wrong[key][5] = neighbours(wrong[key])[1][5]
+    result = verify(bf16.wrong("wrong", wrong), bf16.base, [bf16.one])
+    assert [difference.max_ulp for difference in result.different] == [1, 2]
+    words = "this merge, rounded in another way (--max-ulp 2 allows that)"
+    assert result.looks_like == f"all 2 tensors that differ look like {words}"
+
+
 def test_tensors_at_different_scales(bf16: World) -> None:
     scales = {"h.0.mlp.lin.weight": 0.7, "h.0.attn.c_attn.weight": 0.8}
     merges = {key: bf16.merged(key, bf16.one, weights=(scale,)) for key, scale in scales.items()}

@@ -17,8 +17,8 @@ from huggingface_hub import save_torch_state_dict
 from models import assert_same_bits, read_tensors
 from safetensors.torch import save_file
 
-from lora_cli.errors import UsageError
 from lora_cli.checkpoint import digests
+from lora_cli.errors import UsageError
 from lora_cli.surgery import budget, compare, engine
 from lora_cli.surgery.merge import merge
 from lora_cli.surgery.placing import PlanOptions

@@ -15,14 +15,15 @@ from float_reference import Array, to_float64
 from models import CASES, DTYPE_NAMES, maker, read_tensors
 from safetensors.torch import save_file
 
+from lora_cli.checkpoint import digests
 from lora_cli.errors import LoraCliError, OutputExistsError, UsageError, WrongInputError
 from lora_cli.progress import Progress
-from lora_cli.checkpoint import digests
 from lora_cli.surgery import budget, engine
+from lora_cli.surgery.approximate import Undecided
 from lora_cli.surgery.inspect import inspect
 from lora_cli.surgery.merge import merge
 from lora_cli.surgery.placing import PlanOptions
-from lora_cli.surgery.unmerge import Undecided, UnmergeResult, unmerge
+from lora_cli.surgery.unmerge import UnmergeResult, unmerge
 
 DTYPES = {name: getattr(torch, name) for name in reference.FORMATS}
 NARROW = [name for name, form in reference.FORMATS.items() if form.width <= 16]
