@@ -154,7 +154,7 @@ def test_a_dry_run_writes_nothing(call: Call, world: World, tmp_path: Path, line
 def test_a_dry_run_refuses_what_the_run_would_refuse(call: Call, world: World) -> None:
     assert call("merge", world.base, world.adapter, "-o", world.merged, "--dry-run").code == 30
     assert call("merge", world.base, world.adapter, "-o", "no/such/folder", "--dry-run").code == 2
-    assert call("unmerge", world.merged, world.adapter, "--dry-run").code == 23
+    assert call("unmerge", world.base, world.adapter, "--dry-run").code == 23
 
 
 def test_a_dry_run_says_what_the_run_would_warn_of(call: Call, world: World, tmp_path: Path) -> None:

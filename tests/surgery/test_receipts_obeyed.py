@@ -12,7 +12,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import save_file
-from undo_world import FIRST, RECEIPT, UNDO, World, adapter_tensors, command, contents, lora
+from undo_world import FIRST, RECEIPT, UNDO, World, adapter_tensors, command, contents, lora, read_undo
 
 from lora_cli.surgery.merge import merge, plan_merge
 
@@ -79,6 +79,7 @@ def test_what_was_taken_out_can_be_merged_again(world: World, approximate: bool)
     world.write_adapter("adapter", lora("x", 6, 4, 10))
     world.merge().unmerge(approximate=approximate)
     merge(world.out, [world.adapter], world.place / "again")
+    assert "earlier" not in json.loads((world.place / "again" / RECEIPT).read_text())
     if not approximate:
         assert (world.place / "again" / FIRST).read_bytes() == (world.merged / FIRST).read_bytes()
 
@@ -127,6 +128,22 @@ def test_a_receipt_that_is_damaged_or_of_somebody_else_is_no_obstacle(world: Wor
     world.restored()
 
 
+def test_a_link_that_leads_out_is_no_file_of_ours(world: World, tmp_path: Path) -> None:
+    """What is somewhere else on this machine must not come into an undo file."""
+    secret = tmp_path / "secret"
+    secret.write_text("secret " * 100)
+    for name in (RECEIPT, "lora_merge.undo", "lora_wrap.json", "notes.txt"):
+        (world.base / name).symlink_to(secret)
+    world.merge()
+    manifest, parts = read_undo(world.merged / UNDO)
+    assert not [name for name in parts if name.startswith("side/lora")]
+    assert sorted(manifest["left_out"]) == [RECEIPT, UNDO, "lora_wrap.json", "notes.txt"]
+    assert world.unmerge().exact
+    assert {path.name for path in world.base.iterdir() if not path.is_symlink()} == contents(world.out).keys() - {
+        "lora_unmerge.json"
+    }
+
+
 # What --force leaves
 
 
@@ -144,6 +161,42 @@ def test_a_bare_file_that_is_replaced_without_an_undo_file_keeps_no_stale_one(wo
     result = merge(base, [adapter], out, undo=False, force=True)
     assert sorted(contents(world.place)) == [f"other.{UNDO}", f"out.{RECEIPT}", "out.safetensors", "out.txt"]
     assert sorted(result.files) == [f"out.{RECEIPT}", "out.safetensors"]
+
+
+def test_nothing_goes_but_files_of_ours_whatever_a_receipt_lists(world: World) -> None:
+    base, adapter = bare(world)
+    out = world.place / "out.safetensors"
+    merge(base, [adapter], out)
+    mine = ("out.txt", "other.lora_merge.undo", "out.lora_mine.json")
+    said = json.loads((world.place / f"out.{RECEIPT}").read_text())
+    tiny.write_json(world.place / f"out.{RECEIPT}", said | {"files": [*said["files"], *mine, "../base/config.json"]})
+    for name in mine:
+        (world.place / name).write_text("mine")
+    merge(base, [adapter], out, undo=False, force=True)
+    assert sorted(contents(world.place)) == sorted([f"out.{RECEIPT}", "out.safetensors", *mine])
+    assert (world.base / "config.json").exists()
+
+
+def test_a_receipt_of_another_kind_lets_nothing_be_replaced(world: World) -> None:
+    base, adapter = bare(world)
+    for out, given in ((world.place / "out.safetensors", base), (world.out, world.base)):
+        merge(given, [adapter], out)
+        place = world.out / RECEIPT if out == world.out else world.place / f"out.{RECEIPT}"
+        said = json.loads(place.read_text())
+        tiny.write_json(place, said | {"schema": "lora-cli/receipt/2"})
+        with world.refused(30):
+            merge(given, [adapter], out, force=True)
+        # Nor does it say that an adapter was merged.
+        assert plan_merge(out, [adapter]).adapters
+
+
+def test_an_output_that_lacks_a_file_is_replaced_too(world: World) -> None:
+    merge(world.base, [world.adapter], world.out)
+    (world.out / "tokenizer.json").unlink()
+    merge(world.base, [world.adapter], world.out, force=True)
+    (world.out / "tokenizer.json").write_text("mine")
+    with world.refused(30):
+        merge(world.base, [world.adapter], world.out, force=True)
 
 
 def test_an_undo_file_that_no_receipt_lists_stays(world: World) -> None:

@@ -133,6 +133,8 @@ ROWS: list[tuple[str, str, str, Spoil]] = [
     ("NaN in A", "Numeric", f"{UP}.weight", adds(NAN)),
     ("infinity in B", "Numeric", "factor B holds", adds(lora(UP, 16, 8, torch.inf))),
     ("NaN in the base", "Numeric", Q, base({f"{Q}.weight": torch.full((12, 8), torch.nan)})),
+    ("factors of integers", "Unsupported", "I32 of a factor", adds({f"{Q}.lora_A.weight": torch.ones(2, 8).int()})),
+    ("complex factors", "Unsupported", "C64 of a factor", adds({f"{Q}.lora_A.weight": torch.ones(2, 8) * 1j})),
     ("too large", "Numeric", "float16", both(adds(lora(UP, 16, 8, 4e4)), said(dtype="fp16"))),
     ("too large, no target", "Numeric", HEAD, both(base({HEAD: torch.full((4,), 1e6)}), said(dtype="fp16"))),
     ("weight of a head", "Unsupported", "weight 0.5", both(head(torch.ones(20, 8)), said(weights=(0.5,)))),

@@ -154,6 +154,7 @@ def test_force_replaces_an_output_that_holds_an_earlier_receipt_and_undo_file(wo
     world.merge()
     world.unmerge()
     assert {RECEIPT, UNDO, BACK} <= contents(world.out).keys()
+    assert plan_unmerge(world.merged, [world.adapter]).warnings == ()
     world.restored(force=True)
     world.unmerge()
     # And from what came back, the first merge comes off.

@@ -164,7 +164,7 @@ def test_proofs_do_not_depend_on_how_the_work_is_cut(
 ) -> None:
     made = maker(tmp_path_factory)(next(case for case in CASES if case.name == "gpt2-bare"), dtype)
     both, options, found = [made.adapter_dir] * 2, PlanOptions(weights=(0.7, 0.4)), []
-    merge(made.base_dir, both, tmp_path / "merged", options)
+    merge(made.base_dir, both, tmp_path / "merged", options, again=True)
     for number, threads in enumerate((1, 2, 3)):
         out = tmp_path / f"out{threads}"
         found.append(unmerge(tmp_path / "merged", both, out, options, approximate=True, threads=threads).undecided)

@@ -48,7 +48,9 @@ class Checker:
                 if edit.forgotten is not None:
                     source.update(raw_bytes(piece.source))
                 yield piece
-        except MalformedFileError:
+        except MalformedFileError as error:
+            if error.file is not None:
+                raise  # it cannot be read, or changed meanwhile, and says so itself
             # Streams do not fit other values than those they were made for: then these are what is wrong.
             if self._is_changed(edit, said):
                 self._note(self._changed, said.origin)
