@@ -155,8 +155,17 @@ def _unpacked(data: bytes, limit: int, file: str) -> bytes:
     return decompress(data[8:], length)
 
 
-def _packed(data: bytes) -> bytes:
-    return len(data).to_bytes(8, "little") + compress(data)
+def _packed(name: str, data: bytes) -> bytes:
+    content = len(data).to_bytes(8, "little") + compress(data)
+    # Nothing is written that would not be read.
+    if len(data) > _FREE + _MOST_DENSE * len(content) or max(len(data), len(content)) > MANIFEST_LIMIT:
+        raise UnsupportedError(
+            "An undo file cannot hold this: it is too long, or says the same too often",
+            file=name,
+            found=f"{len(data)} bytes",
+            hint="merge without an undo file: --no-undo",
+        )
+    return content
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,8 +206,12 @@ def given(name: str, data: bytes) -> Part:
 
 
 def packed(name: str, data: bytes) -> Part:
-    """Bytes that are compressed."""
-    return given(name, _packed(data))
+    """Bytes that are compressed.
+
+    Raises:
+        UnsupportedError: They are too many.
+    """
+    return given(name, _packed(name, data))
 
 
 def write_undo_file(staging: Staging, name: str, parts: Sequence[Part], manifest: Manifest) -> int:
@@ -206,8 +219,9 @@ def write_undo_file(staging: Staging, name: str, parts: Sequence[Part], manifest
 
     Raises:
         WriteError: It cannot be written.
+        UnsupportedError: The manifest is too long.
     """
-    content = _packed(write_manifest(manifest))
+    content = _packed(MANIFEST, write_manifest(manifest))
     # Typed tensors first, so that they lie aligned. Sorting keeps the order otherwise.
     ordered = [*sorted(parts, key=lambda part: part.shape is None), given(MANIFEST, content)]
     header = render_header(

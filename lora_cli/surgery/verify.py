@@ -344,7 +344,7 @@ def _look(
     """Say what the tensors look like that differ."""
     if not different:
         return [], None
-    from lora_cli.surgery.likeness import likenesses, summary
+    from lora_cli.surgery.looks.likeness import likenesses, summary
 
     found = likenesses(made, tensors, different, budget, progress)
     sentence = summary(different, found)

@@ -22,12 +22,12 @@ from lora_cli.arithmetic.ordered import neighbours
 from lora_cli.checkpoint import digests
 from lora_cli.progress import Progress
 from lora_cli.surgery import budget, compare, engine
-from lora_cli.surgery.evidence import asked_of, gather
+from lora_cli.surgery.looks.evidence import asked_of, gather
+from lora_cli.surgery.looks.strengths import strengths_of
 from lora_cli.surgery.merge import merge
 from lora_cli.surgery.placing import PlanOptions
 from lora_cli.surgery.planning import plan
 from lora_cli.surgery.results import open_adapters, open_base
-from lora_cli.surgery.strengths import strengths_of
 from lora_cli.surgery.verify import Difference, VerifyResult, verify
 
 Tensors = dict[str, torch.Tensor]

@@ -26,13 +26,13 @@ from lora_cli.surgery.unmerge import unmerge
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "undo-1"
 FROZEN = {
-    "bare": "40f724625bd5b6f3e1837de5df7db06e64909a1e2eb40bf4b79a6d5c2999b1d6",
-    "cast": "0aa94acaffd863118f94b75f3853ce7da75cc295cb12a1190281385e732027c9",
-    "eight-bits": "360a479e5110172c65f51114ce500b953ea04c83150bce401c3f1c0897d55940",
-    "replaced": "4536096c2a441fa407c28514a148a53b21e3323ac8bc4f75d4b9e3faa4b8ead2",
-    "shards": "80b3b7a477e6a2253d998e43669e4777bbdc47ec506b62ef7023a85e10a11b50",
-    "stack": "39815a3dceec8c3477158e48e24bebf38c13f1e7981a9d9006c6e4c551bef4fd",
-    "wrapped": "5d0389644c33e6936b14199a2a49b7b587450e0ad2b8f90a2a5cb8ea120b0799",
+    "bare": "41afc2b89b3f77e821a3e12fa2fa2ef1bfcc3b2e4f824486058e1c11f8de080e",
+    "cast": "686e7945b8c9437c6f124977f86f539a24219b0e7296d4394e6b5e5b2617eb51",
+    "eight-bits": "27a3ce3b6e46d83841495f548fd5fcaecbecb7c3c5ef2714c324ddee9e87228d",
+    "replaced": "16114cdad04902a8472dad1b482c039b1b76a7aabd668bd19c9368ece67635ef",
+    "shards": "e2bc0db249b3226a4435fce32b420df427f3cf9656c4872f8791494721f07ca6",
+    "stack": "52d618d40859ccd68236c6ffda77d3d73a01e6997cd7dc67e3ed4ba64613acc7",
+    "wrapped": "163c867a9fe7ebc271d418e26a66c46ef477b5883adc557f51dad13a341a515c",
 }
 """SHA-256 of all that belongs to a case."""
 

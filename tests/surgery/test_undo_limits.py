@@ -13,7 +13,8 @@ import pytest
 import tiny
 from undo_world import SECOND, Document, Parts, World, as_part, frame, pack, record, unpack
 
-from lora_cli.checkpoint import digests
+from lora_cli.checkpoint import digests, undo_file
+from lora_cli.surgery.placing import PlanOptions
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +103,21 @@ def test_fragments_that_add_up_and_overlap(tmp_path: Path, monkeypatch: pytest.M
     with world.refused(10) as caught:
         world.unmerge(given=False, undo=place)
     assert "x.weight: what its shape" in str(caught.value.expected)
+
+
+def test_nothing_is_written_that_would_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(tmp_path).write()
+    (world.base / "tokenizer.json").write_text('{"' + "a" * (3 << 20) + '": 1}')
+    (world.adapter / "tokenizer.json").write_text("{}")
+    with world.refused(12) as caught:
+        world.merge(options=PlanOptions(tokenizer="adapter"))
+    assert caught.value.file == "side/tokenizer.json"
+    assert "--no-undo" in str(caught.value.hint)
+    monkeypatch.setattr(undo_file, "MANIFEST_LIMIT", 1000)
+    with world.refused(12) as caught:
+        world.merge()
+    assert caught.value.file == "manifest"
+    world.merge(undo=False)
 
 
 HUGE = (1 << 32) - 1

@@ -10,9 +10,19 @@ import math
 from dataclasses import replace
 from typing import NamedTuple
 
-from lora_cli.surgery.evidence import AGREES, Evidence, mistakes
-from lora_cli.surgery.phrases import Likeness, another, bare, but_for, composed, less_exact, plain, rounded, with_broken
-from lora_cli.surgery.strengths import COARSE, named, strengths_of, whole_strength
+from lora_cli.surgery.looks.evidence import AGREES, Evidence, mistakes
+from lora_cli.surgery.looks.phrases import (
+    Likeness,
+    another,
+    bare,
+    but_for,
+    composed,
+    less_exact,
+    plain,
+    rounded,
+    with_broken,
+)
+from lora_cli.surgery.looks.strengths import COARSE, named, strengths_of, whole_strength
 
 FEW = 20
 """Of so many elements one may be changed for a tensor to be what it is but for a few changes."""

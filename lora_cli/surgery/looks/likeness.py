@@ -11,9 +11,9 @@ from lora_cli.checkpoint.checkpoint import StoredTensor
 from lora_cli.progress import Progress
 from lora_cli.surgery import distance
 from lora_cli.surgery.budget import Budget
-from lora_cli.surgery.evidence import asked_of, gather
-from lora_cli.surgery.judgement import FEW, Subject, judge
-from lora_cli.surgery.phrases import Likeness, bare, but_for, elements
+from lora_cli.surgery.looks.evidence import asked_of, gather
+from lora_cli.surgery.looks.judgement import FEW, Subject, judge
+from lora_cli.surgery.looks.phrases import Likeness, bare, but_for, elements
 from lora_cli.surgery.plan import Edit, Plan
 
 if TYPE_CHECKING:

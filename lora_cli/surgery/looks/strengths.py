@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from lora_cli.arithmetic.projection import fit
-from lora_cli.surgery.evidence import Evidence
-from lora_cli.surgery.phrases import Form, State
+from lora_cli.surgery.looks.evidence import Evidence
+from lora_cli.surgery.looks.phrases import Form, State
 from lora_cli.surgery.survival import WEAK
 
 COARSE = 0.02
