@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterator
+from fractions import Fraction
 from typing import Literal
 
 import pytest
@@ -143,6 +144,8 @@ def test_the_opposite_scale_gives_the_opposite_product(slices: Slices) -> None:
 
 # Truth: against rationals.
 
+LEAST_NORMAL = Fraction(1, 1 << 1022)
+
 
 def factors_in_float64(terms: list[Term]) -> list[Tensor]:
     factors = [factor for term in terms for factor in (term.b, term.a)]
@@ -169,8 +172,14 @@ def test_equals_the_reference_and_keeps_its_bound(slices: Slices, data: st.DataO
         return
     rational = to_reference(terms)
     tile = whole(product)
-    assert to_fractions(tile) == reference.product(rational, slices)
-    bound = to_fractions(product.error_bound(ALL, ALL))
+    # Of float64 factors a product can be below the least normal double, which matrix kernels may flush to zero.
+    pairs = zip(to_fractions(tile), reference.product(rational, slices), strict=True)
+    assert all(
+        found == said or (found == 0 and abs(said) < LEAST_NORMAL)
+        for row in pairs
+        for found, said in zip(*row, strict=True)
+    )
+    bound = [[limit + LEAST_NORMAL for limit in row] for row in to_fractions(product.error_bound(ALL, ALL))]
     true = reference.true_product(rational)
     for row in zip(to_fractions(tile), true, bound, strict=True):
         assert all(abs(value - truth) <= limit for value, truth, limit in zip(*row, strict=True))
