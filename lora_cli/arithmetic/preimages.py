@@ -111,10 +111,10 @@ class Preimages:
         finite, fraction = np.iinfo(merged.dtype).max, fraction_bits(self.base)
         np.bitwise_and(candidate, finite, out=magnitude)
         np.bitwise_and(merged, finite >> fraction << fraction, out=binade)
+        np.less_equal(magnitude, binade, out=flags)
         if self.base.itemsize > 1:
             # Subnormal ties do not show below. Bytes are left out, many of which may be subnormal.
-            np.maximum(binade, 1 << fraction, out=binade)
-        np.less_equal(magnitude, binade, out=flags)
+            flags |= np.less_equal(magnitude, 1 << fraction, out=ties)
         dropped = fraction_bits(self.work) - fraction
         np.bitwise_and(difference, (1 << dropped) - 1, out=difference)
         np.equal(difference, 1 << (dropped - 1), out=ties)

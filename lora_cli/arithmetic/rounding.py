@@ -105,16 +105,16 @@ class TileKernel:
         scratch = self._total if exact.slices == 2 and self.work == torch.float64 else None
         return exact.tile(rows, columns, transposed=transposed, out=self._product, scratch=scratch)
 
-    def delta(self, product: Tensor) -> Tensor:
-        """Return round_work(product), every zero as +0.0, in a buffer that the next call overwrites."""
-        return self._signed(product, torch.add)
+    def delta(self, product: Tensor, out: Tensor | None = None) -> Tensor:
+        """Return round_work(product), every zero as +0.0, in `out` or a buffer that the next call overwrites."""
+        return self._signed(product, torch.add, out)
 
     def merge(self, base: Tensor, product: Tensor, out: Tensor) -> Tensor:
         """Add the product to the base and round into `out`.
 
         Args:
             base: The tile of the base, in its storage dtype.
-            product: The exact product's tile, float64, of the same shape.
+            product: The exact product's tile, float64, of the same shape; or its delta, in the working type.
             out: Where the merged tile goes, in the storage dtype of the output.
 
         Returns:
@@ -138,11 +138,11 @@ class TileKernel:
         """
         return self._subtract(merged, self.delta(product), out, clamp=True)
 
-    def _signed(self, product: Tensor, operation: _Operation) -> Tensor:
+    def _signed(self, product: Tensor, operation: _Operation, out: Tensor | None = None) -> Tensor:
         """Return zero plus or minus round_work(product): no zero of the result has a sign."""
         self._take_shape(tuple(product.shape))
         rounded = product if product.dtype == self.work else self._addend.copy_(product)
-        return operation(self._zero, rounded, out=self._addend)
+        return operation(self._zero, rounded, out=self._addend if out is None else out)
 
     def _subtract(self, stored: Tensor, addend: Tensor, out: Tensor, *, clamp: bool = False) -> Tensor:
         """Round work(stored) - addend into `out`."""

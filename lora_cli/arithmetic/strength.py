@@ -3,10 +3,13 @@
 Rounding to a storage type moves every sum to the grid of that type. A change well above the grid's spacing survives
 whole; one below half the spacing leaves most weights as they were. The strength that survived is the projection of what
 happened on what was meant, ⟨result − base, delta⟩ / ⟨delta, delta⟩: 1 for all of it, 0 for none, 2 for twice.
+
+A share that people read to two digits need not be summed over every weight: `sampled` names those that do.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +17,10 @@ import torch
 from torch import Tensor
 
 from lora_cli.arithmetic.ordered import bits_view
+
+SAMPLE_RUN = 1 << 16
+SAMPLE_EVERY = 16
+"""Of a tensor the first run of so many weights is looked at, and each sixteenth after it."""
 
 _SAFE = (1e-24, 1e30)
 """Sums of float32 squares outside of these may have lost terms below the least or above the largest number."""
@@ -57,6 +64,20 @@ class Strength:
         self.along += sums[1]
         self.energy += sums[2]
 
+    def sample(self, offset: int, base: Tensor, result: Tensor, delta: Tensor | None) -> None:
+        """Take in those of one run of weights that are in the sample of their tensor; without deltas none is.
+
+        Args:
+            offset: Index of the first weight in its tensor.
+            base: As in `add`.
+            result: As in `add`.
+            delta: As in `add`.
+        """
+        if delta is None:
+            return
+        for part in sampled(offset, base.numel()):
+            self.add(base[part], result[part], delta[part])
+
     def take(self, other: Strength) -> None:
         """Add the sums of another part of the tensor."""
         self.elements += other.elements
@@ -74,6 +95,18 @@ class Strength:
     def changed_fraction(self) -> float:
         """Share of the weights that changed."""
         return self.changed / self.elements if self.elements else 0.0
+
+
+def sampled(offset: int, count: int) -> Iterator[slice]:
+    """Yield which of `count` weights from `offset` of a tensor on are in the sample, as slices of these.
+
+    The sample depends on places in the tensor alone, not on how it is cut into pieces.
+    """
+    step = SAMPLE_RUN * SAMPLE_EVERY
+    for begin in range(offset // step * step, offset + count, step):
+        first, last = max(begin, offset), min(begin + SAMPLE_RUN, offset + count)
+        if first < last:
+            yield slice(first - offset, last - offset)
 
 
 def _sums(change: Tensor, delta: Tensor) -> tuple[float, float, float]:

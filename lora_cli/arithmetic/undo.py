@@ -16,6 +16,7 @@ preimages, and its index is as long as what was cut off.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -135,12 +136,27 @@ def lengths(stream: Buffer) -> tuple[int, int]:
     return stream_lengths(stream, _WIDTHS)
 
 
+class _Tools(threading.local):
+    """What each thread keeps between blocks: the inverse of each merge that it has met, with its buffers."""
+
+    def __init__(self) -> None:
+        self.preimages: dict[tuple[torch.dtype, torch.dtype], Preimages] = {}
+
+    def of(self, base: torch.dtype, merged: torch.dtype) -> Preimages:
+        if (base, merged) not in self.preimages:
+            self.preimages[base, merged] = Preimages(base, merged, _TILE)
+        return self.preimages[base, merged]
+
+
+_TOOLS = _Tools()
+
+
 class _Block:
     """A block whose suspects are found tile by tile, and their intervals batch by batch, within the cache."""
 
     def __init__(self, base: Tensor, merged: Tensor, delta: Tensor) -> None:
         _check(base, merged, delta)
-        self._preimages = Preimages(base.dtype, merged.dtype, min(merged.numel(), _TILE))
+        self._preimages = _TOOLS.of(base.dtype, merged.dtype)
         self.kind = _CODES[base.dtype] << 8 | _CODES[merged.dtype]
         if delta.dtype != self._preimages.work:
             work = dtype_name(self._preimages.work)

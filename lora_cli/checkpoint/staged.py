@@ -9,17 +9,21 @@ import secrets
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+from lora_cli.checkpoint.advice import start_writing
 from lora_cli.checkpoint.source import look_at
 from lora_cli.errors import DiskFullError, LoraCliError, WriteError
 
 if TYPE_CHECKING:
     from lora_cli.checkpoint.source import Reader
 
-KERNEL_COPY = 256 << 20
+KERNEL_COPY = 64 << 20
 COPY_CHUNK = 8 << 20
 """Bytes that one call moves, in the kernel and through memory, so that a stop is noticed in time."""
+
+_WRITE_BEHIND = 8 << 20
+"""So many bytes are handed to the disk at once."""
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 NOT_POSSIBLE_HERE = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EXDEV, errno.EBADF, errno.EPERM}
@@ -62,6 +66,13 @@ class StagedFile:
             done = 0
             while done < len(view):
                 done += os.pwrite(self.descriptor, view[done:], offset + done)
+        self._write_behind(offset, offset + done)
+
+    def _write_behind(self, begin: int, end: int) -> None:
+        """Hand blocks to the disk whose end was reached; what is left over waits for the sync."""
+        first, last = (at // _WRITE_BEHIND * _WRITE_BEHIND for at in (begin, end))
+        if first < last:
+            start_writing(self.descriptor, first, last - first)
 
     def copy(self, source: Reader, source_offset: int, offset: int, length: int) -> None:
         """Copy `length` bytes of an input unread where the kernel can, which also shares blocks where it may."""
@@ -91,6 +102,7 @@ class StagedFile:
                 raise
             if count == 0:
                 return done
+            self._write_behind(offset + done, offset + done + count)
             done += count
         return done
 
@@ -111,38 +123,62 @@ class StagedFile:
             self.descriptor = -1
 
 
-class Scratch:
-    """Bytes that are gathered in any order beside an output, and are copied into it before it is published."""
+class Span(NamedTuple):
+    """Where gathered bytes are: whose file, from where in it, and how many."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    process: int
+    at: int
+    length: int
+
+
+class Scratch:
+    """Bytes that are gathered in any order beside an output, and are copied into it before it is published.
+
+    Each process that adds some has a file of its own.
+
+    Args:
+        place: What these files are called, but for the number of the process.
+    """
+
+    def __init__(self, place: Path) -> None:
+        self._place = place
         self._file: StagedFile | None = None
+        self._process = 0
         self._end = 0
         self._lock = threading.Lock()
 
-    def append(self, data: bytes) -> tuple[int, int]:
-        """Add bytes, from any thread; returns where they are, and how many."""
+    def append(self, data: bytes) -> Span:
+        """Add bytes, from any thread or process; returns where they are."""
         with self._lock:
-            if self._file is None:
-                self._file = StagedFile(self._path, self._path.name, 0)
+            if self._process != os.getpid():
+                self._process, self._end = os.getpid(), 0
+                self._file = StagedFile(self._path(self._process), self._place.name, 0)
             at = self._end
             self._end += len(data)
+        assert self._file is not None  # noqa: S101 (made above)
         self._file.write(at, data)
-        return at, len(data)
+        return Span(self._process, at, len(data))
 
-    def copy_to(self, file: StagedFile, offset: int, spans: Iterable[tuple[int, int]]) -> None:
+    def copy_to(self, file: StagedFile, offset: int, spans: Iterable[Span]) -> None:
         """Copy spans, one after another, to an offset of an output file."""
-        with look_at(self._path).open() as reader:
-            for at, length in spans:
-                file.copy(reader, at, offset, length)
+        with contextlib.ExitStack() as stack:
+            readers: dict[int, Reader] = {}
+            for process, at, length in spans:
+                if process not in readers:
+                    readers[process] = stack.enter_context(look_at(self._path(process)).open())
+                file.copy(readers[process], at, offset, length)
                 offset += length
 
     def abandon(self) -> None:
-        """Close it, and take it away."""
+        """Close and take away the files of all processes, which must have ended."""
         if self._file is not None:
             self._file.abandon()
-            self._path.unlink(missing_ok=True)
             self._file = None
+        for path in self._place.parent.glob(f"{self._place.name}-*"):
+            path.unlink(missing_ok=True)
+
+    def _path(self, process: int) -> Path:
+        return self._place.with_name(f"{self._place.name}-{process}")
 
 
 def write_beside(target: Path, data: bytes) -> None:

@@ -16,7 +16,7 @@ from lora_cli.arithmetic.strength import Strength
 from lora_cli.checkpoint.checkpoint import StoredTensor
 from lora_cli.checkpoint.digests import rows_per_cut
 from lora_cli.surgery.budget import TILE_ELEMENTS, UNIT_BYTES, Budget
-from lora_cli.surgery.engine import Piece, Workshop, open_readers, raw_bytes, torch_dtype
+from lora_cli.surgery.engine import Piece, Workshop, open_readers, raw_bytes, sample, torch_dtype
 from lora_cli.surgery.plan import Edit, Plan
 from lora_cli.surgery.workers import run_units
 
@@ -68,7 +68,8 @@ def compare_plan(plan: Plan, candidates: Mapping[str, StoredTensor], budget: Bud
         return tools.computed(part, candidate, max_ulp if part.edit.terms else 0)
 
     units = (part for edit in plan.edits if edit.key in candidates and edit.nbytes for part in parts(edit))
-    for _, counted in run_units(units, work, lambda: _Tools(budget), budget.threads):
+    nbytes = sum(edit.nbytes for edit in plan.edits if edit.key in candidates)
+    for _, counted in run_units(units, work, lambda: _Tools(budget), budget.threads, nbytes=nbytes):
         yield counted
 
 
@@ -94,15 +95,14 @@ class _Tools:
         strength = Strength()
         with open_readers() as readers:
             reader = readers.of(candidate)
-            for piece in self.workshop.pieces(part.edit, part.begin, part.end, deltas=True):
+            for piece in self.workshop.pieces(part.edit, part.begin, part.end, deltas=sample):
                 found = self.buffer[: piece.result.numel() * piece.result.itemsize].view(piece.result.dtype)
                 reader.read_into(candidate.offset + piece.offset * found.itemsize, raw_bytes(found))
                 nbytes += found.numel() * found.itemsize
                 count, worst = _differences(piece, found, max_ulp)
                 elements += count
                 most = max(most, worst)
-                if piece.delta is not None:
-                    _measure(strength, piece.source, found, piece.delta)
+                strength.sample(piece.offset, piece.source, found, piece.delta)
         return Counted(part.edit.key, nbytes, elements, most, part.begin, strength if part.edit.terms else None)
 
     def copied(self, part: Part, candidate: StoredTensor) -> Counted:
@@ -151,13 +151,6 @@ def _differences(piece: Piece, found: torch.Tensor, max_ulp: int) -> tuple[int, 
         count, most = _different(piece.source[part], piece.result[part], found[part], max_ulp)
         elements, worst = elements + count, max(worst, most)
     return elements, worst
-
-
-def _measure(strength: Strength, source: torch.Tensor, found: torch.Tensor, delta: torch.Tensor) -> None:
-    # In short runs too, and for the same reason.
-    for begin in range(0, found.numel(), TILE_ELEMENTS):
-        part = slice(begin, begin + TILE_ELEMENTS)
-        strength.add(source[part], found[part], delta[part])
 
 
 def _different(source: torch.Tensor, expected: torch.Tensor, found: torch.Tensor, max_ulp: int) -> tuple[int, int]:

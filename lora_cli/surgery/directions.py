@@ -35,6 +35,7 @@ from lora_cli.surgery.engine import Readers, open_readers, raw_bytes, torch_dtyp
 from lora_cli.surgery.workers import run_units
 
 _TILE_ELEMENTS = 1 << 18
+_WORK = 64
 _TINY = 2.0**-48
 """A difference of two products that is smaller than this, measured by their factors, is float64's own rounding."""
 
@@ -69,7 +70,9 @@ def measure_changes(pairs: Sequence[Pair], *, memory: int, threads: int, progres
 
     # Sorting keeps the order within a group, so the largest matrices do not hold up the others.
     for count, group in groupby(sorted(pairs, key=at_once), key=at_once):
-        for pair, result in run_units(group, lambda pair, _: _change_of(pair), lambda: None, count):
+        todo = list(group)
+        nbytes = sum(pair.a.nbytes for pair in todo)
+        for pair, result in run_units(todo, lambda pair, _: _change_of(pair), lambda: None, count, nbytes=nbytes):
             progress.advance(pair.a.nbytes)
             found[pair.key] = result
     return found
@@ -141,9 +144,15 @@ def measure_deltas(
     """Compare deltas from their factors; only those that differ have an entry."""
     if not pairs:
         return {}
-    progress.begin("compare deltas", sum(_stored_bytes(a) for _, a, _ in pairs))
+    nbytes = sum(_stored_bytes(a) for _, a, _ in pairs)
+    progress.begin("compare deltas", nbytes)
     found = {}
-    for (key, a, _), distance in run_units(pairs, lambda pair, _: _delta_distance(*pair[1:]), lambda: None, threads):
+
+    def work(pair: tuple[str, Delta, Delta], _: None) -> DeltaDistance | None:
+        return _delta_distance(*pair[1:])
+
+    # Comparing two deltas is much more work than their bytes.
+    for (key, a, _), distance in run_units(pairs, work, lambda: None, threads, nbytes=_WORK * nbytes):
         progress.advance(_stored_bytes(a))
         if distance is not None:
             found[key] = distance

@@ -80,7 +80,7 @@ class Distance:
             dtypes differ, or have no such unit.
         squares: Σ (a - b)².
         reference: Σ a² over the finite elements of a; unknown (too small) where nothing changed.
-        same: Parts that were found to be the same bytes, and are not in `reference`.
+        same: Runs that were found to be the same bytes, from one element up to another, and are not in `reference`.
     """
 
     changed: int = 0
@@ -88,7 +88,7 @@ class Distance:
     ulp: int | None = None
     squares: float = 0.0
     reference: float = 0.0
-    same: list[Part] = field(default_factory=list)
+    same: list[tuple[int, int]] = field(default_factory=list)
 
 
 def measure(pairs: Sequence[Pair], threads: int, progress: Progress) -> dict[str, Distance]:
@@ -98,7 +98,8 @@ def measure(pairs: Sequence[Pair], threads: int, progress: Progress) -> dict[str
     progress.begin("compare", sum(pair.a.nbytes for pair in pairs))
     found = _run(_parts(pairs), _Bench.compare, threads, progress.advance)
     # ‖a‖ is asked for only where something changed; what was the same there is read once more.
-    rest = [part for distance in found.values() if distance.changed for part in distance.same if part.pair.by_value]
+    changed = [pair for pair in pairs if pair.by_value and pair.key in found and found[pair.key].changed]
+    rest = [Part(pair, begin, end) for pair in changed for begin, end in found[pair.key].same]
     for key, norm in _run(rest, _Bench.norm, threads, lambda _: None).items():
         found[key].reference = _total((found[key].reference, norm.reference))
     return {pair.key: found.get(pair.key, Distance()) for pair in pairs}  # empty tensors have no parts
@@ -138,7 +139,9 @@ def _run(
             return [work(bench, part, readers) for part in unit]
 
     found: defaultdict[str, list[Distance]] = defaultdict(list)
-    for unit, distances in run_units(_units(parts), one, _Bench, threads):
+    todo = list(parts)
+    nbytes = sum((part.end - part.begin) * part.pair.bits // 8 for part in todo)
+    for unit, distances in run_units(_units(todo), one, _Bench, threads, nbytes=nbytes):
         for part, distance in zip(unit, distances, strict=True):
             found[part.pair.key].append(distance)
         advance(sum((part.end - part.begin) * part.pair.a.dtype.bits // 8 for part in unit))
@@ -179,7 +182,7 @@ class _Bench:
             a = _read(readers, pair.a, begin, end, self._strips[0])
             b = _read(readers, pair.b, begin, end, self._strips[1])
             if pair.a.dtype == pair.b.dtype and same_bytes(a.numpy(), b.numpy()):
-                _extend(found.same, Part(pair, begin, end))
+                _extend(found.same, begin, end)
                 continue
             for one, other in _tiles(a, b, pair, end - begin):
                 if pair.by_value:
@@ -245,8 +248,7 @@ def _tiles(a: torch.Tensor, b: torch.Tensor, pair: Pair, elements: int) -> Itera
         )
 
 
-def _extend(parts: list[Part], new: Part) -> None:
-    if parts and parts[-1].end == new.begin:
-        parts[-1] = parts[-1]._replace(end=new.end)
-    else:
-        parts.append(new)
+def _extend(runs: list[tuple[int, int]], begin: int, end: int) -> None:
+    if runs and runs[-1][1] == begin:
+        begin, _ = runs.pop()
+    runs.append((begin, end))

@@ -6,7 +6,7 @@ of a piece, the number of threads or the order of work.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -17,6 +17,7 @@ from lora_cli.adapters.inits import FreshTensor
 from lora_cli.arithmetic.fragments import read_fragment
 from lora_cli.arithmetic.product import ExactProduct, prepare
 from lora_cli.arithmetic.rounding import TileKernel, cast, check_flush_to_zero, slices_for, work_dtype
+from lora_cli.arithmetic.strength import sampled
 from lora_cli.checkpoint.checkpoint import StoredTensor
 from lora_cli.checkpoint.digests import rows_per_cut
 from lora_cli.checkpoint.dtypes import DType
@@ -57,19 +58,21 @@ class Unit:
 
 
 def units_of(number: int, file: OutputFile, *, seen: bool = False) -> Iterator[Unit]:
-    """Cut one output file into units, in byte order. The header is not among them.
+    """Cut one output file into units, in byte order. The header is among them where it is copied.
 
     Args:
         number: Position of the file in the plan.
         file: The file.
-        seen: Whether copied tensors are looked at too, and so are units of their own.
+        seen: Whether copied tensors are looked at too: then each of them comes as rows besides the copy.
     """
     start = file.header.data_start
-    copy: tuple[SourceFile, int, int, int] | None = None  # source, its offset, begin, end
+    copy = _copied_header(file)  # source, its offset, begin, end
     for edit in file.edits:
         if not edit.nbytes:
             continue
-        if edit.copies and not seen:
+        if edit.copies:
+            if seen:
+                yield from _row_units(number, edit)
             source, begin = edit.source.shard.source, start + edit.begin
             if copy and copy[0] == source and copy[1] + copy[3] - copy[2] == edit.source.offset and copy[3] == begin:
                 copy = (source, copy[1], copy[2], start + edit.end)
@@ -81,6 +84,15 @@ def units_of(number: int, file: OutputFile, *, seen: bool = False) -> Iterator[U
             copy = None
             yield from _row_units(number, edit)
     yield from _copy_units(number, copy)
+
+
+def _copied_header(file: OutputFile) -> tuple[SourceFile, int, int, int] | None:
+    """The header as the beginning of a copy: a file that stays as it is can then be shared on the disk, whole."""
+    shards = {edit.source.shard.source: edit.source.shard for edit in file.edits if edit.fresh is None}
+    for source, shard in shards.items():
+        if shard.header.prefix == file.header.prefix:
+            return source, 0, 0, file.header.data_start
+    return None
 
 
 def _copy_units(number: int, copy: tuple[SourceFile, int, int, int] | None) -> Iterator[Unit]:
@@ -124,6 +136,24 @@ class Piece(NamedTuple):
 Pieces = Generator[Piece, None, None]
 """Pieces as they are made; closing it closes the files that it reads."""
 
+Wanted = Callable[[int, int], bool]
+"""Whether deltas are asked for, of a piece with its first element's index in the tensor and its length."""
+
+
+def every(_first: int, _count: int) -> bool:
+    """All deltas."""
+    return True
+
+
+def none(_first: int, _count: int) -> bool:
+    """No delta."""
+    return False
+
+
+def sample(first: int, count: int) -> bool:
+    """Deltas of pieces in which a weight of the sample is (`arithmetic.strength`)."""
+    return any(sampled(first, count))
+
 
 class Workshop:
     """What one thread keeps between units: a buffer for a piece on each side, and the tile kernels."""
@@ -135,14 +165,14 @@ class Workshop:
         self._deltas = torch.empty(0, dtype=torch.uint8)
         self._kernels: dict[torch.dtype, TileKernel] = {}
 
-    def pieces(self, edit: Edit, begin: int, end: int, *, deltas: bool = False) -> Pieces:
+    def pieces(self, edit: Edit, begin: int, end: int, *, deltas: Wanted = none) -> Pieces:
         """Yield the output of rows `begin` to `end` of a tensor, piece by piece.
 
         Args:
             edit: What becomes of the tensor.
             begin: First row.
             end: One past the last.
-            deltas: Whether pieces are to carry the deltas of their elements.
+            deltas: Which pieces are to carry the deltas of their elements.
 
         Raises:
             NumericError: Numbers that must not be merged; the message names the tensor.
@@ -168,7 +198,7 @@ class Workshop:
             reader.read_into(edit.source.offset + offset, raw_bytes(data))
             yield Piece(offset, data, data)
 
-    def _computed(self, edit: Edit, begin: int, end: int, readers: Readers, *, deltas: bool) -> Iterator[Piece]:
+    def _computed(self, edit: Edit, begin: int, end: int, readers: Readers, *, deltas: Wanted) -> Iterator[Piece]:
         product = self._product(edit, readers) if edit.terms else None
         reader = readers.of(edit.source)
         stored, out = torch_dtype(edit.source.dtype), torch_dtype(edit.dtype)
@@ -180,7 +210,7 @@ class Workshop:
             source = _shaped(self._input, stored, shape)
             reader.read_into(edit.source.offset + offset * stored.itemsize, raw_bytes(source))
             target = _shaped(self._output, out, shape)
-            wanted = product is not None and (deltas or streams is not None)
+            wanted = product is not None and (streams is not None or deltas(offset, source.numel()))
             delta = self._delta_buffer(work_dtype(stored, out), shape) if wanted else None
             if product is not None:
                 self._apply(edit, product, source, target, (rows.start, columns.start), delta)
@@ -229,12 +259,12 @@ class Workshop:
         transposed = edit.terms[0].transposed
         for down, across in _tiles(source.shape):
             exact = kernel.product(product, _moved(down, at[0]), _moved(across, at[1]), transposed=transposed)
+            if delta is not None:
+                exact = kernel.delta(exact, out=delta[down, across])
             if edit.operation == "add":
                 kernel.merge(source[down, across], exact, target[down, across])
             elif edit.operation == "subtract":
                 kernel.subtract(source[down, across], exact, target[down, across])
-            if delta is not None:
-                delta[down, across] = kernel.delta(exact)
 
     def kernel(self, *storages: torch.dtype) -> TileKernel:
         """The tile kernel for these storage types."""

@@ -10,6 +10,7 @@ from lora_cli.arithmetic import ARITHMETIC
 from lora_cli.checkpoint.sidefiles import SideFile
 from lora_cli.checkpoint.staging import Staging
 from lora_cli.checkpoint.undo_file import UNDO_FILE
+from lora_cli.surgery.engine import Wanted, every, sample
 from lora_cli.surgery.execute import Tap
 from lora_cli.surgery.identity import adapter_records, merged_before
 from lora_cli.surgery.merge import WrittenUndo, output_names, output_sizes, receipt_content
@@ -26,12 +27,14 @@ class Finishing:
 
     Attributes:
         survivals: What survived rounding.
+        deltas: Which deltas watching takes.
         written: The undo file, once it is written.
         names: Names of all files of the output, once they are.
     """
 
     def __init__(self, plan: Plan, target: Path, options: PlanOptions, *, undo: bool, embed: bool) -> None:
         self.survivals = Survivals()
+        self.deltas: Wanted = every if undo else sample
         self.written: WrittenUndo | None = None
         self.names: tuple[str, ...] = ()
         self._plan = plan
@@ -44,9 +47,9 @@ class Finishing:
     def taps(self, staging: Staging) -> Sequence[Tap]:
         """What watches the pieces."""
         if not self._undo:
-            return [self.survivals.watch]
+            return [self.survivals]
         self._recorder = Recorder(self._plan, staging.scratch())
-        return [self._recorder.watch, self.survivals.watch]
+        return [self._recorder, self.survivals]
 
     def close(self, staging: Staging) -> list[SideFile]:
         """Write the undo file, and return the receipt."""

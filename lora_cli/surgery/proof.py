@@ -16,7 +16,7 @@ from lora_cli.arithmetic.floats import BITS
 from lora_cli.arithmetic.ordered import neighbours
 from lora_cli.progress import Progress
 from lora_cli.surgery.budget import Budget
-from lora_cli.surgery.engine import Unit, Workshop, units_of
+from lora_cli.surgery.engine import Unit, Workshop, every, units_of
 from lora_cli.surgery.plan import Edit, Plan
 from lora_cli.surgery.workers import run_units
 
@@ -47,7 +47,8 @@ def prove(plan: Plan, budget: Budget, progress: Progress) -> Iterator[tuple[str,
         assert edit is not None  # noqa: S101 (filtered above)
         return _count(edit, unit, workshop) if edit.terms else Count()
 
-    for unit, count in run_units(units, work, lambda: Workshop(budget.strip_bytes), budget.threads):
+    nbytes = sum(edit.nbytes for edit in edits)
+    for unit, count in run_units(units, work, lambda: Workshop(budget.strip_bytes), budget.threads, nbytes=nbytes):
         if unit.edit and unit.edit.terms:
             progress.advance(unit.nbytes)
             total = counts[unit.edit.key]
@@ -59,7 +60,7 @@ def prove(plan: Plan, budget: Budget, progress: Progress) -> Iterator[tuple[str,
 
 def _count(edit: Edit, unit: Unit, workshop: Workshop) -> Count:
     count = Count()
-    for _, merged, candidate, delta in workshop.pieces(edit, unit.begin, unit.end, deltas=True):
+    for _, merged, candidate, delta in workshop.pieces(edit, unit.begin, unit.end, deltas=every):
         assert delta is not None  # noqa: S101 (asked for)
         below, above = neighbours(candidate)
         low, hit, high = (_bits(_merged(value, delta)) == _bits(merged) for value in (below, candidate, above))

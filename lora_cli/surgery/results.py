@@ -43,7 +43,7 @@ def open_adapters(references: Iterable[Reference], options: ReadOptions, progres
 
 @dataclass
 class Measured:
-    """How long a run took and how much memory it had at its peak."""
+    """How long a run took, and how much memory that process had that had the most: this one, or one of its workers."""
 
     seconds: float = 0.0
     peak_rss_bytes: int = 0
@@ -56,5 +56,5 @@ def measured() -> Iterator[Measured]:
     start = time.monotonic()
     yield result
     result.seconds = round(time.monotonic() - start, 3)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     result.peak_rss_bytes = peak if sys.platform == "darwin" else peak * 1024

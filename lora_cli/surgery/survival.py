@@ -1,8 +1,10 @@
-"""What of each module's change survived rounding: watched while a merge is made, or verified."""
+"""What of each module's change survived rounding: watched while a merge is made, or verified.
+
+It is measured on a sample of each tensor's weights (`arithmetic.strength`), the same in every run.
+"""
 
 from __future__ import annotations
 
-import threading
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -24,6 +26,8 @@ class Survival:
         changed_fraction: Share of its weights that changed.
         strength: How much of the change is there, along the change itself: 1 is all of it. None where the change is
             zero.
+
+    Both are of the sample; up to 2^16 weights it is all of them.
     """
 
     key: str
@@ -32,29 +36,30 @@ class Survival:
 
 
 class Survivals:
-    """Gathers what survived, from any thread."""
+    """Gathers what survived, in any order."""
 
     def __init__(self) -> None:
-
         self._sums: defaultdict[str, dict[int, Strength]] = defaultdict(dict)
-        self._lock = threading.Lock()
 
-    def watch(self, unit: Unit, pieces: Pieces) -> Pieces:
-        """Pass the pieces of a unit on, and take in those that carry a delta."""
+    def watch(self, unit: Unit, pieces: Pieces, found: list[Strength]) -> Pieces:
+        """Pass the pieces of a unit on; what survived in those that carry a delta is found at their end."""
         from lora_cli.arithmetic.strength import Strength
 
         sums = Strength()
         for piece in pieces:
-            if piece.delta is not None:
-                sums.add(piece.source, piece.result, piece.delta)
+            sums.sample(piece.offset, piece.source, piece.result, piece.delta)
             yield piece
-        if unit.edit is not None and sums.elements:
-            self.take(unit.edit.key, unit.begin, sums)
+        if sums.elements:
+            found.append(sums)
 
-    def take(self, key: str, begin: int, sums: Strength) -> None:
+    def take(self, unit: Unit, found: Strength) -> None:
+        """Keep what was found in a unit."""
+        if unit.edit is not None:
+            self.add(unit.edit.key, unit.begin, found)
+
+    def add(self, key: str, begin: int, sums: Strength) -> None:
         """Take in the sums of the part of a tensor that begins at a row."""
-        with self._lock:
-            self._sums[key][begin] = sums
+        self._sums[key][begin] = sums
 
     def report(self) -> tuple[Survival, ...]:
         """What survived, by key."""

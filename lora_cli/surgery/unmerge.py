@@ -226,7 +226,7 @@ class _How:
         from lora_cli.surgery.undo.restoring import Restoring
 
         restoring = Restoring(found, self.made, self.target)
-        written = self._execute(self._budget(blocks=True), [restoring.checker.watch], restoring.close, see_copies=True)
+        written = self._execute(self._budget(blocks=True), [restoring.checker], restoring.close, see_copies=True)
         return _Outcome(not found.lost, restoring.files, written)
 
     def subtract(self, options: PlanOptions) -> _Outcome:

@@ -319,7 +319,7 @@ def _compare_values(
                 tally.floating = True
                 tally.max_ulp = max(tally.max_ulp, part.max_ulp)
         if part.strength is not None:
-            survivals.take(part.key, part.begin, part.strength)
+            survivals.add(part.key, part.begin, part.strength)
     different = [
         Difference(key, "values", tally.elements, tally.max_ulp if tally.floating else None)
         for key, tally in tallies.items()

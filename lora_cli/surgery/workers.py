@@ -1,21 +1,40 @@
-"""Running work units on threads: first error stops all, progress is told from the caller's thread.
+"""Running work units side by side: in processes where the system can fork, else in threads.
 
-torch's own threads are kept out of the way while units run, and everything global is put back afterwards.
+A unit is thousands of calls into torch and numpy of some microseconds each, which give the interpreter's lock away and
+want it back: two threads of one process wait for each other longer than they work. Forked processes share all that was
+planned and loaded, and have a lock each. So a unit's result is all that reaches the caller: whatever else `work`
+changes in memory may be lost.
 """
 
 from __future__ import annotations
 
+import ctypes
+import gc
+import multiprocessing
 import os
+import pickle
+import signal
+import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from itertools import islice
-from typing import TypeVar
+from typing import Any, TypeVar
+
+from lora_cli.errors import LoraCliError
 
 Unit = TypeVar("Unit")
 Result = TypeVar("Result")
 Tools = TypeVar("Tools")
+
+SHARE = 8 << 20
+"""Bytes of work for which another worker is worth starting."""
+
+_PARENT_DEATH = 1
+"""PR_SET_PDEATHSIG of prctl(2)."""
 
 
 def default_threads() -> int:
@@ -28,60 +47,146 @@ def run_units(
     work: Callable[[Unit, Tools], Result],
     make_tools: Callable[[], Tools],
     threads: int,
+    *,
+    nbytes: int,
 ) -> Iterator[tuple[Unit, Result]]:
     """Yield each unit with its result as it is done, in no fixed order.
 
     Args:
-        units: What is to be done; taken one by one, so that a long list is never in memory as futures.
-        work: Does one unit with the tools of its thread.
-        make_tools: Makes what a thread keeps between units (buffers).
-        threads: How many units run at once.
+        units: What is to be done.
+        work: Does one unit with the tools of its worker. Its result must be one that pickles.
+        make_tools: Makes what a worker keeps between units (buffers).
+        threads: How many units run at once, at most.
+        nbytes: Bytes of all units; little work is not shared.
 
     Raises:
         BaseException: The first error of any unit, after the others have stopped.
     """
-    local = threading.local()
-    stopped = threading.Event()
+    with _one_torch_thread():
+        workers = min(threads, nbytes // SHARE)
+        if workers <= 1:
+            tools = make_tools()
+            for unit in units:
+                yield unit, work(unit, tools)
+            return
+        todo = list(units)
+        with _pool(_Job(todo, work, make_tools), workers) as pool:
+            for number, result in _results(pool, len(todo), 2 * workers):
+                yield todo[number], pickle.loads(result)  # noqa: S301 (by our own process)
 
-    def one(unit: Unit) -> Result:
-        if stopped.is_set():
+
+def _results(pool: Executor, count: int, ahead: int) -> Iterator[tuple[int, Any]]:
+    """The results of units 0 to `count`, with never more than `ahead` of them waiting or running."""
+    waiting = iter(range(count))
+    running: dict[Future[Any], int] = {}
+    try:
+        with warnings.catch_warnings():
+            # Python warns of threads that libraries keep; none of them holds a lock that a worker takes.
+            warnings.filterwarnings("ignore", message=".*use of fork", category=DeprecationWarning)
+            for number in islice(waiting, ahead):
+                running[pool.submit(_do, number)] = number
+        while running:
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                number, result = running.pop(future), future.result()
+                for following in islice(waiting, 1):
+                    running[pool.submit(_do, following)] = following
+                yield number, result
+    except BrokenProcessPool as error:
+        raise LoraCliError(
+            "A worker process was killed",
+            hint="the system may have run out of memory: try --threads 1, or a smaller --memory",
+        ) from error
+    finally:
+        for future in running:
+            future.cancel()
+
+
+class _Job:
+    """What workers do: shared with processes as they are forked, and with threads as it is."""
+
+    def __init__(self, units: Sequence[Any], work: Callable[[Any, Any], Any], make_tools: Callable[[], Any]) -> None:
+        self.stopped: Any = threading.Event()
+        self._units = units
+        self._work = work
+        self._make_tools = make_tools
+        self._tools = threading.local()
+
+    def do(self, number: int) -> Any:
+        if self.stopped.is_set():
             raise RuntimeError("another unit failed first")
-        if not hasattr(local, "tools"):
-            _one_torch_thread()
-            local.tools = make_tools()
-        return work(unit, local.tools)
-
-    waiting = iter(units)
-    running: dict[Future[Result], Unit] = {}
-    with _torch_threads_kept(), ThreadPoolExecutor(threads, thread_name_prefix="lora-cli") as pool:
-        try:
-            for unit in islice(waiting, 2 * threads):
-                running[pool.submit(one, unit)] = unit
-            while running:
-                done, _ = wait(running, return_when=FIRST_COMPLETED)
-                for future in done:
-                    unit = running.pop(future)
-                    result = future.result()
-                    for following in islice(waiting, 1):
-                        running[pool.submit(one, following)] = following
-                    yield unit, result
-        finally:
-            stopped.set()
-            for future in running:
-                future.cancel()
+        if not hasattr(self._tools, "made"):
+            self._tools.made = self._make_tools()
+        return self._work(self._units[number], self._tools.made)
 
 
-def _one_torch_thread() -> None:
+_JOBS: list[_Job] = []
+"""The job of this worker process, or of the threads of this process."""
+
+
+def _do(number: int) -> bytes:
+    # As bytes: torch would have tensors between processes share memory, and keep a file open for each.
+    return pickle.dumps(_JOBS[-1].do(number))
+
+
+@contextmanager
+def _pool(job: _Job, workers: int) -> Iterator[Executor]:
+    """Workers for a job; on leaving, units that have begun come to their end and no other begins."""
+    if _can_fork():
+        context = multiprocessing.get_context("fork")
+        job.stopped = context.Event()
+        arguments = (job, os.getpid())
+        pool: Executor = ProcessPoolExecutor(workers, context, initializer=_begin_process, initargs=arguments)
+    else:
+        _JOBS.append(job)
+        pool = ThreadPoolExecutor(workers, thread_name_prefix="lora-cli", initializer=_limit_torch)
+    try:
+        with pool:
+            try:
+                yield pool
+            finally:
+                job.stopped.set()
+    finally:
+        if job in _JOBS:
+            _JOBS.remove(job)
+
+
+def _can_fork() -> bool:
+    """Whether a forked process can do our work: none of Python's threads, and no accelerator, would be cut off."""
+    torch = sys.modules.get("torch")
+    return (
+        sys.platform == "linux"
+        and threading.active_count() == 1
+        and not multiprocessing.current_process().daemon
+        and not (torch is not None and torch.cuda.is_initialized())
+    )
+
+
+def _begin_process(job: _Job, parent: int) -> None:
+    """Prepare a worker process: it ends with its parent, and leaves signals to it."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(_PARENT_DEATH, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)  # it died before it could be bound to us
+    gc.freeze()  # what is shared is not to be touched, and so copied, by the search for garbage
+    _limit_torch()
+    _JOBS.append(job)
+
+
+def _limit_torch() -> None:
     import torch
 
     torch.set_num_threads(1)
 
 
 @contextmanager
-def _torch_threads_kept() -> Iterator[None]:
+def _one_torch_thread() -> Iterator[None]:
+    """Keep torch's own threads out of the way while units run; put everything back afterwards."""
     import torch
 
     before = torch.get_num_threads()
+    torch.set_num_threads(1)
     try:
         yield
     finally:

@@ -107,9 +107,9 @@ HOW += [{"threads": 4, "memory": size * MIB} for size in (18, 64, 1024)]
 
 @pytest.mark.parametrize("how", HOW, ids=str)
 def test_undo_file_and_receipt_have_the_same_bytes(world: World, tmp_path: Path, how: Any, monkeypatch: Patch) -> None:
-    def shuffled(units: Iterable[Any], *others: Any) -> Iterator[Any]:
+    def shuffled(units: Iterable[Any], *others: Any, **named: Any) -> Iterator[Any]:
         every = list(units)
-        return run_units(random.Random(str(how)).sample(every, len(every)), *others)
+        return run_units(random.Random(str(how)).sample(every, len(every)), *others, **named)
 
     for name, options in (("1", {}), ("2", how)):
         (tmp_path / name).mkdir()

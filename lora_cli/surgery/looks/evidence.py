@@ -131,7 +131,8 @@ def gather(
 
     found: defaultdict[str, dict[int, Evidence]] = defaultdict(dict)
     units = (part for edit in edits for part in parts(edit))
-    for part, evidence in run_units(units, work, lambda: _Bench(budget.strip_bytes), budget.threads):
+    nbytes = sum(edit.nbytes for edit in edits)
+    for part, evidence in run_units(units, work, lambda: _Bench(budget.strip_bytes), budget.threads, nbytes=nbytes):
         advance(part.edit.nbytes * (part.end - part.begin) // part.edit.matrix[0])
         found[part.edit.key][part.begin] = evidence
     return {key: _together(by_begin) for key, by_begin in found.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+from typing import Literal
 
 from blake3 import blake3
 
@@ -13,9 +13,12 @@ from lora_cli.surgery.engine import Pieces, Unit, raw_bytes
 from lora_cli.surgery.plan import Edit
 from lora_cli.surgery.undo.undoing import Undoing
 
+Finding = Literal["right", "changed", "broken"]
+"""What the undo file says it is; not what the merge wrote; or not the base that should come out."""
+
 
 class Checker:
-    """Watches the units of an unmerge, in any order and from any thread.
+    """Watches the units of an unmerge, in any order and from any process.
 
     Args:
         undoing: What was planned.
@@ -31,9 +34,8 @@ class Checker:
         self._left = {place: len(record.digests) for place, record in self._said.items()}
         self._changed: set[str] = set()
         self._broken: set[str] = set()
-        self._lock = threading.Lock()
 
-    def watch(self, unit: Unit, pieces: Pieces) -> Pieces:
+    def watch(self, unit: Unit, pieces: Pieces, found: list[Finding]) -> Pieces:
         """Pass the pieces of a unit on, and compare both sides with what the undo file says."""
         edit = unit.edit
         if edit is None:
@@ -52,31 +54,24 @@ class Checker:
             if error.file is not None:
                 raise  # it cannot be read, or changed meanwhile, and says so itself
             # Streams do not fit other values than those they were made for: then these are what is wrong.
-            if self._is_changed(edit, said):
-                self._note(self._changed, said.origin)
-            else:
-                self._note(self._broken, said.key)
+            found.append("changed" if self._is_changed(edit, said) else "broken")
             return
-        self._compare(edit, said, number, source.hexdigest(), result.hexdigest())
-        with self._lock:
-            self._left[unit.file, edit.key] -= 1
+        found.append(_judge(edit, said, number, source.hexdigest(), result.hexdigest()))
 
-    def _compare(self, edit: Edit, said: TensorRecord, number: int, source: str, result: str) -> None:
-        if edit.forgotten is None:
-            if result != said.digests[number]:
-                self._note(self._broken if said.how == "stored" else self._changed, said.origin)
-        elif source != said.origin_digests[number]:
-            self._note(self._changed, said.origin)
-        elif result != said.digests[number]:
-            self._note(self._broken, said.key)
+    def take(self, unit: Unit, found: Finding) -> None:
+        """Keep what was found in a unit."""
+        if unit.edit is None:
+            return
+        said = self._said[unit.file, unit.edit.key]
+        self._left[unit.file, unit.edit.key] -= 1
+        if found == "changed":
+            self._changed.add(said.origin)
+        elif found == "broken":
+            self._broken.add(said.origin if said.how == "stored" else said.key)
 
     def _is_changed(self, edit: Edit, said: TensorRecord) -> bool:
         with edit.source.shard.source.open() as reader:
             return tensor_digests(edit.source, reader) != said.origin_digests
-
-    def _note(self, where: set[str], key: str) -> None:
-        with self._lock:
-            where.add(key)
 
     def problems(self) -> dict[str, str]:
         """Tensors that are not right, each with what is wrong."""
@@ -108,3 +103,13 @@ class Checker:
             )
         if any(self._left.values()):
             raise LoraCliError("Not every tensor was checked", found=sum(self._left.values()))
+
+
+def _judge(edit: Edit, said: TensorRecord, number: int, source: str, result: str) -> Finding:
+    """Compare the digests of one cut with what the undo file says."""
+    right = result == said.digests[number]
+    if edit.forgotten is None:
+        return "right" if right else "broken" if said.how == "stored" else "changed"
+    if source != said.origin_digests[number]:
+        return "changed"
+    return "right" if right else "broken"

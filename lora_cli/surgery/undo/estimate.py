@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from lora_cli.arithmetic.fragments import FragmentWriter
 from lora_cli.surgery.budget import BLOCK_ELEMENTS, Budget
-from lora_cli.surgery.engine import Workshop, open_readers, torch_dtype
+from lora_cli.surgery.engine import Workshop, every, open_readers, torch_dtype
 from lora_cli.surgery.identity import factors_of
 from lora_cli.surgery.plan import Edit, Plan
 from lora_cli.surgery.receipt import own_files
@@ -64,7 +64,7 @@ def _sampled(edit: Edit, workshop: Workshop) -> float:
     seen = size = 0
     writer = FragmentWriter(LENGTHS[how := codec_of(edit)])
     with open_readers() as readers:
-        for piece in workshop.pieces(edit, begin, begin + height, deltas=True):
+        for piece in workshop.pieces(edit, begin, begin + height, deltas=every):
             base = piece.source
             if edit.displaced is not None:
                 dtype = torch_dtype(edit.displaced.dtype)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,7 +10,7 @@ from blake3 import blake3
 
 from lora_cli.arithmetic.fragments import FragmentWriter
 from lora_cli.checkpoint.digests import file_digest
-from lora_cli.checkpoint.staged import Scratch, StagedFile
+from lora_cli.checkpoint.staged import Scratch, Span, StagedFile
 from lora_cli.checkpoint.undo_file import Part, undo_part
 from lora_cli.surgery.engine import Pieces, Unit, open_readers, raw_bytes, torch_dtype
 from lora_cli.surgery.plan import Edit, Plan
@@ -24,16 +23,16 @@ class Cut:
 
     before: str = ""
     after: str = ""
-    spans: list[tuple[int, int]] = field(default_factory=list)
+    spans: list[Span] = field(default_factory=list)
 
     @property
     def size(self) -> int:
         """Bytes of its fragment."""
-        return sum(length for _, length in self.spans)
+        return sum(span.length for span in self.spans)
 
 
 class Recorder:
-    """Watches the units of a merge, in any order and from any thread, and writes the undo file at the end.
+    """Watches the units of a merge, in any order and from any process, and writes the undo file at the end.
 
     Args:
         plan: The merge.
@@ -44,10 +43,9 @@ class Recorder:
         self._plan = plan
         self._scratch = scratch
         self._cuts: defaultdict[tuple[int, str], dict[int, Cut]] = defaultdict(dict)
-        self._lock = threading.Lock()
 
-    def watch(self, unit: Unit, pieces: Pieces) -> Pieces:
-        """Pass the pieces of a unit on, and keep what undoing them needs."""
+    def watch(self, unit: Unit, pieces: Pieces, found: list[Cut]) -> Pieces:
+        """Pass the pieces of a unit on; what undoing them needs is found at their end."""
         edit = unit.edit
         if edit is None:
             yield from pieces
@@ -57,8 +55,12 @@ class Recorder:
             yield from self._watch_copy(cut, pieces)
         else:
             yield from self._watch_change(edit, cut, pieces)
-        with self._lock:
-            self._cuts[unit.file, edit.key][unit.begin] = cut
+        found.append(cut)
+
+    def take(self, unit: Unit, found: Cut) -> None:
+        """Keep what was found in a unit."""
+        if unit.edit is not None:
+            self._cuts[unit.file, unit.edit.key][unit.begin] = found
 
     def _watch_copy(self, cut: Cut, pieces: Pieces) -> Pieces:
         digest = blake3()

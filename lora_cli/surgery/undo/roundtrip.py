@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+from typing import NamedTuple
 
 import torch
 
@@ -11,10 +11,10 @@ from lora_cli.checkpoint.checkpoint import Checkpoint, Shard, StoredTensor
 from lora_cli.checkpoint.digests import path_digest, tensor_digests
 from lora_cli.progress import Progress
 from lora_cli.surgery.budget import TILE_ELEMENTS, Budget
-from lora_cli.surgery.engine import Piece, Readers, Unit, Workshop, open_readers, raw_bytes, units_of
+from lora_cli.surgery.engine import Piece, Readers, Unit, Workshop, every, open_readers, raw_bytes, units_of
 from lora_cli.surgery.plan import Edit
 from lora_cli.surgery.receipt import OWN_FILES, beside
-from lora_cli.surgery.undo.checking import Checker
+from lora_cli.surgery.undo.checking import Checker, Finding
 from lora_cli.surgery.undo.undoing import Undoing
 from lora_cli.surgery.workers import run_units
 
@@ -31,10 +31,20 @@ def roundtrip(undoing: Undoing, base: Checkpoint | None, budget: Budget, progres
     trip = _Trip(undoing, base)
     plan = undoing.plan
     progress.begin("roundtrip", sum(file.size for file in plan.files))
-    units = (unit for number, file in enumerate(plan.files) for unit in units_of(number, file, seen=True))
-    for unit, _ in run_units(units, trip.work, lambda: Workshop(budget.strip_bytes), budget.threads):
+    every_unit = (unit for number, file in enumerate(plan.files) for unit in units_of(number, file, seen=True))
+    units = (unit for unit in every_unit if unit.edit is not None)
+    nbytes = sum(edit.nbytes for edit in plan.edits)
+    for unit, found in run_units(units, trip.work, lambda: Workshop(budget.strip_bytes), budget.threads, nbytes=nbytes):
+        trip.take(unit, found)
         progress.advance(unit.nbytes)
     return trip.verdict()
+
+
+class _Seen(NamedTuple):
+    """What was found in one unit: by the checker, and what is wrong besides."""
+
+    checked: list[Finding]
+    wrong: list[str]
 
 
 class _Trip:
@@ -43,30 +53,28 @@ class _Trip:
         self._base = base
         self._checker = Checker(undoing)
         self._different: dict[str, str] = {}
-        self._lock = threading.Lock()
 
-    def work(self, unit: Unit, workshop: Workshop) -> None:
+    def work(self, unit: Unit, workshop: Workshop) -> _Seen:
         edit = unit.edit
-        assert edit is not None  # noqa: S101 (every unit is of a tensor when copies are seen)
-        pieces = workshop.pieces(edit, unit.begin, unit.end, deltas=True)
+        assert edit is not None  # noqa: S101 (copies are left out)
+        pieces = workshop.pieces(edit, unit.begin, unit.end, deltas=every)
+        seen = _Seen([], [])
         with open_readers() as readers:
-            for piece in self._checker.watch(unit, pieces):
+            for piece in self._checker.watch(unit, pieces, seen.checked):
                 if piece.delta is not None and not _merges_again(piece, workshop):
-                    self._note(edit.key, "the base that comes out does not merge to what is there")
+                    seen.wrong.append("the base that comes out does not merge to what is there")
                 if self._base is not None:
-                    self._compare(edit, piece, readers)
+                    seen.wrong.extend(_compare(self._base, edit, piece, readers))
+        return _Seen(seen.checked, seen.wrong[:1])
 
-    def _compare(self, edit: Edit, piece: Piece, readers: Readers) -> None:
-        assert self._base is not None  # noqa: S101 (who calls has looked)
-        tensor = self._base.tensors.get(edit.key)
-        if tensor is None or (tensor.dtype, tensor.shape) != (edit.dtype, edit.shape):
-            self._note(edit.key, "the base has no such tensor")
-        elif not _same(tensor, piece, readers):
-            self._note(edit.key, "not what the base has")
+    def take(self, unit: Unit, found: _Seen) -> None:
+        for finding in found.checked:
+            self._checker.take(unit, finding)
+        for what in found.wrong:
+            self._note(unit.edit.key if unit.edit else "", what)
 
     def _note(self, key: str, what: str) -> None:
-        with self._lock:
-            self._different.setdefault(key, what)
+        self._different.setdefault(key, what)
 
     def verdict(self) -> dict[str, str]:
         for key, what in self._checker.problems().items():
@@ -112,6 +120,13 @@ class _Trip:
                 self._note(side.name, "not the base's file")
         for key in base.tensors.keys() - {edit.key for edit in self._undoing.plan.edits}:
             self._note(key, "in the base, and does not come back")
+
+
+def _compare(base: Checkpoint, edit: Edit, piece: Piece, readers: Readers) -> list[str]:
+    tensor = base.tensors.get(edit.key)
+    if tensor is None or (tensor.dtype, tensor.shape) != (edit.dtype, edit.shape):
+        return ["the base has no such tensor"]
+    return [] if _same(tensor, piece, readers) else ["not what the base has"]
 
 
 def _merges_again(piece: Piece, workshop: Workshop) -> bool:
