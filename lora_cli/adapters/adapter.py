@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -41,7 +42,13 @@ class Scale:
 
     def times(self, weight: float = 1.0) -> float:
         """Return the scale times the user's weight, rounded once from the exact value."""
-        return exact_scale(Fraction(self.alpha), self.rank or 1, weight=weight, rslora=self.rslora)
+        return _exact_scale(self.alpha, self.rank or 1, weight, rslora=self.rslora)
+
+
+@lru_cache(maxsize=4096)
+def _exact_scale(alpha: float, rank: int, weight: float, *, rslora: bool) -> float:
+    # Tens of thousands of modules share a few scales.
+    return exact_scale(Fraction(alpha), rank, weight=weight, rslora=rslora)
 
 
 class Delta(Protocol):

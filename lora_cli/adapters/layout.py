@@ -18,7 +18,7 @@ Orientation = Literal["ba", "ab"]
 
 def fits(delta: tuple[int, int], base: tuple[int, ...]) -> set[bool]:
     """The values of `transposed` with which a delta of (out, in) has the base's shape."""
-    return {transposed for transposed in (False, True) if tuple(reversed(delta) if transposed else delta) == base}
+    return {transposed for transposed, shape in ((False, delta), (True, delta[::-1])) if shape == base}
 
 
 def by_architecture(target: Target, key: str, base_config: Mapping[str, Any]) -> bool | None:
@@ -27,7 +27,7 @@ def by_architecture(target: Target, key: str, base_config: Mapping[str, Any]) ->
     Where a config holds others (an encoder and a decoder), the one that the key's name begins with decides.
     """
     config = base_config
-    for part in key.split(".")[:2]:
+    for part in key.split(".", 2)[:2]:
         inner = config.get(part, config.get(f"{part}_config"))
         config = inner if isinstance(inner, dict) else config
     modules = conv1d_modules().get(str(config.get("model_type")))

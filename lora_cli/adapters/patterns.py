@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from lora_cli.errors import UsageError
@@ -24,16 +24,19 @@ class PeftPatterns:
     def __init__(self, patterns: Mapping[str, Any]) -> None:
         self._patterns = patterns
         self._keys = list(patterns)
-        self._regular = [(place, key) for place, key in enumerate(self._keys) if not _PLAIN.fullmatch(key)]
-        # A dot that is not escaped stands for any character: names are compared with those places blanked.
-        self._names: dict[tuple[tuple[int, ...], str], int] = {}
-        self._blanks: defaultdict[int, set[tuple[int, ...]]] = defaultdict(set)
+        self._endings, self._wholes = _Names(), _Names()
+        self._regular: list[tuple[int, str]] = []
+        self._compiled: dict[str, Callable[[str], bool]] = {}
         for place, key in enumerate(self._keys):
-            if _PLAIN.fullmatch(key):
-                name = key.replace("\\.", "\0")
-                blanks = tuple(at for at, character in enumerate(name) if character == ".")
-                self._names.setdefault((blanks, _blanked(name.replace("\0", "."), blanks)), place)
-                self._blanks[len(name)].add(blanks)
+            name = key.removeprefix("^")
+            if _PLAIN.fullmatch(name):
+                # After what stands around it, `^` is the start of the whole name.
+                (self._endings if name == key else self._wholes).add(name, place)
+            else:
+                self._regular.append((place, key))
+
+    def __len__(self) -> int:
+        return len(self._keys)
 
     def first(self, module: str) -> tuple[str, Any] | None:
         """Return the entry for a module. One that matches nothing as a pattern may still be the module's very name.
@@ -41,9 +44,13 @@ class PeftPatterns:
         Raises:
             UnsupportedError: A pattern is no regular expression that matches in linear time.
         """
+        if not self._keys:
+            return None  # most configs have none, and there may be tens of thousands of modules
         place = min(self._plain_places(module), default=len(self._keys))
         for other, key in self._regular:
-            if other < place and untrusted(key, _AROUND)(module):
+            if other > place:
+                break
+            if self._matches(key, module):
                 place = other
                 break
         if place < len(self._keys):
@@ -52,13 +59,45 @@ class PeftPatterns:
 
     def all(self, module: str) -> list[Any]:
         """Return the values of all entries that match a module, in dict order."""
-        regular = [place for place, key in self._regular if untrusted(key, _AROUND)(module)]
+        regular = [place for place, key in self._regular if self._matches(key, module)]
         return [self._patterns[self._keys[place]] for place in sorted({*self._plain_places(module), *regular})]
 
+    def _matches(self, key: str, module: str) -> bool:
+        if key not in self._compiled:
+            self._compiled[key] = untrusted(key, _AROUND)
+        return self._compiled[key](module)
+
     def _plain_places(self, module: str) -> list[int]:
-        endings = [module, *(module[match.end() :] for match in re.finditer(r"\.", module))]
-        candidates = ((blanks, _blanked(end, blanks)) for end in endings for blanks in self._blanks.get(len(end), ()))
-        return [self._names[candidate] for candidate in candidates if candidate in self._names]
+        places = list(self._wholes.places(module))
+        if self._endings:
+            endings = [module, *(module[match.end() :] for match in re.finditer(r"\.", module))]
+            places += [place for end in endings for place in self._endings.places(end)]
+        return places
+
+
+class _Names:
+    """Entries that are names. A dot that is not escaped stands for any character: it is blanked where it is."""
+
+    def __init__(self) -> None:
+        self._places: dict[tuple[tuple[int, ...], str], int] = {}
+        self._blanks: defaultdict[int, set[tuple[int, ...]]] = defaultdict(set)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def add(self, entry: str, place: int) -> None:
+        """Take up an entry that stands at this place."""
+        name = entry.replace("\\.", "\0")
+        blanks = tuple(at for at, character in enumerate(name) if character == ".")
+        self._places.setdefault((blanks, _blanked(name.replace("\0", "."), blanks)), place)
+        self._blanks[len(name)].add(blanks)
+
+    def places(self, text: str) -> Iterator[int]:
+        """Where the entries stand that match the whole text."""
+        for blanks in self._blanks.get(len(text), ()):
+            place = self._places.get((blanks, _blanked(text, blanks)))
+            if place is not None:
+                yield place
 
 
 _AROUND = r"(.*\.)?({})$"

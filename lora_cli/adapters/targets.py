@@ -15,7 +15,7 @@ from lora_cli.adapters.orientation import stored_transposed
 from lora_cli.adapters.patterns import compile_user_pattern, matches_any
 from lora_cli.adapters.resolve import nearest
 from lora_cli.checkpoint.checkpoint import Checkpoint, StoredTensor
-from lora_cli.checkpoint.quantised import quantised
+from lora_cli.checkpoint.quantised import Quantised
 from lora_cli.errors import NamesError, UnsupportedError, UsageError
 
 ALL_LINEAR = "all-linear"
@@ -130,13 +130,14 @@ def modules_of(checkpoint: Checkpoint) -> list[Module]:
     """Every module that has a weight, in the order of the checkpoint."""
     keys = checkpoint.tensors
     parents = {".".join(parts[:at]) for parts in map(_parts, keys) for at, part in enumerate(parts) if part in _EXPERTS}
+    quantised = Quantised(checkpoint)
     modules = []
     for key, tensor in keys.items():
         ending = next((ending for ending in (".weight", *_PACKED) if key.endswith(ending)), None)
         if ending is None:
             continue
         name = key.removesuffix(ending)
-        reason = f"{key} is packed" if ending in _PACKED else quantised(checkpoint, key)
+        reason = f"{key} is packed" if ending in _PACKED else quantised(key)
         modules.append(Module(name, tensor, _role(name, parents), _refusal(name, tensor, reason is not None), reason))
     return modules
 

@@ -56,7 +56,7 @@ def wrapped_modules(checkpoint: Checkpoint) -> dict[str, str]:
     keys = checkpoint.tensors
     found = {}
     for key in keys:
-        match = _BASE.fullmatch(key)
+        match = _BASE.fullmatch(key) if ".base" in key else None
         if match and match["parameter"] == "weight" and f"{match['module']}.weight" not in keys:
             module = match["module"]
             if f"{module}.lora_A.weight" in keys or f"{module}.lora_A.default.weight" in keys:

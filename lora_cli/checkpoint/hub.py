@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 import uuid
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -135,6 +134,8 @@ def _parse(reference: str, role: Role) -> _Wanted:
 
 
 def _fetch(wanted: _Wanted, progress: Progress) -> Location:
+    from concurrent.futures import ThreadPoolExecutor
+
     from huggingface_hub import HfApi, constants, try_to_load_from_cache
     from huggingface_hub.errors import OfflineModeIsEnabled
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import logging
 import re
-import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
@@ -157,6 +156,8 @@ def _translated(error: Exception, name: str, repo: str) -> LoraCliError:
 
 
 def _is_of_tls(error: BaseException | None) -> bool:
+    import ssl
+
     for _ in range(16):  # the HTTP libraries wrap it in errors of their own
         if error is None or isinstance(error, ssl.SSLError):
             break

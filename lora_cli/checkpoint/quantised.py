@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import Any
 
 from lora_cli.checkpoint.checkpoint import Checkpoint
 from lora_cli.regex import untrusted
 
 _COMPANIONS = (
-    "weight_scale_inv",
-    "weight_scale",
-    "weight_scale_2",
-    "weight_packed",
-    "weight_zero_point",
-    "weight.absmax",
-    "weight.quant_map",
-    "weight.quant_state",
-    "qweight",
-    "qzeros",
-    "scales",
-    "SCB",
-    "weight_format",
+    ".weight_scale_inv",
+    ".weight_scale",
+    ".weight_scale_2",
+    ".weight_packed",
+    ".weight_zero_point",
+    ".weight.absmax",
+    ".weight.quant_map",
+    ".weight.quant_state",
+    ".qweight",
+    ".qzeros",
+    ".scales",
+    ".SCB",
+    ".weight_format",
+    # Fused expert stacks carry theirs as X_blocks/X_scales or X_scale_inv.
+    "_scales",
+    "_blocks",
+    "_scale_inv",
+    "_scale",
 )
-"""What stands beside a quantised `X.weight`, after `X.`: block fp8, compressed-tensors, bitsandbytes, GPTQ, AWQ."""
+"""What stands beside a quantised `X.weight`, after `X`: block fp8, compressed-tensors, bitsandbytes, GPTQ, AWQ."""
 
 _EXCEPTION_FIELDS = (
     "modules_to_not_convert",
@@ -35,16 +41,43 @@ _EXCEPTION_FIELDS = (
 )
 
 
-def quantised(checkpoint: Checkpoint, key: str) -> str | None:
-    """Say why the tensor `key` holds quantised numbers, or None for plain ones."""
-    module = key.removesuffix(".weight")
-    companion = next((name for name in _companions(module) if name in checkpoint.tensors), None)
-    if companion is not None:
-        return f"{companion} stands beside it"
-    settings = checkpoint.config.get("quantization_config")
-    if isinstance(settings, dict) and key.endswith(".weight") and not _excepted(settings, module):
-        return f"the quantization_config of config.json ({settings.get('quant_method', 'unnamed')}) covers it"
-    return None
+class Quantised:
+    """Says of each tensor of one checkpoint why it holds quantised numbers, or None for plain ones.
+
+    What depends on the checkpoint alone is looked up once: there may be tens of thousands of tensors to ask for.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+
+    def __call__(self, key: str) -> str | None:
+        """Say why the tensor `key` holds quantised numbers."""
+        module = key.removesuffix(".weight")
+        if module in self._companions:
+            return f"{module}{_COMPANIONS[self._companions[module]]} stands beside it"
+        if self._declared is not None and key.endswith(".weight") and not self._excepted(module):
+            return f"the quantization_config of config.json ({self._declared}) covers it"
+        return None
+
+    @cached_property
+    def _companions(self) -> Mapping[str, int]:
+        """What stands beside a module, as its place among the companions: the first of several."""
+        found: dict[str, int] = {}
+        for key in self._checkpoint.tensors:
+            if key.endswith(_COMPANIONS):
+                for place, ending in enumerate(_COMPANIONS):
+                    if key.endswith(ending):
+                        module = key.removesuffix(ending)
+                        found[module] = min(place, found.get(module, place))
+        return found
+
+    @cached_property
+    def _declared(self) -> str | None:
+        return method(self._checkpoint)
+
+    @cached_property
+    def _excepted(self) -> Callable[[str], bool]:
+        return _exceptions(self._checkpoint.config["quantization_config"])
 
 
 def method(checkpoint: Checkpoint) -> str | None:
@@ -53,25 +86,31 @@ def method(checkpoint: Checkpoint) -> str | None:
     return str(settings.get("quant_method", "unnamed")) if isinstance(settings, dict) else None
 
 
-def _companions(module: str) -> list[str]:
-    names = [f"{module}.{suffix}" for suffix in _COMPANIONS]
-    # Fused expert stacks carry theirs as X_blocks/X_scales or X_scale_inv.
-    return [*names, *(f"{module}{suffix}" for suffix in ("_scales", "_blocks", "_scale_inv", "_scale"))]
+def _exceptions(settings: Mapping[str, Any]) -> Callable[[str], bool]:
+    """Whether the settings say that a module is not quantised: by whole parts of its name, by glob, or by a pattern.
+
+    The first entry that says so decides. There may be a name for each layer or expert: these are looked up.
+    """
+    entries = [entry for field in _EXCEPTION_FIELDS for entry in _texts(settings.get(field))]
+    patterns = [(place, entry) for place, entry in enumerate(entries) if entry.startswith("re:") or "*" in entry]
+    others = set(range(len(entries))) - {place for place, _ in patterns}
+    names = {entries[place]: place for place in sorted(others, reverse=True)}
+    lengths = {name.count(".") + 1 for name in names}
+
+    def excepted(module: str) -> bool:
+        parts = module.split(".")
+        runs = (".".join(parts[at : at + size]) for size in lengths for at in range(len(parts) - size + 1))
+        named = min((names[run] for run in runs if run in names), default=len(entries))
+        return any(_matches(entry, module) for place, entry in patterns if place < named) or named < len(entries)
+
+    return excepted
 
 
-def _excepted(settings: Mapping[str, Any], module: str) -> bool:
-    """Whether the settings say that a module is not quantised: by name, by glob, or by `re:` and a pattern."""
-    entries = [entry for name in _EXCEPTION_FIELDS for entry in _texts(settings.get(name))]
-    return any(_names(entry, module) for entry in entries)
+def _matches(entry: str, module: str) -> bool:
+    if entry.startswith("re:"):  # only compressed-tensors writes these, anchored at the start
+        return untrusted(entry[3:])(module)
+    return fnmatchcase(module, entry) or fnmatchcase(module, f"{entry}.*")
 
 
 def _texts(value: object) -> list[str]:
     return [entry for entry in value if isinstance(entry, str)] if isinstance(value, list) else []
-
-
-def _names(entry: str, module: str) -> bool:
-    if entry.startswith("re:"):  # only compressed-tensors writes these, anchored at the start
-        return untrusted(entry[3:])(module)
-    if "*" in entry:
-        return fnmatchcase(module, entry) or fnmatchcase(module, f"{entry}.*")
-    return f".{entry}." in f".{module}."

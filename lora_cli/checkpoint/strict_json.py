@@ -22,9 +22,6 @@ DIGITS_LIMIT = 1_000
 DEPTH_LIMIT = 100
 """Deepest nesting: a limit of our own, lest the verdict depend on how deep the caller's stack already is."""
 
-_STRING = re.compile(r'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
-_BRACKETS_AS_SQUARE = str.maketrans("{}", "[]")
-_NO_BRACKET = re.compile(r"[^][]++")
 _MAYBE_HALF_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")
 # Text as far as every \ud800…\udbff is followed by its other half.
 _PAIRED_TEXT = re.compile(r"(?:[^\\]++|\\[^u]|\\u(?![dD][89a-fA-F])|\\u[dD][89abAB]..\\u[dD][c-fC-F]..)*+", re.DOTALL)
@@ -67,7 +64,7 @@ def loads(data: bytes, *, file: object, limit: int, what: str, keep_repeated: bo
     try:
         text = _decode(data)
         document = _parse(text, keep_repeated=keep_repeated)
-        _check_depth(text)
+        _check_depth(document)
         if _MAYBE_HALF_PAIR.search(data):
             _check_pairs(text)
     except _RefusedError as refusal:
@@ -139,18 +136,23 @@ def _refuse_constant(name: str) -> NoReturn:
     raise _RefusedError(f"{name} is no JSON number")
 
 
+_NESTING = (dict, list)
 _TOO_DEEP = f"nested more than {DEPTH_LIMIT} deep"
 
 
-def _check_depth(text: str) -> None:
-    """Refuse deep nesting in valid JSON, by taking away one innermost level after another."""
-    if text.count("[") + text.count("{") <= DEPTH_LIMIT:
-        return
-    brackets = _NO_BRACKET.sub("", _STRING.sub("", text).translate(_BRACKETS_AS_SQUARE))
+def _check_depth(document: object) -> None:
+    """Refuse deep nesting, by taking away one outermost level after another."""
+    level = [document] if isinstance(document, _NESTING) else []
     for _ in range(DEPTH_LIMIT):
-        brackets = brackets.replace("[]", "")
-    if brackets:
-        raise _RefusedError(_TOO_DEEP)
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, _NESTING)
+        ]
+        if not level:
+            return
+    raise _RefusedError(_TOO_DEEP)
 
 
 def _check_pairs(text: str) -> None:

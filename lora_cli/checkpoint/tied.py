@@ -9,6 +9,7 @@ from lora_cli.checkpoint.checkpoint import Checkpoint
 
 EMBEDDINGS = {"embed_tokens", "wte", "word_embeddings", "shared", "embed_in", "tok_embeddings"}
 _HEADS = {"lm_head", "embed_out", "decoder"}
+_ROLES = EMBEDDINGS | _HEADS
 _WITH_HEAD = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM", "ForPreTraining")
 
 
@@ -22,7 +23,7 @@ def tie_of(checkpoint: Checkpoint, key: str, keys: Iterable[str]) -> str | None:
     """
     module, _, parameter = key.rpartition(".")
     role = module.rpartition(".")[2]
-    if parameter != "weight" or role not in EMBEDDINGS | _HEADS or not _may_tie(checkpoint.config):
+    if parameter != "weight" or role not in _ROLES or not _may_tie(checkpoint.config):
         return None
     partners = _HEADS if role in EMBEDDINGS else EMBEDDINGS
     modules = {other.rpartition(".")[0].rpartition(".")[2] for other in keys if other.endswith(".weight")}

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
 import os
 import sys
 import time
@@ -12,6 +10,7 @@ import traceback
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from lora_cli.cli.document import rendered, unfolded
 from lora_cli.cli.text import duration, shown, size
 from lora_cli.errors import LoraCliError
 from lora_cli.progress import Progress
@@ -50,7 +49,7 @@ class Output:
     def result(self, value: object, command: str, view: Callable[[], Iterable[RenderableType]]) -> None:
         """Show a result: as JSON under the schema of its command, or as the view draws it."""
         if self.json:
-            self._print_json({"schema": f"lora-cli/{command}/1", **plain(value)})
+            self._print_json({"schema": f"lora-cli/{command}/1", **unfolded(value)})
         elif not self.quiet:
             console = self._console(sys.stdout)
             with _pipe():
@@ -121,7 +120,7 @@ class Output:
 
     def _print_json(self, document: Mapping[str, Any]) -> None:
         with _pipe():
-            print(json.dumps(document, indent=2, ensure_ascii=True, allow_nan=False))  # noqa: T201
+            print(rendered(document))  # noqa: T201
 
 
 class _pipe:  # noqa: N801 (used as a context like a function)
@@ -197,21 +196,6 @@ class _ShownProgress(Progress):
         self._bar = RichProgress(*columns, TimeRemainingColumn(), console=console, transient=True)
         self._task = self._bar.add_task(self._label, total=self._total, completed=self._done)
         self._bar.start()
-
-
-def plain(value: object) -> Any:
-    """Turn a result into JSON values: dataclasses to objects, numbers that JSON lacks to strings."""
-    if hasattr(value, "as_dict"):
-        return plain(value.as_dict())
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value if isinstance(value, str | int | float | bool | None) else str(value)
 
 
 def error_fields(error: LoraCliError) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from statistics import median
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -158,6 +157,8 @@ def _trip_words(result: VerifyResult) -> str | None:
 
 def _strength_words(survival: Sequence[Survival]) -> str:
     """What of the deltas is in the checkpoint: the least of all tensors, and what is usual."""
+    from statistics import median
+
     strengths = [one.strength for one in survival if one.strength is not None and math.isfinite(one.strength)]
     if not strengths:
         return ""

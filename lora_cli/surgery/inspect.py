@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lora_cli.adapters.adapter import Adapter
-from lora_cli.adapters.formats import open_adapter
-from lora_cli.adapters.source import CONFIG_FILE, ReadOptions
+from lora_cli.adapters.formats import read_adapter
+from lora_cli.adapters.source import CONFIG_FILE, ReadOptions, look_at_adapter
 from lora_cli.adapters.wrapped import wrapped_modules
 from lora_cli.checkpoint.checkpoint import ADAPTER_FILE, Checkpoint, StoredTensor, open_checkpoint, open_shard
 from lora_cli.checkpoint.hub import Location, locate
-from lora_cli.checkpoint.quantised import method, quantised
+from lora_cli.checkpoint.quantised import Quantised, method
 from lora_cli.errors import LoraCliError, MissingScaleError
 from lora_cli.progress import SILENT, Progress
 from lora_cli.surgery.placing import PlanOptions
@@ -226,10 +226,11 @@ NO_SCALE = "nothing says how strong this adapter is; merge will need --alpha A o
 
 def _read_adapter(place: Location, options: ReadOptions) -> tuple[Adapter, bool]:
     """Read it, and say whether its scale is known; for a look at it that is not needed."""
+    source = look_at_adapter(place.path, label=place.label)
     try:
-        return open_adapter(place.path, options, label=place.label), True
+        return read_adapter(source, options), True
     except MissingScaleError:
-        return open_adapter(place.path, replace(options, scale=1.0), label=place.label), False
+        return read_adapter(source, replace(options, scale=1.0)), False
 
 
 def _unread_warning(adapter: Adapter) -> tuple[str, ...]:
@@ -245,6 +246,7 @@ def _inspect_checkpoint(place: Location) -> InspectResult:
     architectures = checkpoint.config.get("architectures")
     name = architectures[0] if isinstance(architectures, list) and architectures else None
     evidence = "an index and shards" if checkpoint.index else "one safetensors file"
+    quantised = _count_quantised(checkpoint)
     return InspectResult(
         kind="merged" if merged else "checkpoint",
         label=place.label,
@@ -257,8 +259,8 @@ def _inspect_checkpoint(place: Location) -> InspectResult:
         shards=tuple(shard.name for shard in checkpoint.shards),
         tensors=tuple(TensorInfo(t.key, t.dtype.name, t.shape, t.shard.name) for t in stored),
         tied=_tied(checkpoint),
-        quantised=method(checkpoint) or ("by the tensors beside the weights" if _count_quantised(checkpoint) else None),
-        quantised_tensors=_count_quantised(checkpoint),
+        quantised=method(checkpoint) or ("by the tensors beside the weights" if quantised else None),
+        quantised_tensors=quantised,
         wrapped=tuple(wrapped_modules(checkpoint)),
         receipt=receipt,
         undo=undo_summary(place.path),
@@ -267,7 +269,8 @@ def _inspect_checkpoint(place: Location) -> InspectResult:
 
 
 def _count_quantised(checkpoint: Checkpoint) -> int:
-    return sum(1 for key in checkpoint.tensors if key.endswith("weight") and quantised(checkpoint, key))
+    quantised = Quantised(checkpoint)
+    return sum(1 for key in checkpoint.tensors if key.endswith("weight") and quantised(key))
 
 
 def _dtypes(tensors: Sequence[StoredTensor]) -> Mapping[str, int]:

@@ -15,7 +15,7 @@ from lora_cli.adapters.resolve import Resolution, parse_maps, resolve, tied_to
 from lora_cli.adapters.source import ReadOptions
 from lora_cli.adapters.wrapped import Wrapped, refuse_other_factors, unwrap
 from lora_cli.checkpoint.checkpoint import Checkpoint, StoredTensor
-from lora_cli.checkpoint.quantised import quantised
+from lora_cli.checkpoint.quantised import Quantised
 from lora_cli.checkpoint.tied import tie_of
 from lora_cli.errors import LoraCliError, NamesError, ShapeError, UnsupportedError, UsageError
 from lora_cli.surgery.plan import MERGEABLE, AdapterUse, Contribution, LedgerEntry, ScaleUse
@@ -85,6 +85,7 @@ class Placement:
         self.uses: list[AdapterUse] = []
         self.warnings = [f"{adapter.label}: {text}" for adapter in self.adapters for text in adapter.warnings]
         self._problems: list[tuple[type[LoraCliError], str]] = []
+        self._quantised = Quantised(base)
         if not self.adapters:
             raise UsageError(
                 "No adapter given, and the base carries none",
@@ -189,19 +190,20 @@ class Placement:
     # Deltas and replacements
 
     def _place_targets(self, position: int, adapter: Adapter, weight: float, found: Resolution) -> None:
-        placed = [(target, found.keys[target.name]) for target in adapter.targets if target.name in found.keys]
-        choices = {target.name: fits(target.delta.shape, self._matrix_shape(target, key)) for target, key in placed}
-        others = {next(iter(fit)) for fit in choices.values() if len(fit) == 1}
-        for target, key in placed:
-            transposed = self._transposed(target, key, choices[target.name], adapter, others)
+        placed = [(target, key) for target in adapter.targets if (key := found.keys.get(target.name)) is not None]
+        choices = [fits(target.delta.shape, self._matrix_shape(target, key)) for target, key in placed]
+        others = {next(iter(fit)) for fit in choices if len(fit) == 1}
+        for (target, key), fit in zip(placed, choices, strict=True):
+            transposed = self._transposed(target, key, fit, adapter, others)
             if transposed is None:
                 continue
-            if any(term.transposed != transposed for term in self.terms[key]):
+            terms = self.terms[key]
+            if terms and any(term.transposed != transposed for term in terms):
                 words = f"{key}: square, and two adapters read it in two ways; give --orientation ba or ab"
                 self._problems.append((ShapeError, words))
                 continue
             self._check_target(target, key)
-            self.terms[key].append(Contribution(position, target.module, target.delta, weight, transposed))
+            terms.append(Contribution(position, target.module, target.delta, weight, transposed))
             for tensor in target.delta.tensors:
                 self._enter(adapter, tensor, "applied", key)
 
@@ -247,7 +249,7 @@ class Placement:
 
     def _check_plain(self, key: str) -> None:
         """Refuse a tensor that holds quantised numbers, or that the model uses twice."""
-        reason = quantised(self.base, self.tensors[key].key) if key in self.tensors else None
+        reason = self._quantised(self.tensors[key].key) if key in self.tensors else None
         if reason:
             self._problems.append((UnsupportedError, f"{key}: quantised, {reason}"))
         tie = tie_of(self.base, key, self.tensors)

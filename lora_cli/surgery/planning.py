@@ -93,10 +93,8 @@ class _Layout:
 
     def _output_file(self, shard: Shard) -> OutputFile:
         """Lay out the output file that takes the place of one shard; the base's header stands if nothing changed."""
-        sources = [
-            StoredTensor(shard, info) for info in shard.header.tensors if info.name not in self.placement.carried
-        ]
-        rows = [self._row(source) for source in sources]
+        stored, carried = self.base.tensors, self.placement.carried
+        rows = [self._row(stored[info.name]) for info in shard.header.tensors if info.name not in carried]
         if shard is self.base.shards[-1]:
             rows += [self._new_row(name, replacement) for name, replacement in self.placement.appended.items()]
         same = [(info.name, info.dtype, info.shape) for info in shard.header.tensors]

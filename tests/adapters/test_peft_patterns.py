@@ -41,6 +41,9 @@ modules = st.lists(
 
 @given(st.dictionaries(patterns, st.integers(1, 99), max_size=5), modules)
 @example({"a+b": 5}, "a+b")
+@example({"^q": 1, "^model.q": 2, "q": 3}, "model.q")
+@example({"q": 3, "^q": 1}, "q")
+@example({"^layers.0": 1, r"^layers\.0": 2, "^^q": 4}, "layers+0")
 @settings(max_examples=200, deadline=None)
 def test_the_lookup_is_that_of_peft(lora_patterns: dict[str, int], module: str) -> None:
     """First match in the order of the file; what matches nothing may still be a module's very name."""

@@ -48,10 +48,19 @@ def open_adapter(path: Path, options: ReadOptions | None = None, *, label: str |
         UnsupportedError: No format recognises it.
         LoraCliError: What the reader of its format raises.
     """
-    source = look_at_adapter(path, label=label)
+    return read_adapter(look_at_adapter(path, label=label), options or ReadOptions())
+
+
+def read_adapter(source: AdapterSource, options: ReadOptions) -> Adapter:
+    """Read an adapter from files that were looked at.
+
+    Raises:
+        UnsupportedError: No format recognises it.
+        LoraCliError: What the reader of its format raises.
+    """
     for form in FORMATS:
         if form.detect(source):
-            return form.read(source, options or ReadOptions())
+            return form.read(source, options)
     names = list(source.tensors)
     foreign = next((what for sign, what in _FOREIGN if any(sign in name for name in names)), None)
     raise UnsupportedError(

@@ -8,7 +8,7 @@ from the first matching entry of `alpha_pattern` and `rank_pattern`.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -88,16 +88,15 @@ def read(source: AdapterSource, options: ReadOptions) -> Adapter:
         orientation="ba",
         ignored_fields=ignored,
         stored=len(source.tensors),
-        warnings=tuple(_ambiguous_patterns(config, list(pairs))),
+        warnings=tuple(_ambiguous_patterns(numbers, pairs)),
     )
 
 
-def _ambiguous_patterns(config: Mapping[str, Any], modules: list[str]) -> list[str]:
+def _ambiguous_patterns(numbers: _Numbers, modules: Iterable[str]) -> list[str]:
     """Warn where the order of a pattern's entries matters: PEFT saves them sorted, whatever the trainer's order was."""
     warnings = []
-    for name in ("rank_pattern", "alpha_pattern"):
-        patterns = PeftPatterns(config.get(name) or {})
-        found = ((module, patterns.all(module)) for module in modules)
+    for name, patterns in numbers.patterns.items():
+        found = ((module, patterns.all(module)) for module in modules) if len(patterns) > 1 else iter(())
         for module, values in islice(((m, v) for m, v in found if len(set(map(str, v))) > 1), 1):
             warnings.append(f"several entries of {name} match {module}; the first one, {values[0]}, is taken")
     return warnings
@@ -121,12 +120,13 @@ def _sort(source: AdapterSource, config: Mapping[str, Any]) -> _Found:
         name = key.removeprefix(PREFIX)
         _refuse_unsupported(name, tensor, source)
         if match := _FACTOR.fullmatch(name):
-            adapter_names.add(match["adapter"] or "default")
+            module, side, adapter, parameter = match.groups()
+            adapter_names.add(adapter or "default")
             _refuse_several(adapter_names, source)
-            if match["parameter"] == "weight":
-                found.pairs.setdefault(match["module"], Pair()).put(match["side"], tensor)
-            elif match["side"] == "B" and match["module"] not in found.biases:
-                found.biases[match["module"]] = tensor
+            if parameter == "weight":
+                found.pairs.setdefault(module, Pair()).put(side, tensor)
+            elif side == "B" and module not in found.biases:
+                found.biases[module] = tensor
             else:
                 found.unread.append(tensor)
         elif _ORIGINAL.fullmatch(name):
@@ -148,10 +148,11 @@ def _refuse_several(adapter_names: set[str], source: AdapterSource) -> None:
 
 def _refuse_unsupported(name: str, tensor: StoredTensor, source: AdapterSource) -> None:
     parts = name.split(".")
-    reason = next((_UNSUPPORTED[part] for part in parts if part in _UNSUPPORTED), None)
+    known = _UNSUPPORTED.keys().isdisjoint(parts)
+    reason = None if known else next(_UNSUPPORTED[part] for part in parts if part in _UNSUPPORTED)
     if ".base_layer.lora_" in name:
         reason = "nested LoRA (several expert parameters of one module) is not supported"
-    elif reason is None and any(part in ("lora_A", "lora_B") for part in parts) and len(tensor.shape) > 2:
+    elif known and len(tensor.shape) > 2 and ("lora_A" in parts or "lora_B" in parts):
         reason = "LoRA on convolutions and expert stacks is not supported"
     if reason:
         raise UnsupportedError(reason, file=source.shard.name, tensor=tensor.key, found=f"shape {list(tensor.shape)}")
@@ -185,7 +186,7 @@ class _Numbers:
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self._config = config
-        self._patterns = {name: PeftPatterns(config.get(name) or {}) for name in ("rank_pattern", "alpha_pattern")}
+        self.patterns = {name: PeftPatterns(config.get(name) or {}) for name in ("rank_pattern", "alpha_pattern")}
 
     def rank(self, module: str) -> tuple[Any, str] | None:
         return self._value("rank_pattern", "r", module)
@@ -194,7 +195,7 @@ class _Numbers:
         return self._value("alpha_pattern", "lora_alpha", module)
 
     def _value(self, patterns: str, field: str, module: str) -> tuple[Any, str] | None:
-        found = self._patterns[patterns].first(module)
+        found = self.patterns[patterns].first(module)
         if found is not None:
             return found[1], f"{patterns}[{found[0]!r}]"
         return (self._config[field], field) if field in self._config else None
