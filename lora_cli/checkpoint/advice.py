@@ -1,7 +1,8 @@
-"""Advice to the system's page cache: what to write soon. It changes no byte, and is left out where it is not to be had.
+"""Advice to the system's page cache. It changes no byte, and is left out where it is not to be had.
 
 A file that is synced only when it is complete leaves the disk idle while it is made, and the processors while it is
-synced. So each run of bytes is handed to the disk as soon as it is there.
+synced. So each run of bytes is handed to the disk as soon as it is there. And what is larger than memory would push
+everything else out of the cache, only to be pushed out itself: such files are forgotten behind the work.
 """
 
 from __future__ import annotations
@@ -23,10 +24,18 @@ def start_writing(descriptor: int, offset: int, length: int) -> None:
         call(descriptor, offset, length, _WRITE)
 
 
-def forget(descriptor: int) -> None:
-    """Say that a file's pages, which are on the disk, will not be needed soon."""
+def crowds(nbytes: int) -> bool:
+    """Whether so many bytes, read and written, would fill more than half of this machine's memory."""
+    try:
+        return nbytes > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    except (AttributeError, OSError, ValueError):
+        return False
+
+
+def forget(descriptor: int, offset: int = 0, length: int = 0) -> None:
+    """Say that a range of a file (to its end, if `length` is 0) will not be needed soon; unwritten pages stay."""
     if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_DONTNEED)
 
 
 @cache

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from lora_cli.checkpoint.advice import start_writing
+from lora_cli.checkpoint import advice
 from lora_cli.checkpoint.source import look_at
 from lora_cli.errors import DiskFullError, LoraCliError, WriteError
 
@@ -21,9 +21,6 @@ if TYPE_CHECKING:
 KERNEL_COPY = 64 << 20
 COPY_CHUNK = 8 << 20
 """Bytes that one call moves, in the kernel and through memory, so that a stop is noticed in time."""
-
-_WRITE_BEHIND = 8 << 20
-"""So many bytes are handed to the disk at once."""
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 NOT_POSSIBLE_HERE = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EXDEV, errno.EBADF, errno.EPERM}
@@ -66,13 +63,10 @@ class StagedFile:
             done = 0
             while done < len(view):
                 done += os.pwrite(self.descriptor, view[done:], offset + done)
-        self._write_behind(offset, offset + done)
 
-    def _write_behind(self, begin: int, end: int) -> None:
-        """Hand blocks to the disk whose end was reached; what is left over waits for the sync."""
-        first, last = (at // _WRITE_BEHIND * _WRITE_BEHIND for at in (begin, end))
-        if first < last:
-            start_writing(self.descriptor, first, last - first)
+    def start_writing(self, offset: int, length: int) -> None:
+        """Let the disk begin with bytes that were written; this may wait for the disk."""
+        advice.start_writing(self.descriptor, offset, length)
 
     def copy(self, source: Reader, source_offset: int, offset: int, length: int) -> None:
         """Copy `length` bytes of an input unread where the kernel can, which also shares blocks where it may."""
@@ -102,17 +96,22 @@ class StagedFile:
                 raise
             if count == 0:
                 return done
-            self._write_behind(offset + done, offset + done + count)
             done += count
         return done
 
-    def finish(self) -> None:
-        """Check the length, sync and close. A failed sync is never tried again: its pages may be lost."""
+    def finish(self, *, forget: bool = False) -> None:
+        """Check the length, sync and close. A failed sync is never tried again: its pages may be lost.
+
+        Args:
+            forget: Leave nothing of it in the page cache.
+        """
         with write_errors(self.name):
             found = os.fstat(self.descriptor).st_size
             if found != self.size:
                 raise WriteError("The output has the wrong length", file=self.name, expected=self.size, found=found)
             os.fsync(self.descriptor)
+            if forget:
+                advice.forget(self.descriptor)
             os.close(self.descriptor)
             self.descriptor = -1
 

@@ -11,15 +11,17 @@ from typing import Any, Protocol
 
 from safetensors import safe_open
 
+from lora_cli.checkpoint.advice import crowds, forget
 from lora_cli.checkpoint.sidefiles import SideFile
 from lora_cli.checkpoint.staged import StagedFile
 from lora_cli.checkpoint.staging import Staging, check_apart, check_space
 from lora_cli.errors import WriteError
 from lora_cli.progress import SILENT, Progress
 from lora_cli.surgery.budget import Budget
-from lora_cli.surgery.engine import Pieces, Unit, Wanted, Workshop, none, raw_bytes, units_of
+from lora_cli.surgery.engine import Pieces, Wanted, Workshop, none, raw_bytes
 from lora_cli.surgery.plan import OutputFile, Plan
 from lora_cli.surgery.receipt import ours_beside
+from lora_cli.surgery.units import Unit, units_of
 from lora_cli.surgery.workers import run_units
 
 
@@ -95,7 +97,7 @@ def _fill(filler: _Filler, budget: Budget, progress: Progress) -> None:
     progress.begin(filler.plan.operation, nbytes)
     units = [unit for number, file in enumerate(filler.plan.files) for unit in filler.units(number, file)]
     left = Counter(unit.file for unit in units)
-    # Files are synced beside the work, which goes on meanwhile.
+    # The disk is waited for beside the work, which goes on meanwhile.
     with ThreadPoolExecutor(1, thread_name_prefix="lora-cli") as sync:
         syncing: dict[Future[None], StagedFile] = {}
         for unit, found in run_units(
@@ -103,6 +105,7 @@ def _fill(filler: _Filler, budget: Budget, progress: Progress) -> None:
         ):
             filler.take(unit, found)
             progress.advance(0 if _only_looks(unit) else unit.nbytes)
+            sync.submit(filler.start_writing, unit)
             left[unit.file] -= 1
             if not left[unit.file]:
                 syncing[sync.submit(filler.finish, unit.file)] = filler.staged[unit.file]
@@ -129,6 +132,7 @@ class _Filler:
         self._taps = taps
         self._deltas = deltas
         self._see_copies = see_copies
+        self._crowds = crowds(2 * sum(file.size for file in plan.files))
 
     def units(self, number: int, file: OutputFile) -> list[Unit]:
         """The units of one file."""
@@ -156,6 +160,8 @@ class _Filler:
                 staged.copy(reader, unit.source_offset, unit.begin, unit.nbytes)
         else:
             staged.write(0, file.header.prefix)
+        if self._crowds:
+            _forget(unit)
         return found
 
     def take(self, unit: Unit, found: list[list[Any]]) -> None:
@@ -164,10 +170,34 @@ class _Filler:
             for finding in findings:
                 tap.take(unit, finding)
 
+    def start_writing(self, unit: Unit) -> None:
+        """Let the disk begin with what a unit has written."""
+        if _only_looks(unit):
+            return
+        begin = unit.begin
+        if unit.edit is not None:
+            stored, rows = unit.edit, max(1, unit.edit.matrix[0])
+            begin = self.plan.files[unit.file].header.data_start + stored.begin + stored.nbytes * unit.begin // rows
+        self.staged[unit.file].start_writing(begin, unit.nbytes)
+
     def finish(self, number: int) -> None:
         """Sync a file of which all units are done."""
-        self.staged[number].finish()
+        self.staged[number].finish(forget=self._crowds)
         _check_readable(self.staged[number], self.plan.files[number])
+
+
+def _forget(unit: Unit) -> None:
+    """Say that what a unit was made from is not needed any more."""
+    if unit.source is not None:
+        source, offset, length = unit.source, unit.source_offset, unit.nbytes
+    elif unit.edit is not None and unit.edit.fresh is None and not _only_looks(unit):
+        stored, rows = unit.edit.source, max(1, unit.edit.matrix[0])
+        source, offset = stored.shard.source, stored.offset + stored.nbytes * unit.begin // rows
+        length = stored.nbytes * (unit.end - unit.begin) // rows
+    else:
+        return
+    with source.open() as reader:
+        forget(reader.descriptor, offset, length)
 
 
 def _only_looks(unit: Unit) -> bool:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lora_cli.arithmetic.strength import Strength
-    from lora_cli.surgery.engine import Pieces, Unit
+    from lora_cli.surgery.engine import Pieces
+    from lora_cli.surgery.units import Unit
 
 WEAK = 0.9
 """Strength under which a person should know."""

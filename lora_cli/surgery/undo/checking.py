@@ -9,9 +9,10 @@ from blake3 import blake3
 from lora_cli.checkpoint.digests import rows_per_cut, tensor_digests
 from lora_cli.checkpoint.manifest import TensorRecord
 from lora_cli.errors import LoraCliError, MalformedFileError, WrongInputError
-from lora_cli.surgery.engine import Pieces, Unit, raw_bytes
+from lora_cli.surgery.engine import Pieces, raw_bytes
 from lora_cli.surgery.plan import Edit
 from lora_cli.surgery.undo.undoing import Undoing
+from lora_cli.surgery.units import Unit
 
 Finding = Literal["right", "changed", "broken"]
 """What the undo file says it is; not what the merge wrote; or not the base that should come out."""

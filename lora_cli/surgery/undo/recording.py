@@ -12,9 +12,10 @@ from lora_cli.arithmetic.fragments import FragmentWriter
 from lora_cli.checkpoint.digests import file_digest
 from lora_cli.checkpoint.staged import Scratch, Span, StagedFile
 from lora_cli.checkpoint.undo_file import Part, undo_part
-from lora_cli.surgery.engine import Pieces, Unit, open_readers, raw_bytes, torch_dtype
+from lora_cli.surgery.engine import Pieces, open_readers, raw_bytes, torch_dtype
 from lora_cli.surgery.plan import Edit, Plan
 from lora_cli.surgery.undo.codecs import LENGTHS, How, encode
+from lora_cli.surgery.units import Unit
 
 
 @dataclass

@@ -11,11 +11,12 @@ from lora_cli.checkpoint.checkpoint import Checkpoint, Shard, StoredTensor
 from lora_cli.checkpoint.digests import path_digest, tensor_digests
 from lora_cli.progress import Progress
 from lora_cli.surgery.budget import TILE_ELEMENTS, Budget
-from lora_cli.surgery.engine import Piece, Readers, Unit, Workshop, every, open_readers, raw_bytes, units_of
+from lora_cli.surgery.engine import Piece, Readers, Workshop, every, open_readers, raw_bytes
 from lora_cli.surgery.plan import Edit
 from lora_cli.surgery.receipt import OWN_FILES, beside
 from lora_cli.surgery.undo.checking import Checker, Finding
 from lora_cli.surgery.undo.undoing import Undoing
+from lora_cli.surgery.units import Unit, units_of
 from lora_cli.surgery.workers import run_units
 
 
