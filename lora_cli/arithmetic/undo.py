@@ -75,22 +75,54 @@ def encode(base: Tensor, merged: Tensor, delta: Tensor) -> bytes:
         UsageError: The deltas are not in the working type.
         UnsupportedError: A dtype cannot take a delta.
     """
-    block = _Block(base, merged, delta)
-    bits = bits_view(base.view(-1))
-    candidates = torch.empty(min(base.numel(), _TILE), dtype=base.dtype)
-    overlooked = [np.empty(0, np.int64)]
-    for tile, candidate, flags in block.surveys(lambda tile: candidates[: tile.stop - tile.start]):
-        wrong = bits_view(candidate) != bits[tile]
-        np.greater(wrong, flags, out=wrong)
-        if wrong.any():
-            overlooked.append(np.flatnonzero(wrong) + tile.start)
-    suspects, intervals = block.suspects()
-    keys = to_ordered(bits[suspects])
-    outside = np.flatnonzero((keys - intervals.first).view(intervals.spare.dtype) > intervals.spare)
-    keys[outside] = intervals.first[outside]
-    positions = np.sort(np.concatenate([*overlooked, suspects[outside]]))
-    exceptions = Exceptions(positions, bits[positions])
-    return write_stream(block.kind, bits.size, encode_choices(keys, intervals), exceptions)
+    encoder = Encoder(base.dtype, merged.dtype)
+    encoder.add(base, merged, delta)
+    return encoder.finish()
+
+
+class Encoder:
+    """Encodes one block run by run, each of them while its elements are in a core's own cache.
+
+    Args:
+        base: The storage dtype of the base.
+        merged: That of the output.
+    """
+
+    def __init__(self, base: torch.dtype, merged: torch.dtype) -> None:
+        self._block = _Block(base, merged)
+        self._base: list[Bits] = []
+        self._overlooked: list[Positions] = []
+        self._patterns: list[Bits] = []
+
+    def add(self, base: Tensor, merged: Tensor, delta: Tensor) -> None:
+        """Take the next run of elements of the block. Arguments and errors are those of `encode`."""
+        _check(base, merged, delta)
+        bits = bits_view(base.view(-1))
+        candidates = torch.empty(min(base.numel(), _TILE), dtype=base.dtype)
+        begin = self._block.elements
+        surveys = self._block.surveys(merged, delta, lambda tile: candidates[: tile.stop - tile.start])
+        for tile, candidate, flags, at in surveys:
+            here = bits[tile]
+            self._base.append(here[at])
+            wrong = bits_view(candidate) != here
+            np.greater(wrong, flags, out=wrong)
+            if wrong.any():
+                places = np.flatnonzero(wrong)
+                self._overlooked.append(places + (begin + tile.start))
+                self._patterns.append(here[places])
+
+    def finish(self) -> bytes:
+        """Return the stream of the block."""
+        suspects, intervals = self._block.suspects()
+        nothing = bits_view(torch.empty(0, dtype=self._block.base))
+        patterns = np.concatenate([nothing, *self._base])
+        keys = to_ordered(patterns)
+        outside = np.flatnonzero((keys - intervals.first).view(intervals.spare.dtype) > intervals.spare)
+        positions = np.concatenate([*self._overlooked, suspects[outside]])
+        order = np.argsort(positions)
+        exceptions = Exceptions(positions[order], np.concatenate([nothing, *self._patterns, patterns[outside]])[order])
+        keys[outside] = intervals.first[outside]
+        return write_stream(self._block.kind, self._block.elements, encode_choices(keys, intervals), exceptions)
 
 
 def decode(merged: Tensor, delta: Tensor, stream: Buffer, out: Tensor) -> Tensor:
@@ -112,11 +144,12 @@ def decode(merged: Tensor, delta: Tensor, stream: Buffer, out: Tensor) -> Tensor
         UsageError: As in `encode`.
         UnsupportedError: As in `encode`.
     """
-    block = _Block(out, merged, delta)
+    block = _Block(out.dtype, merged.dtype)
+    _check(out, merged, delta)
     values = out.view(-1)
     bits = bits_view(values)
     choices, exceptions = read_stream(stream, block.kind, bits.size, bits.dtype)
-    for _ in block.surveys(lambda tile: values[tile]):
+    for _ in block.surveys(merged, delta, lambda tile: values[tile]):
         pass
     suspects, intervals = block.suspects()
     bits[suspects] = from_ordered(decode_choices(choices, intervals))
@@ -140,12 +173,12 @@ class _Tools(threading.local):
     """What each thread keeps between blocks: the inverse of each merge that it has met, with its buffers."""
 
     def __init__(self) -> None:
-        self.preimages: dict[tuple[torch.dtype, torch.dtype], Preimages] = {}
+        self._preimages: dict[tuple[torch.dtype, torch.dtype, int], Preimages] = {}
 
-    def of(self, base: torch.dtype, merged: torch.dtype) -> Preimages:
-        if (base, merged) not in self.preimages:
-            self.preimages[base, merged] = Preimages(base, merged, _TILE)
-        return self.preimages[base, merged]
+    def preimages(self, base: torch.dtype, merged: torch.dtype, elements: int) -> Preimages:
+        if (base, merged, elements) not in self._preimages:
+            self._preimages[base, merged, elements] = Preimages(base, merged, elements)
+        return self._preimages[base, merged, elements]
 
 
 _TOOLS = _Tools()
@@ -154,33 +187,46 @@ _TOOLS = _Tools()
 class _Block:
     """A block whose suspects are found tile by tile, and their intervals batch by batch, within the cache."""
 
-    def __init__(self, base: Tensor, merged: Tensor, delta: Tensor) -> None:
-        _check(base, merged, delta)
-        self._preimages = _TOOLS.of(base.dtype, merged.dtype)
-        self.kind = _CODES[base.dtype] << 8 | _CODES[merged.dtype]
-        if delta.dtype != self._preimages.work:
-            work = dtype_name(self._preimages.work)
-            raise UsageError("The deltas are not in the working type", expected=work, found=dtype_name(delta.dtype))
-        self._merged, self._delta = merged.view(-1), delta.view(-1)
-        self._bits, self._numbers = bits_view(self._merged), self._delta.numpy()
+    def __init__(self, base: torch.dtype, merged: torch.dtype) -> None:
+        self._preimages = _TOOLS.preimages(base, merged, _TILE)
+        self.base = base
+        self.kind = _CODES[base] << 8 | _CODES[merged]
+        self.elements = 0
+        self._nothing = (
+            np.empty(0, np.int64),
+            bits_view(torch.empty(0, dtype=merged)),
+            torch.empty(0, dtype=self._preimages.work).numpy(),
+        )
+        self._waiting = 0
         self._pending: list[tuple[Positions, Bits, Values]] = []
         self._found: list[tuple[Positions, Bits, Counts]] = []
 
-    def surveys(self, out: Callable[[slice], Tensor]) -> Iterator[tuple[slice, Tensor, Flags]]:
-        """Survey tile by tile, writing the candidates where `out` says; yield them with their flags."""
-        pending = 0
-        for begin in range(0, self._bits.size, _TILE):
-            tile = slice(begin, min(begin + _TILE, self._bits.size))
+    def surveys(
+        self, merged: Tensor, delta: Tensor, out: Callable[[slice], Tensor]
+    ) -> Iterator[tuple[slice, Tensor, Flags, Positions]]:
+        """Survey the next run of elements tile by tile, writing the candidates where `out` says.
+
+        Yields:
+            The tile within the run, its candidates, flags, and where in the tile these are set.
+        """
+        if delta.dtype != self._preimages.work:
+            work = dtype_name(self._preimages.work)
+            raise UsageError("The deltas are not in the working type", expected=work, found=dtype_name(delta.dtype))
+        merged, delta = merged.view(-1), delta.view(-1)
+        bits, numbers = bits_view(merged), delta.numpy()
+        begin, self.elements = self.elements, self.elements + bits.size
+        if self.elements > MAX_ELEMENTS:
+            raise ShapeError("The block is too large", expected=f"at most {MAX_ELEMENTS}", found=self.elements)
+        for start in range(0, bits.size, _TILE):
+            tile = slice(start, min(start + _TILE, bits.size))
             candidate = out(tile)
-            flags = self._preimages.survey(self._merged[tile], self._delta[tile], candidate)
-            yield tile, candidate, flags
+            flags = self._preimages.survey(merged[tile], delta[tile], candidate)
             at = _where(flags)
-            at += begin
-            self._pending.append((at, self._bits[at], self._numbers[at]))
-            pending += at.size
-            if pending >= _BATCH:
+            yield tile, candidate, flags, at
+            self._pending.append((at + (begin + start), bits[tile][at], numbers[tile][at]))
+            self._waiting += at.size
+            if self._waiting >= _BATCH:
                 self._settle()
-                pending = 0
 
     def suspects(self) -> tuple[Positions, Intervals]:
         """Return where the flagged elements are, and their intervals."""
@@ -189,20 +235,20 @@ class _Block:
         return positions, Intervals(first, spare)
 
     def _settle(self) -> None:
-        nothing = np.empty(0, np.int64), self._bits[:0], self._numbers[:0]
-        columns = zip(nothing, *self._pending, strict=True)
+        columns = zip(self._nothing, *self._pending, strict=True)
         positions, merged, delta = (np.concatenate(column) for column in columns)
         self._pending.clear()
+        self._waiting = 0
         self._found.append((positions, *self._preimages.intervals(merged, delta)))
 
 
 def _where(flags: Flags) -> Positions:
-    """Return the positions of flags that are set, as `numpy.flatnonzero` does, in a third of the time.
+    """Return the positions of flags that are set, as `numpy.flatnonzero` does.
 
-    numpy's way to find few flags costs a mispredicted branch each, up to a tenth of all. So look for words
-    of eight flags first, which are mostly more than a tenth, and then in these.
+    numpy's way to find few flags costs a mispredicted branch each, up to a tenth of all. From a twentieth on
+    look for words of eight flags first, which are more than a tenth, and then in these.
     """
-    if flags.size % 8 or np.count_nonzero(flags) > flags.size // 10:
+    if flags.size % 8 or not flags.size // 20 < np.count_nonzero(flags) <= flags.size // 10:
         return np.flatnonzero(flags)
     words = flags.view(np.uint64)
     taken = np.flatnonzero(words != 0)
@@ -220,5 +266,3 @@ def _check(base: Tensor, merged: Tensor, delta: Tensor) -> None:
         raise ShapeError("The tensors of a block differ in shape", expected=tuple(base.shape), found=shapes)
     if not (base.is_contiguous() and merged.is_contiguous() and delta.is_contiguous()):
         raise ShapeError("The tensors of a block must be contiguous")
-    if base.numel() > MAX_ELEMENTS:
-        raise ShapeError("The block is too large", expected=f"at most {MAX_ELEMENTS}", found=base.numel())

@@ -16,7 +16,7 @@ from lora_cli.arithmetic.strength import Strength
 from lora_cli.checkpoint.checkpoint import StoredTensor
 from lora_cli.checkpoint.digests import rows_per_cut
 from lora_cli.surgery.budget import TILE_ELEMENTS, UNIT_BYTES, Budget
-from lora_cli.surgery.engine import Piece, Workshop, open_readers, raw_bytes, sample, torch_dtype
+from lora_cli.surgery.engine import Piece, Workshop, open_readers, raw_bytes, torch_dtype
 from lora_cli.surgery.plan import Edit, Plan
 from lora_cli.surgery.workers import run_units
 
@@ -95,7 +95,7 @@ class _Tools:
         strength = Strength()
         with open_readers() as readers:
             reader = readers.of(candidate)
-            for piece in self.workshop.pieces(part.edit, part.begin, part.end, deltas=sample):
+            for piece in self.workshop.pieces(part.edit, part.begin, part.end):
                 found = self.buffer[: piece.result.numel() * piece.result.itemsize].view(piece.result.dtype)
                 reader.read_into(candidate.offset + piece.offset * found.itemsize, raw_bytes(found))
                 nbytes += found.numel() * found.itemsize

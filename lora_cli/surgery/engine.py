@@ -6,7 +6,7 @@ of a piece, the number of threads or the order of work.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
@@ -16,7 +16,6 @@ from lora_cli.adapters.inits import FreshTensor
 from lora_cli.arithmetic.fragments import read_fragment
 from lora_cli.arithmetic.product import ExactProduct, prepare
 from lora_cli.arithmetic.rounding import TileKernel, cast, check_flush_to_zero, slices_for, work_dtype
-from lora_cli.arithmetic.strength import sampled
 from lora_cli.checkpoint.checkpoint import StoredTensor
 from lora_cli.checkpoint.digests import rows_per_cut
 from lora_cli.checkpoint.dtypes import DType
@@ -40,35 +39,19 @@ class Piece(NamedTuple):
         offset: Index of its first element in the tensor.
         source: The flat elements it was made from. Of a copied tensor these are bytes.
         result: The flat elements of the output.
-        delta: What was added or taken off, in the working type, every zero +0.0; where it was asked for.
+        delta: What was added or taken off, in the working type, every zero +0.0; of tensors that take deltas.
+        ends_block: Whether a block ends with it. No piece is longer than a block.
     """
 
     offset: int
     source: torch.Tensor
     result: torch.Tensor
     delta: torch.Tensor | None = None
+    ends_block: bool = True
 
 
 Pieces = Generator[Piece, None, None]
 """Pieces as they are made; closing it closes the files that it reads."""
-
-Wanted = Callable[[int, int], bool]
-"""Whether deltas are asked for, of a piece with its first element's index in the tensor and its length."""
-
-
-def every(_first: int, _count: int) -> bool:
-    """All deltas."""
-    return True
-
-
-def none(_first: int, _count: int) -> bool:
-    """No delta."""
-    return False
-
-
-def sample(first: int, count: int) -> bool:
-    """Deltas of pieces in which a weight of the sample is (`arithmetic.strength`)."""
-    return any(sampled(first, count))
 
 
 class Workshop:
@@ -81,14 +64,13 @@ class Workshop:
         self._deltas = torch.empty(0, dtype=torch.uint8)
         self._kernels: dict[torch.dtype, TileKernel] = {}
 
-    def pieces(self, edit: Edit, begin: int, end: int, *, deltas: Wanted = none) -> Pieces:
+    def pieces(self, edit: Edit, begin: int, end: int) -> Pieces:
         """Yield the output of rows `begin` to `end` of a tensor, piece by piece.
 
         Args:
             edit: What becomes of the tensor.
             begin: First row.
             end: One past the last.
-            deltas: Which pieces are to carry the deltas of their elements.
 
         Raises:
             NumericError: Numbers that must not be merged; the message names the tensor.
@@ -102,8 +84,12 @@ class Workshop:
                 yield from self._copied(edit, begin, end, readers)
             elif edit.forgotten and edit.dtype.name not in MERGEABLE:
                 yield from self._restored_bytes(edit, begin, end, readers)
+            elif edit.forgotten:
+                yield from self._restored(edit, begin, end, readers)
+            elif edit.terms:
+                yield from self._changed(edit, begin, end, readers)
             else:
-                yield from self._computed(edit, begin, end, readers, deltas=deltas)
+                yield from self._cast(edit, begin, end, readers)
 
     def _copied(self, edit: Edit, begin: int, end: int, readers: Readers) -> Iterator[Piece]:
         reader, rows = readers.of(edit.source), edit.matrix[0]
@@ -114,73 +100,81 @@ class Workshop:
             reader.read_into(edit.source.offset + offset, raw_bytes(data))
             yield Piece(offset, data, data)
 
-    def _computed(self, edit: Edit, begin: int, end: int, readers: Readers, *, deltas: Wanted) -> Iterator[Piece]:
-        product = self._product(edit, readers) if edit.terms else None
-        reader = readers.of(edit.source)
+    def _changed(self, edit: Edit, begin: int, end: int, readers: Readers) -> Iterator[Piece]:
+        """Add or subtract deltas: block by block these, and then tile by tile, all of it while it is in the cache."""
         stored, out = torch_dtype(edit.source.dtype), torch_dtype(edit.dtype)
-        streams = _streams(edit, begin, readers) if edit.forgotten else None
-        elements = min(BLOCK_ELEMENTS, self._input.numel() // max(stored.itemsize, out.itemsize))
-        for rows, columns in _pieces(begin, end, edit.matrix[1], elements):
-            shape = (rows.stop - rows.start, columns.stop - columns.start)
-            offset = rows.start * edit.matrix[1] + columns.start
-            source = _shaped(self._input, stored, shape)
-            reader.read_into(edit.source.offset + offset * stored.itemsize, raw_bytes(source))
-            target = _shaped(self._output, out, shape)
-            wanted = product is not None and (streams is not None or deltas(offset, source.numel()))
-            delta = self._delta_buffer(work_dtype(stored, out), shape) if wanted else None
-            if product is not None:
-                self._apply(edit, product, source, target, (rows.start, columns.start), delta)
-            elif streams is None:
-                if edit.operation in ("replace", "append"):
-                    _check_finite(source)
-                cast(source, target)
-            piece = Piece(offset, source.view(-1), target.view(-1), None if delta is None else delta.view(-1))
-            if streams is not None and edit.forgotten is not None:
-                decode(edit.forgotten.how, piece.source, piece.delta, _next(streams), piece.result)
-            yield piece
-        if streams is not None:
-            _check_ended(streams)
+        kernel, reader, product = self.kernel(stored, out), readers.of(edit.source), _product(edit, readers)
+        step = kernel.merge if edit.operation == "add" else kernel.subtract
+        for block in self._blocks(edit, begin, end):
+            deltas = self._delta(edit, product, block, kernel)
+            for first in range(0, block.elements, TILE_ELEMENTS):
+                last = min(first + TILE_ELEMENTS, block.elements)
+                source, result = _typed(self._input, stored, last - first), _typed(self._output, out, last - first)
+                reader.read_into(edit.source.offset + (block.offset + first) * stored.itemsize, raw_bytes(source))
+                delta = deltas[first:last]
+                step(source, delta, result)
+                yield Piece(block.offset + first, source, result, delta, last == block.elements)
+
+    def _cast(self, edit: Edit, begin: int, end: int, readers: Readers) -> Iterator[Piece]:
+        stored, out = torch_dtype(edit.source.dtype), torch_dtype(edit.dtype)
+        reader = readers.of(edit.source)
+        for block in self._blocks(edit, begin, end):
+            source = _typed(self._input, stored, block.elements)
+            reader.read_into(edit.source.offset + block.offset * stored.itemsize, raw_bytes(source))
+            if edit.operation in ("replace", "append"):
+                _check_finite(source)
+            yield Piece(block.offset, source, cast(source, _typed(self._output, out, block.elements)))
+
+    def _restored(self, edit: Edit, begin: int, end: int, readers: Readers) -> Iterator[Piece]:
+        """Take deltas off and look up what rounding forgot, in whole blocks."""
+        assert edit.forgotten is not None  # noqa: S101 (who calls has looked)
+        stored, out = torch_dtype(edit.source.dtype), torch_dtype(edit.dtype)
+        kernel, reader, streams = self.kernel(stored, out), readers.of(edit.source), _streams(edit, begin, readers)
+        product = _product(edit, readers) if edit.terms else None
+        for block in self._blocks(edit, begin, end):
+            source = _typed(self._input, stored, block.elements)
+            reader.read_into(edit.source.offset + block.offset * stored.itemsize, raw_bytes(source))
+            delta = None if product is None else self._delta(edit, product, block, kernel)
+            result = _typed(self._output, out, block.elements)
+            yield Piece(block.offset, source, decode(edit.forgotten.how, source, delta, _next(streams), result), delta)
+        _check_ended(streams)
 
     def _restored_bytes(self, edit: Edit, begin: int, end: int, readers: Readers) -> Iterator[Piece]:
         """Restore a tensor of a type that is no number here, as bytes."""
         assert edit.forgotten is not None  # noqa: S101 (who calls has looked)
         streams = _streams(edit, begin, readers)
-        for offset, _, source, _ in self._copied(edit, begin, end, readers):
-            target = self._output[: source.numel()]
-            decode(edit.forgotten.how, source, None, _next(streams), target)
-            yield Piece(offset, source, target)
+        for piece in self._copied(edit, begin, end, readers):
+            target = self._output[: piece.source.numel()]
+            decode(edit.forgotten.how, piece.source, None, _next(streams), target)
+            yield Piece(piece.offset, piece.source, target)
         _check_ended(streams)
 
-    def _delta_buffer(self, dtype: torch.dtype, shape: tuple[int, int]) -> torch.Tensor:
-        needed = shape[0] * shape[1] * dtype.itemsize
-        if self._deltas.numel() < needed:
-            self._deltas = torch.empty(needed, dtype=torch.uint8)
-        return _shaped(self._deltas, dtype, shape)
+    def _blocks(self, edit: Edit, begin: int, end: int) -> Iterator[_Block]:
+        """Cut rows into blocks that are contiguous in memory and fit the buffers."""
+        width = max(torch_dtype(edit.source.dtype).itemsize, torch_dtype(edit.dtype).itemsize)
+        elements, columns = min(BLOCK_ELEMENTS, self._input.numel() // width), edit.matrix[1]
+        if columns > elements:
+            for row in range(begin, end):
+                for start in range(0, columns, elements):
+                    stop = min(start + elements, columns)
+                    yield _Block(row * columns + start, slice(row, row + 1), slice(start, stop))
+            return
+        height = max(1, elements // max(1, columns))
+        for row in range(begin, end, height):
+            yield _Block(row * columns, slice(row, min(row + height, end)), slice(0, columns))
 
-    def _product(self, edit: Edit, readers: Readers) -> ExactProduct:
-        work = work_dtype(torch_dtype(edit.source.dtype), torch_dtype(edit.dtype))
-        return prepare([t.delta.term(readers.load, t.weight) for t in edit.terms], slices=slices_for(work))
-
-    def _apply(
-        self,
-        edit: Edit,
-        product: ExactProduct,
-        source: torch.Tensor,
-        target: torch.Tensor,
-        at: tuple[int, int],
-        delta: torch.Tensor | None,
-    ) -> None:
-        """Add or subtract the product, tile by tile, and keep the deltas where they are wanted."""
-        kernel = self.kernel(source.dtype, target.dtype)
+    def _delta(self, edit: Edit, product: ExactProduct, block: _Block, kernel: TileKernel) -> torch.Tensor:
+        """The flat deltas of a block, in strips narrow enough for the columns of A to stay in the cache."""
+        nbytes = block.elements * kernel.work.itemsize
+        if self._deltas.numel() < nbytes:
+            self._deltas = torch.empty(nbytes, dtype=torch.uint8)
+        delta = _typed(self._deltas, kernel.work, block.elements)
+        matrix = delta.view(block.shape)
         transposed = edit.terms[0].transposed
-        for down, across in _tiles(source.shape):
-            exact = kernel.product(product, _moved(down, at[0]), _moved(across, at[1]), transposed=transposed)
-            if delta is not None:
-                exact = kernel.delta(exact, out=delta[down, across])
-            if edit.operation == "add":
-                kernel.merge(source[down, across], exact, target[down, across])
-            elif edit.operation == "subtract":
-                kernel.subtract(source[down, across], exact, target[down, across])
+        for down, across in _tiles(block.shape):
+            rows, columns = _moved(down, block.rows.start), _moved(across, block.columns.start)
+            kernel.delta(kernel.product(product, rows, columns, transposed=transposed), out=matrix[down, across])
+        return delta
 
     def kernel(self, *storages: torch.dtype) -> TileKernel:
         """The tile kernel for these storage types."""
@@ -188,6 +182,22 @@ class Workshop:
         if work not in self._kernels:
             self._kernels[work] = TileKernel(work, TILE_ELEMENTS)
         return self._kernels[work]
+
+
+class _Block(NamedTuple):
+    """A contiguous part of a matrix: the index of its first element, and which rows and columns it has."""
+
+    offset: int
+    rows: slice
+    columns: slice
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.rows.stop - self.rows.start, self.columns.stop - self.columns.start
+
+    @property
+    def elements(self) -> int:
+        return self.shape[0] * self.shape[1]
 
 
 class Readers:
@@ -223,6 +233,11 @@ def open_readers() -> Iterator[Readers]:
     """Open files as they are asked for; close them all at the end, checking that they are unchanged."""
     with ExitStack() as stack:
         yield Readers(stack)
+
+
+def _product(edit: Edit, readers: Readers) -> ExactProduct:
+    work = work_dtype(torch_dtype(edit.source.dtype), torch_dtype(edit.dtype))
+    return prepare([t.delta.term(readers.load, t.weight) for t in edit.terms], slices=slices_for(work))
 
 
 def _streams(edit: Edit, begin: int, readers: Readers) -> Iterator[bytes]:
@@ -265,18 +280,6 @@ def _check_finite(tensor: torch.Tensor) -> None:
         raise NumericError("The adapter's tensor holds NaN or infinity", found=f"{broken} values in one piece")
 
 
-def _pieces(begin: int, end: int, columns: int, elements: int) -> Iterator[tuple[slice, slice]]:
-    """Cut rows `begin` to `end` into pieces that are contiguous in memory and have at most `elements` elements."""
-    if columns > elements:
-        for row in range(begin, end):
-            for start in range(0, columns, elements):
-                yield slice(row, row + 1), slice(start, min(start + elements, columns))
-        return
-    height = max(1, elements // max(1, columns))
-    for row in range(begin, end, height):
-        yield slice(row, min(row + height, end)), slice(0, columns)
-
-
 def _tiles(shape: Sequence[int]) -> Iterator[tuple[slice, slice]]:
     rows, columns = shape
     width = min(columns, TILE_COLUMNS)
@@ -290,8 +293,8 @@ def _moved(part: slice, by: int) -> slice:
     return slice(part.start + by, part.stop + by)
 
 
-def _shaped(buffer: torch.Tensor, dtype: torch.dtype, shape: tuple[int, int]) -> torch.Tensor:
-    return buffer[: shape[0] * shape[1] * dtype.itemsize].view(dtype).view(shape)
+def _typed(buffer: torch.Tensor, dtype: torch.dtype, elements: int) -> torch.Tensor:
+    return buffer[: elements * dtype.itemsize].view(dtype)
 
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:

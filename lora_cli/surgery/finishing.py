@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_cli.arithmetic import ARITHMETIC
 from lora_cli.checkpoint.sidefiles import SideFile
 from lora_cli.checkpoint.staging import Staging
 from lora_cli.checkpoint.undo_file import UNDO_FILE
-from lora_cli.surgery.engine import Wanted, every, sample
-from lora_cli.surgery.execute import Tap
+from lora_cli.surgery.filling import Tap
 from lora_cli.surgery.identity import adapter_records, merged_before
 from lora_cli.surgery.merge import WrittenUndo, output_names, output_sizes, receipt_content
 from lora_cli.surgery.placing import PlanOptions
 from lora_cli.surgery.plan import Plan
 from lora_cli.surgery.receipt import beside, find_receipt, make_receipt
 from lora_cli.surgery.survival import Survivals
-from lora_cli.surgery.undo.recording import Recorder
-from lora_cli.surgery.undo.writing import UndoWriter
+
+if TYPE_CHECKING:
+    from lora_cli.surgery.undo.recording import Recorder
 
 
 class Finishing:
@@ -27,14 +27,12 @@ class Finishing:
 
     Attributes:
         survivals: What survived rounding.
-        deltas: Which deltas watching takes.
         written: The undo file, once it is written.
         names: Names of all files of the output, once they are.
     """
 
     def __init__(self, plan: Plan, target: Path, options: PlanOptions, *, undo: bool, embed: bool) -> None:
         self.survivals = Survivals()
-        self.deltas: Wanted = every if undo else sample
         self.written: WrittenUndo | None = None
         self.names: tuple[str, ...] = ()
         self._plan = plan
@@ -48,6 +46,8 @@ class Finishing:
         """What watches the pieces."""
         if not self._undo:
             return [self.survivals]
+        from lora_cli.surgery.undo.recording import Recorder
+
         self._recorder = Recorder(self._plan, staging.scratch())
         return [self._recorder, self.survivals]
 
@@ -63,6 +63,8 @@ class Finishing:
         others = []
         if self._recorder is not None:
             name = beside(self._target, UNDO_FILE).name
+            from lora_cli.surgery.undo.writing import UndoWriter
+
             writer = UndoWriter(self._plan, self._recorder, self._adapters)
             self.written = WrittenUndo(name, writer.write(staging, name))
             content["base"]["digests"] = writer.base_digests

@@ -161,7 +161,6 @@ def merge(
             target,
             settle_budget(made, memory=memory, threads=threads or default_threads(), blocks=undo),
             taps=finishing.taps,
-            deltas=finishing.deltas,
             see_copies=undo,
             closing=finishing.close,
             may_replace=written_by_us(target) if force else lambda: False,

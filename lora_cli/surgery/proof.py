@@ -16,7 +16,7 @@ from lora_cli.arithmetic.floats import BITS
 from lora_cli.arithmetic.ordered import neighbours
 from lora_cli.progress import Progress
 from lora_cli.surgery.budget import Budget
-from lora_cli.surgery.engine import Workshop, every
+from lora_cli.surgery.engine import Workshop
 from lora_cli.surgery.plan import Edit, Plan
 from lora_cli.surgery.units import Unit, units_of
 from lora_cli.surgery.workers import run_units
@@ -61,7 +61,7 @@ def prove(plan: Plan, budget: Budget, progress: Progress) -> Iterator[tuple[str,
 
 def _count(edit: Edit, unit: Unit, workshop: Workshop) -> Count:
     count = Count()
-    for _, merged, candidate, delta in workshop.pieces(edit, unit.begin, unit.end, deltas=every):
+    for _, merged, candidate, delta, _ in workshop.pieces(edit, unit.begin, unit.end):
         assert delta is not None  # noqa: S101 (asked for)
         below, above = neighbours(candidate)
         low, hit, high = (_bits(_merged(value, delta)) == _bits(merged) for value in (below, candidate, above))

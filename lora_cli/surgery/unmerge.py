@@ -28,7 +28,8 @@ from lora_cli.surgery.undo.undoing import Undoing, plan_undoing
 from lora_cli.surgery.workers import default_threads
 
 if TYPE_CHECKING:
-    from lora_cli.surgery.execute import Closing, Tap
+    from lora_cli.surgery.execute import Closing
+    from lora_cli.surgery.filling import Tap
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ def run_units(
     Raises:
         BaseException: The first error of any unit, after the others have stopped.
     """
-    with _one_torch_thread():
+    with one_torch_thread():
         workers = min(threads, nbytes // SHARE)
         if workers <= 1:
             tools = make_tools()
@@ -93,13 +93,18 @@ def _results(pool: Executor, count: int, ahead: int) -> Iterator[tuple[int, Any]
                     running[pool.submit(_do, following)] = following
                 yield number, result
     except BrokenProcessPool as error:
-        raise LoraCliError(
-            "A worker process was killed",
-            hint="the system may have run out of memory: try --threads 1, or a smaller --memory",
-        ) from error
+        raise killed() from error
     finally:
         for future in running:
             future.cancel()
+
+
+def killed() -> LoraCliError:
+    """The error that a worker process is gone without a word."""
+    return LoraCliError(
+        "A worker process was killed",
+        hint="the system may have run out of memory: try --threads 1, or a smaller --memory",
+    )
 
 
 class _Job:
@@ -132,11 +137,11 @@ def _do(number: int) -> bytes:
 @contextmanager
 def _pool(job: _Job, workers: int) -> Iterator[Executor]:
     """Workers for a job; on leaving, units that have begun come to their end and no other begins."""
-    if _can_fork():
+    if can_fork():
         context = multiprocessing.get_context("fork")
         job.stopped = context.Event()
         arguments = (job, os.getpid())
-        pool: Executor = ProcessPoolExecutor(workers, context, initializer=_begin_process, initargs=arguments)
+        pool: Executor = ProcessPoolExecutor(workers, context, initializer=_begin, initargs=arguments)
     else:
         _JOBS.append(job)
         pool = ThreadPoolExecutor(workers, thread_name_prefix="lora-cli", initializer=_limit_torch)
@@ -151,7 +156,7 @@ def _pool(job: _Job, workers: int) -> Iterator[Executor]:
             _JOBS.remove(job)
 
 
-def _can_fork() -> bool:
+def can_fork() -> bool:
     """Whether a forked process can do our work: none of Python's threads, and no accelerator, would be cut off."""
     torch = sys.modules.get("torch")
     return (
@@ -162,7 +167,7 @@ def _can_fork() -> bool:
     )
 
 
-def _begin_process(job: _Job, parent: int) -> None:
+def begin_process(parent: int) -> None:
     """Prepare a worker process: it ends with its parent, and leaves signals to it."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
@@ -170,6 +175,10 @@ def _begin_process(job: _Job, parent: int) -> None:
     if os.getppid() != parent:
         os._exit(1)  # it died before it could be bound to us
     gc.freeze()  # what is shared is not to be touched, and so copied, by the search for garbage
+
+
+def _begin(job: _Job, parent: int) -> None:
+    begin_process(parent)
     _limit_torch()
     _JOBS.append(job)
 
@@ -181,7 +190,7 @@ def _limit_torch() -> None:
 
 
 @contextmanager
-def _one_torch_thread() -> Iterator[None]:
+def one_torch_thread() -> Iterator[None]:
     """Keep torch's own threads out of the way while units run; put everything back afterwards."""
     import torch
 

@@ -9,7 +9,7 @@ import struct
 import time
 import zlib
 from collections.abc import Iterator
-from itertools import product
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
@@ -207,6 +207,20 @@ def test_how_the_work_is_cut_does_not_show(monkeypatch: pytest.MonkeyPatch) -> N
         stream, out = undone(base, merged, delta)
         assert stream == expected
         assert same_bits(out, base)
+
+
+@pytest.mark.parametrize("name", DTYPES)
+@pytest.mark.parametrize("cuts", [(), (0,), (1, 2, 3), (65_536,), (9_000, 9_001, 70_000)])
+def test_a_block_may_come_in_runs(name: str, cuts: tuple[int, ...]) -> None:
+    base, merged, delta = block(name, 0.3, count=80_000, pruned=0.2)
+    base[::7919] = base.float().neg().to(base.dtype)[::7919]  # some that are exceptions
+    encoder = undo.Encoder(base.dtype, merged.dtype)
+    for begin, end in pairwise((0, *cuts, 80_000)):
+        encoder.add(base[begin:end], merged[begin:end], delta[begin:end])
+    stream = encoder.finish()
+    assert stream == encode(base, merged, delta)
+    assert exceptions(stream) > 5
+    assert same_bits(undo.decode(merged, delta, stream, torch.empty_like(base)), base)
 
 
 @pytest.mark.parametrize("density", [0.0, 0.001, 0.05, 0.0999, 0.5, 1.0])

@@ -254,8 +254,11 @@ def test_a_cast_block_comes_back_whatever_pattern_its_nans_have(name: str, out: 
     if out == "float8_e4m3fn":  # it has no infinity
         base = torch.where(torch.isinf(base.float()), torch.ones_like(base), base)
     merged = cast(base, torch.empty(len(base), dtype=DTYPES[out]))
-    stream = codecs.encode("preimages", base, merged, None)
-    assert codecs.encode("preimages", base, merged.clone(), None) == stream
+    stream = codecs.Encoder("preimages").add(base, merged, None, ends_block=True)
+    assert stream is not None
+    in_two = codecs.Encoder("preimages")
+    assert in_two.add(base[:1001], merged[:1001], None, ends_block=False) is None
+    assert in_two.add(base[1001:], merged[1001:].clone(), None, ends_block=True) == stream
     bits, form = patterns_of(merged), reference.FORMATS[out]
     # Other hardware, another pattern of the same kind.
     other = from_patterns(np.where(np.isnan(merged.float().numpy()), form.sign - 1, bits), out)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from blake3 import blake3
 
 from lora_cli.checkpoint.digests import rows_per_cut, tensor_digests
 from lora_cli.checkpoint.manifest import TensorRecord
 from lora_cli.errors import LoraCliError, MalformedFileError, WrongInputError
-from lora_cli.surgery.engine import Pieces, raw_bytes
 from lora_cli.surgery.plan import Edit
 from lora_cli.surgery.undo.undoing import Undoing
 from lora_cli.surgery.units import Unit
+
+if TYPE_CHECKING:
+    from lora_cli.surgery.engine import Pieces
 
 Finding = Literal["right", "changed", "broken"]
 """What the undo file says it is; not what the merge wrote; or not the base that should come out."""
@@ -38,6 +40,8 @@ class Checker:
 
     def watch(self, unit: Unit, pieces: Pieces, found: list[Finding]) -> Pieces:
         """Pass the pieces of a unit on, and compare both sides with what the undo file says."""
+        from lora_cli.surgery.engine import raw_bytes
+
         edit = unit.edit
         if edit is None:
             yield from pieces

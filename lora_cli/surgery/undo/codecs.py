@@ -19,22 +19,46 @@ LENGTHS: Mapping[How, Lengths] = {"preimages": undo.lengths, "residual": residua
 """What tells the head and the tail of a stream."""
 
 
-def encode(how: How, base: Tensor, merged: Tensor, delta: Tensor | None) -> bytes:
-    """Return what `decode` needs to make the base's bits of a block again.
+class Encoder:
+    """Makes the streams of one block after another: what `decode` needs to make the base's bits again.
 
     Args:
         how: By preimages where the merge is a map of each element, else by the residual.
-        base: The flat block before the merge.
-        merged: The same after it.
-        delta: What was added, in the working type; None where the block was only cast, or replaced.
     """
-    if how == "residual":
-        return residual.encode(base, _alike(merged, base))
-    return undo.encode(base, *_summands(base, merged, delta))
+
+    def __init__(self, how: How) -> None:
+        self._how = how
+        self._block: undo.Encoder | None = None
+
+    def add(self, base: Tensor, merged: Tensor, delta: Tensor | None, *, ends_block: bool) -> bytes | None:
+        """Take the next run of a block; returns the stream with its last one. Of a residual a block is one run.
+
+        Args:
+            base: The flat run before the merge.
+            merged: The same after it.
+            delta: What was added, in the working type; None where the run was only cast, or replaced.
+            ends_block: Whether the block ends with it.
+        """
+        if self._how == "residual":
+            return residual.encode(base, _alike(merged, base))
+        if self._block is None:
+            self._block = undo.Encoder(base.dtype, merged.dtype)
+        self._block.add(base, *_summands(base, merged, delta))
+        if not ends_block:
+            return None
+        stream, self._block = self._block.finish(), None
+        return stream
 
 
 def decode(how: How, merged: Tensor, delta: Tensor | None, stream: Buffer, out: Tensor) -> Tensor:
-    """Write the base's own bits into `out`, a flat block of the base's type; the rest is as in `encode`.
+    """Write the base's own bits into `out`, a flat block of the base's type.
+
+    Args:
+        how: As it was encoded.
+        merged: The flat block after the merge.
+        delta: What was added, in the working type; None where the block was only cast, or replaced.
+        stream: What the encoder returned.
+        out: Where the base's block goes.
 
     Raises:
         MalformedFileError: The stream is damaged, or belongs to other data.

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 
 from lora_cli.arithmetic.fragments import FragmentWriter
 from lora_cli.surgery.budget import BLOCK_ELEMENTS, Budget
-from lora_cli.surgery.engine import Workshop, every, open_readers, torch_dtype
+from lora_cli.surgery.engine import Workshop, open_readers, torch_dtype
 from lora_cli.surgery.identity import factors_of
 from lora_cli.surgery.plan import Edit, Plan
 from lora_cli.surgery.receipt import own_files
-from lora_cli.surgery.undo.codecs import LENGTHS, encode
+from lora_cli.surgery.undo.codecs import LENGTHS, Encoder
 from lora_cli.surgery.undo.recording import codec_of
+from lora_cli.surgery.workers import one_torch_thread
 
 SAMPLES = 16
 """Tensors of which one block is looked at."""
@@ -34,20 +35,16 @@ def undo_bytes(plan: Plan, budget: Budget, *, embed: bool = False) -> int:
     """
     changing = [edit for edit in plan.edits if edit.nbytes and not edit.copies and edit.operation != "append"]
     chosen = _spread(changing, SAMPLES)
-    workshop = Workshop(budget.strip_bytes)
-    per_byte = [_sampled(edit, workshop) / edit.nbytes for edit in chosen]
+    with one_torch_thread():
+        workshop = Workshop(budget.strip_bytes)
+        per_byte = [_sampled(edit, workshop) / edit.nbytes for edit in chosen]
     share = sum(per_byte) / len(per_byte) if per_byte else 0.0
     touched = {(e.displaced or e.source).key for e in plan.edits if e.operation != "append"}
     stored = sum(tensor.nbytes for key, tensor in plan.checkpoint.tensors.items() if key not in touched)
-    embedded = [tensor.nbytes for number in range(len(plan.opened)) for tensor in factors_of(plan, number).values()]
+    numbers = range(len(plan.opened)) if embed else ()
+    embedded = sum(tensor.nbytes for number in numbers for tensor in factors_of(plan, number).values())
     older = sum(path.stat().st_size for path in own_files(plan.checkpoint).values())
-    fixed = (
-        _RECORD * len(plan.checkpoint.tensors)
-        + _CHANGED_RECORD * len(changing)
-        + stored
-        + older
-        + (sum(embedded) if embed else 0)
-    )
+    fixed = _RECORD * len(plan.checkpoint.tensors) + _CHANGED_RECORD * len(changing) + stored + older + embedded
     return int(share * sum(edit.nbytes for edit in changing)) + fixed
 
 
@@ -62,14 +59,16 @@ def _sampled(edit: Edit, workshop: Workshop) -> float:
     height = max(1, min(rows, BLOCK_ELEMENTS // max(1, columns)))
     begin = (rows - height) // 2
     seen = size = 0
-    writer = FragmentWriter(LENGTHS[how := codec_of(edit)])
+    how = codec_of(edit)
+    encoder, writer = Encoder(how), FragmentWriter(LENGTHS[how])
     with open_readers() as readers:
-        for piece in workshop.pieces(edit, begin, begin + height, deltas=every):
+        for piece in workshop.pieces(edit, begin, begin + height):
             base = piece.source
             if edit.displaced is not None:
                 dtype = torch_dtype(edit.displaced.dtype)
                 base = readers.load_part(edit.displaced, dtype, piece.offset, piece.result.numel())
-            size += len(writer.add(encode(how, base, piece.result, piece.delta)))
+            stream = encoder.add(base, piece.result, piece.delta, ends_block=piece.ends_block)
+            size += 0 if stream is None else len(writer.add(stream))
             seen += piece.result.numel()
     size += len(writer.close())
     return size / max(1, seen) * rows * columns

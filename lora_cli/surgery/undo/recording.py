@@ -14,7 +14,7 @@ from lora_cli.checkpoint.staged import Scratch, Span, StagedFile
 from lora_cli.checkpoint.undo_file import Part, undo_part
 from lora_cli.surgery.engine import Pieces, open_readers, raw_bytes, torch_dtype
 from lora_cli.surgery.plan import Edit, Plan
-from lora_cli.surgery.undo.codecs import LENGTHS, How, encode
+from lora_cli.surgery.undo.codecs import LENGTHS, Encoder, How
 from lora_cli.surgery.units import Unit
 
 
@@ -72,7 +72,7 @@ class Recorder:
 
     def _watch_change(self, edit: Edit, cut: Cut, pieces: Pieces) -> Pieces:
         before, after, how = blake3(), blake3(), codec_of(edit)
-        writer = FragmentWriter(LENGTHS[how])
+        encoder, writer = Encoder(how), FragmentWriter(LENGTHS[how])
         with open_readers() as readers:
             for piece in pieces:
                 after.update(raw_bytes(piece.result))
@@ -82,7 +82,8 @@ class Recorder:
                         dtype = piece.result.dtype if edit.copies else torch_dtype(edit.displaced.dtype)
                         base = readers.load_part(edit.displaced, dtype, piece.offset, piece.result.numel())
                     before.update(raw_bytes(base))
-                    self._spool(cut, writer.add(encode(how, base, piece.result, piece.delta)))
+                    stream = encoder.add(base, piece.result, piece.delta, ends_block=piece.ends_block)
+                    self._spool(cut, b"" if stream is None else writer.add(stream))
                 yield piece
         self._spool(cut, writer.close())
         cut.before, cut.after = before.hexdigest(), after.hexdigest()

@@ -11,7 +11,7 @@ from lora_cli.checkpoint.checkpoint import Checkpoint, Shard, StoredTensor
 from lora_cli.checkpoint.digests import path_digest, tensor_digests
 from lora_cli.progress import Progress
 from lora_cli.surgery.budget import TILE_ELEMENTS, Budget
-from lora_cli.surgery.engine import Piece, Readers, Workshop, every, open_readers, raw_bytes
+from lora_cli.surgery.engine import Piece, Readers, Workshop, open_readers, raw_bytes
 from lora_cli.surgery.plan import Edit
 from lora_cli.surgery.receipt import OWN_FILES, beside
 from lora_cli.surgery.undo.checking import Checker, Finding
@@ -58,7 +58,7 @@ class _Trip:
     def work(self, unit: Unit, workshop: Workshop) -> _Seen:
         edit = unit.edit
         assert edit is not None  # noqa: S101 (copies are left out)
-        pieces = workshop.pieces(edit, unit.begin, unit.end, deltas=every)
+        pieces = workshop.pieces(edit, unit.begin, unit.end)
         seen = _Seen([], [])
         with open_readers() as readers:
             for piece in self._checker.watch(unit, pieces, seen.checked):
