@@ -25,10 +25,10 @@ import os, time
 from lora_cli.checkpoint import staged
 from lora_cli.cli.app import main
 was = staged.StagedFile.finish
-def finish(self):
+def finish(self, **named):
     while not os.path.exists(os.environ["GO"]):
         time.sleep(0.01)
-    was(self)
+    was(self, **named)
 staged.StagedFile.finish = finish
 main()
 """

@@ -21,7 +21,7 @@ from lora_cli.arithmetic import fragments, residual, undo
 from lora_cli.checkpoint import digests
 from lora_cli.checkpoint.undo_file import open_undo_file, undo_part
 from lora_cli.errors import UsageError
-from lora_cli.surgery import budget, engine, execute
+from lora_cli.surgery import budget, engine, filling
 from lora_cli.surgery.merge import merge
 from lora_cli.surgery.placing import PlanOptions
 from lora_cli.surgery.unmerge import unmerge
@@ -115,7 +115,7 @@ def test_undo_file_and_receipt_have_the_same_bytes(world: World, tmp_path: Path,
         (tmp_path / name).mkdir()
         merge(world.base, world.adapters, tmp_path / name / "merged", world.options, embed_adapter=True, **options)
         unmerge(tmp_path / name / "merged", [], tmp_path / name / "back", **options)
-        monkeypatch.setattr(execute, "run_units", shuffled)
+        monkeypatch.setattr(filling, "run_units", shuffled)
     assert contents(tmp_path / "1") == contents(tmp_path / "2")
 
 
