@@ -188,3 +188,7 @@ class Interrupted(LoraCliError):  # noqa: N818 (it is no error, it is an order)
             f"Interrupted; {written} was complete by then" if written else "Interrupted; nothing was written"
         )
         self.exit_code = 128 + signal_number
+        self._made_from = signal_number, written
+
+    def __reduce__(self) -> tuple[type[Interrupted], tuple[int, str | None], dict[str, object]]:
+        return type(self), self._made_from, self.__dict__

@@ -137,10 +137,12 @@ class Scratch:
 
     Args:
         place: What these files are called, but for the number of the process.
+        label: What errors call them.
     """
 
-    def __init__(self, place: Path) -> None:
+    def __init__(self, place: Path, label: str) -> None:
         self._place = place
+        self._label = label
         self._file: StagedFile | None = None
         self._process = 0
         self._end = 0
@@ -151,7 +153,7 @@ class Scratch:
         with self._lock:
             if self._process != os.getpid():
                 self._process, self._end = os.getpid(), 0
-                self._file = StagedFile(self._path(self._process), self._place.name, 0)
+                self._file = StagedFile(self._path(self._process), self._label, 0)
             at = self._end
             self._end += len(data)
         assert self._file is not None  # noqa: S101 (made above)

@@ -65,7 +65,7 @@ class Staging:
 
     def scratch(self) -> Scratch:
         """A place for bytes of the work, which are no part of the output; to be removed before publishing."""
-        scratch = Scratch(self.place / ".scratch")
+        scratch = Scratch(self.place / ".scratch", self.target.name)
         self._scratches.append(scratch)
         return scratch
 

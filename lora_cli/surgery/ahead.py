@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
-from lora_cli.surgery.workers import SHARE, begin_process, can_fork, killed
+from lora_cli.surgery.workers import SHARE, begin_process, can_fork, killed, portable
 
 T = TypeVar("T")
 
@@ -60,7 +60,7 @@ def _work(units: Sequence[T], work: Callable[[T], None], stop: Any, there: Conne
             work(unit)
             count += 1
     except BaseException as error:  # noqa: BLE001 (told to the parent, whatever it is)
-        there.send(error)
+        there.send(portable(error))
         return
     with contextlib.suppress(BrokenPipeError):
         there.send(count)

@@ -64,7 +64,7 @@ class Filler:
         progress.begin(self._plan.operation, nbytes)
         units = [unit for number, file in enumerate(self._plan.files) for unit in self._units(number, file)]
         copies = [unit for unit in units if unit.source is not None]
-        copied = copies[: while_torch_loads(copies, self._copy, lambda unit: unit.nbytes)]
+        copied = copies[: while_torch_loads(copies, self._copy_ahead, lambda unit: unit.nbytes)]
         self._taps = taps()
         from lora_cli.surgery.engine import Workshop
 
@@ -121,6 +121,12 @@ class Filler:
         assert unit.source is not None  # noqa: S101 (who calls has looked)
         with unit.source.open() as reader:
             self._staged[unit.file].copy(reader, unit.source_offset, unit.begin, unit.nbytes)
+
+    def _copy_ahead(self, unit: Unit) -> None:
+        self._copy(unit)
+        self.start_writing(unit)
+        if self._crowds:
+            _forget(unit)
 
     def start_writing(self, unit: Unit) -> None:
         """Let the disk begin with what a unit has written."""

@@ -63,19 +63,19 @@ def run_units(
         BaseException: The first error of any unit, after the others have stopped.
     """
     with one_torch_thread():
-        workers = min(threads, nbytes // SHARE)
+        todo = list(units)
+        workers = min(threads, nbytes // SHARE, len(todo))
         if workers <= 1:
             tools = make_tools()
-            for unit in units:
+            for unit in todo:
                 yield unit, work(unit, tools)
             return
-        todo = list(units)
-        with _pool(_Job(todo, work, make_tools), workers) as pool:
-            for number, result in _results(pool, len(todo), 2 * workers):
+        with _pool(_Job(todo, work, make_tools), workers) as (pool, do):
+            for number, result in _results(pool, do, len(todo), 2 * workers):
                 yield todo[number], pickle.loads(result)  # noqa: S301 (by our own process)
 
 
-def _results(pool: Executor, count: int, ahead: int) -> Iterator[tuple[int, Any]]:
+def _results(pool: Executor, do: Callable[[int], bytes], count: int, ahead: int) -> Iterator[tuple[int, bytes]]:
     """The results of units 0 to `count`, with never more than `ahead` of them waiting or running."""
     waiting = iter(range(count))
     running: dict[Future[Any], int] = {}
@@ -84,13 +84,13 @@ def _results(pool: Executor, count: int, ahead: int) -> Iterator[tuple[int, Any]
             # Python warns of threads that libraries keep; none of them holds a lock that a worker takes.
             warnings.filterwarnings("ignore", message=".*use of fork", category=DeprecationWarning)
             for number in islice(waiting, ahead):
-                running[pool.submit(_do, number)] = number
+                running[pool.submit(do, number)] = number
         while running:
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
                 number, result = running.pop(future), future.result()
                 for following in islice(waiting, 1):
-                    running[pool.submit(_do, following)] = following
+                    running[pool.submit(do, following)] = following
                 yield number, result
     except BrokenProcessPool as error:
         raise killed() from error
@@ -117,43 +117,52 @@ class _Job:
         self._make_tools = make_tools
         self._tools = threading.local()
 
-    def do(self, number: int) -> Any:
+    def do(self, number: int) -> bytes:
+        """Do a unit. Its result comes as bytes: torch would have tensors share memory, with a file for each."""
         if self.stopped.is_set():
             raise RuntimeError("another unit failed first")
         if not hasattr(self._tools, "made"):
             self._tools.made = self._make_tools()
-        return self._work(self._units[number], self._tools.made)
+        try:
+            return pickle.dumps(self._work(self._units[number], self._tools.made))
+        except Exception as error:
+            raise portable(error) from error
 
 
-_JOBS: list[_Job] = []
-"""The job of this worker process, or of the threads of this process."""
+_JOB: list[_Job] = []
+"""In a worker process: its job."""
 
 
 def _do(number: int) -> bytes:
-    # As bytes: torch would have tensors between processes share memory, and keep a file open for each.
-    return pickle.dumps(_JOBS[-1].do(number))
+    return _JOB[0].do(number)
+
+
+def portable(error: BaseException) -> BaseException:
+    """The error itself if it can go to another process, else one that says what it was."""
+    try:
+        pickle.loads(pickle.dumps(error))  # noqa: S301 (made here)
+    except Exception:  # noqa: BLE001 (whatever it is that keeps it here)
+        return LoraCliError("Internal error in a worker", found=f"{type(error).__name__}: {error}")
+    return error
 
 
 @contextmanager
-def _pool(job: _Job, workers: int) -> Iterator[Executor]:
+def _pool(job: _Job, workers: int) -> Iterator[tuple[Executor, Callable[[int], bytes]]]:
     """Workers for a job; on leaving, units that have begun come to their end and no other begins."""
     if can_fork():
         context = multiprocessing.get_context("fork")
         job.stopped = context.Event()
         arguments = (job, os.getpid())
         pool: Executor = ProcessPoolExecutor(workers, context, initializer=_begin, initargs=arguments)
+        do = _do
     else:
-        _JOBS.append(job)
         pool = ThreadPoolExecutor(workers, thread_name_prefix="lora-cli", initializer=_limit_torch)
-    try:
-        with pool:
-            try:
-                yield pool
-            finally:
-                job.stopped.set()
-    finally:
-        if job in _JOBS:
-            _JOBS.remove(job)
+        do = job.do
+    with pool:
+        try:
+            yield pool, do
+        finally:
+            job.stopped.set()
 
 
 def can_fork() -> bool:
@@ -168,9 +177,10 @@ def can_fork() -> bool:
 
 
 def begin_process(parent: int) -> None:
-    """Prepare a worker process: it ends with its parent, and leaves signals to it."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    """Prepare a worker process: it ends with its parent, and leaves what a terminal sends to all of them to it."""
+    for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a pool that lost a worker ends the others by it
     ctypes.CDLL(None).prctl(_PARENT_DEATH, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)  # it died before it could be bound to us
@@ -180,7 +190,7 @@ def begin_process(parent: int) -> None:
 def _begin(job: _Job, parent: int) -> None:
     begin_process(parent)
     _limit_torch()
-    _JOBS.append(job)
+    _JOB.append(job)
 
 
 def _limit_torch() -> None:
