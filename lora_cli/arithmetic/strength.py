@@ -20,7 +20,10 @@ from lora_cli.arithmetic.ordered import bits_view
 
 SAMPLE_RUN = 1 << 16
 SAMPLE_EVERY = 16
-"""Of a tensor the first run of so many weights is looked at, and each sixteenth after it."""
+"""Of each stretch of sixteen runs of so many weights, one run is looked at; of the first stretch its first."""
+
+_SPREAD = 0x9E3779B97F4A7C15
+"""2^64 divided by the golden ratio: multiples of it, modulo 2^64, are spread evenly, and in step with nothing."""
 
 _SAFE = (1e-24, 1e30)
 """Sums of float32 squares outside of these may have lost terms below the least or above the largest number."""
@@ -100,10 +103,13 @@ class Strength:
 def sampled(offset: int, count: int) -> Iterator[slice]:
     """Yield which of `count` weights from `offset` of a tensor on are in the sample, as slices of these.
 
-    The sample depends on places in the tensor alone, not on how it is cut into pieces.
+    The sample depends on places in the tensor alone, not on how it is cut into pieces. It is not periodic, since
+    changes may be: the rows of one head or expert are alike, and those of the next come a power of two later.
     """
     step = SAMPLE_RUN * SAMPLE_EVERY
-    for begin in range(offset // step * step, offset + count, step):
+    for stretch in range(offset // step, -(-(offset + count) // step)):
+        chosen = (stretch * _SPREAD % (1 << 64)) * SAMPLE_EVERY >> 64
+        begin = stretch * step + chosen * SAMPLE_RUN
         first, last = max(begin, offset), min(begin + SAMPLE_RUN, offset + count)
         if first < last:
             yield slice(first - offset, last - offset)

@@ -7,11 +7,15 @@ everything else out of the cache, only to be pushed out itself: such files are f
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import sys
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
+
+_CONTAINER = Path("/sys/fs/cgroup/memory.max")
 
 _WRITE = 2
 """SYNC_FILE_RANGE_WRITE: start writing dirty pages, and wait for none (sync_file_range(2))."""
@@ -25,17 +29,21 @@ def start_writing(descriptor: int, offset: int, length: int) -> None:
 
 
 def crowds(nbytes: int) -> bool:
-    """Whether so many bytes, read and written, would fill more than half of this machine's memory."""
+    """Whether so many bytes, read and written, would fill more than half of the memory that there is."""
     try:
-        return nbytes > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):
         return False
+    with contextlib.suppress(OSError, ValueError):  # a container may have less; or "max", or no such file
+        memory = min(memory, int(_CONTAINER.read_text()))
+    return nbytes > memory // 2
 
 
 def forget(descriptor: int, offset: int = 0, length: int = 0) -> None:
     """Say that a range of a file (to its end, if `length` is 0) will not be needed soon; unwritten pages stay."""
     if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_DONTNEED)
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_DONTNEED)
 
 
 @cache

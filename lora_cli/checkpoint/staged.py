@@ -27,14 +27,13 @@ NOT_POSSIBLE_HERE = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EXDEV, 
 
 
 class StagedFile:
-    """One output file: preallocated, written by position from any thread, synced once."""
+    """One output file in a folder that is there: preallocated, written by position by any worker, synced once."""
 
     def __init__(self, path: Path, name: str, size: int) -> None:
         self.path = path
         self.name = name
         self.size = size
         with write_errors(name):
-            path.parent.mkdir(parents=True, exist_ok=True)
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
             self.descriptor = os.open(path, flags, 0o666)
             try:

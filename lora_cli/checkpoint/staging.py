@@ -1,7 +1,7 @@
 """Writing outputs: complete and synced, or absent.
 
 Everything is written into a folder of a recognisable name beside the target, synced, and renamed into place. Nothing
-else in the project creates, renames or removes files.
+but this and `staged` creates, renames or removes files.
 """
 
 from __future__ import annotations
@@ -71,7 +71,10 @@ class Staging:
 
     def create(self, name: str, size: int) -> StagedFile:
         """Create one output file of `size` bytes; `name` may hold a sub-folder."""
-        file = StagedFile(self.place / name, name, size)
+        path = self.place / name
+        with write_errors(name):
+            path.parent.mkdir(exist_ok=True)
+        file = StagedFile(path, name, size)
         self._files.append(file)
         return file
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
 BAR_AFTER_SECONDS = 1.0
+REDRAW_SECONDS = 0.1
 DETAILS_SHOWN = 8
 """Mismatches that an error lists for people; JSON has all of them."""
 
@@ -148,6 +149,7 @@ class _ShownProgress(Progress):
         self._bar: Bar | None = None
         self._task: Any = None
         self._label, self._total, self._done, self._start = "", 0, 0, 0.0
+        self._drawn = 0.0
 
     def note(self, text: str) -> None:
         self._output.note(text)
@@ -169,9 +171,17 @@ class _ShownProgress(Progress):
         if self._bar is None and time.monotonic() - self._start > BAR_AFTER_SECONDS:
             self._show_bar(self._console)
         if self._bar is not None:
-            self._bar.update(self._task, completed=self._done)
+            self._bar.update(self._task, completed=self._done, refresh=self._due())
         if self._done >= self._total:
             self.end()
+
+    def _due(self) -> bool:
+        """Whether it is time to redraw the bar."""
+        now = time.monotonic()
+        if now - self._drawn < REDRAW_SECONDS:
+            return False
+        self._drawn = now
+        return True
 
     def file_done(self, name: str, file_bytes: int) -> None:
         if self._output.verbose and not self._output.quiet:
@@ -193,7 +203,8 @@ class _ShownProgress(Progress):
         from rich.progress import Progress as RichProgress
 
         columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-        self._bar = RichProgress(*columns, TimeRemainingColumn(), console=console, transient=True)
+        # Without a thread that redraws: a process with threads cannot be forked.
+        self._bar = RichProgress(*columns, TimeRemainingColumn(), console=console, transient=True, auto_refresh=False)
         self._task = self._bar.add_task(self._label, total=self._total, completed=self._done)
         self._bar.start()
 

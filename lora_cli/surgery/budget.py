@@ -40,7 +40,7 @@ class Budget:
     Attributes:
         threads: Units that run at once.
         strip_bytes: Bytes of one piece.
-        peak_bytes: Most bytes that buffers and prepared factors take, all threads together.
+        peak_bytes: Most bytes that buffers and prepared factors take, all workers together.
     """
 
     threads: int
@@ -49,13 +49,13 @@ class Budget:
 
 
 def settle_budget(plan: Plan, *, memory: int | None, threads: int, blocks: bool = False) -> Budget:
-    """Find how many threads and how long pieces fit in `memory` bytes, with four pieces in each thread.
+    """Find how many workers and how long pieces fit in `memory` bytes, with four pieces in each.
 
     Without a bound from the user it is `DEFAULT_MEMORY`, or more where one tensor's factors need it. With `blocks`
     pieces are whole blocks, since what they forget is encoded or decoded with them.
 
     Raises:
-        UsageError: Not even one thread with the shortest piece fits; says what would.
+        UsageError: Not even one worker with the shortest piece fits; says what would.
     """
     blocks = blocks or any(edit.forgotten for edit in plan.edits)
     factors = max((_factor_bytes(edit) for edit in plan.edits), default=0)

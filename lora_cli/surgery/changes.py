@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -81,7 +81,7 @@ class Comparison:
 
     def tensors(self, a: Mapping[str, StoredTensor], b: Mapping[str, StoredTensor]) -> None:
         """Compare stored tensors."""
-        from lora_cli.surgery import directions, distance
+        from lora_cli.surgery import distance
 
         pairs: list[Pair] = []
         for key in self._match(a, b):
@@ -92,18 +92,21 @@ class Comparison:
                 pairs.append(pair)
             else:
                 self.changed.append(Changed(key, "dtype", before=pair.a.dtype.name, after=pair.b.dtype.name))
-        distances = distance.measure(pairs, self._threads_for(distance.THREAD_BYTES), self._progress)
+        distances = distance.measure(pairs, self._threads_for(distance.WORKER_BYTES), self._progress)
         differing = [pair for pair in pairs if self._differs(pair, distances[pair.key])]
         matrices = [pair for pair in differing if self._rank and _has_rank(pair, distances[pair.key])]
-        spectra = directions.measure_changes(
-            matrices, memory=self._memory, threads=self._threads, progress=self._progress
-        )
+        spectra = self._spectra(matrices)
         self.changed += [_changed(pair, distances[pair.key], spectra.get(pair.key)) for pair in differing]
+
+    def _spectra(self, pairs: Sequence[Pair]) -> Mapping[str, Spectrum]:
+        if not pairs:
+            return {}
+        from lora_cli.surgery import directions  # which needs torch
+
+        return directions.measure_changes(pairs, memory=self._memory, threads=self._threads, progress=self._progress)
 
     def deltas(self, a: Mapping[str, Delta], b: Mapping[str, Delta]) -> None:
         """Compare deltas."""
-        from lora_cli.surgery import directions
-
         pairs = []
         for key in self._match(a, b):
             if a[key].shape == b[key].shape:
@@ -111,6 +114,10 @@ class Comparison:
             else:
                 before, after = (str(list(side[key].shape)) for side in (a, b))
                 self.changed.append(Changed(key, "shape", before=before, after=after))
+        if not pairs:
+            return
+        from lora_cli.surgery import directions  # which needs torch
+
         most = max((directions.delta_bytes(one, other) for _, one, other in pairs), default=0)
         found = directions.measure_deltas(pairs, self._threads_for(most), self._progress)
         self.changed += [

@@ -16,8 +16,9 @@ from lora_cli.arithmetic.strength import Strength
 from lora_cli.checkpoint.checkpoint import StoredTensor
 from lora_cli.checkpoint.digests import rows_per_cut
 from lora_cli.surgery.budget import TILE_ELEMENTS, UNIT_BYTES, Budget
-from lora_cli.surgery.engine import Piece, Workshop, open_readers, raw_bytes, torch_dtype
+from lora_cli.surgery.engine import Piece, Workshop
 from lora_cli.surgery.plan import Edit, Plan
+from lora_cli.surgery.readers import open_readers, raw_bytes, torch_dtype
 from lora_cli.surgery.workers import run_units
 
 
@@ -83,7 +84,7 @@ def parts(edit: Edit) -> Iterator[Part]:
 
 
 class _Tools:
-    """What one thread keeps: the engine's buffers and one more for the candidate."""
+    """What one worker keeps: the engine's buffers and one more for the candidate."""
 
     def __init__(self, budget: Budget) -> None:
         self.workshop = Workshop(budget.strip_bytes)

@@ -40,7 +40,7 @@ class DiffResult:
         unchanged: How many are the same within the tolerance.
         tolerance: What was allowed.
         seconds: Wall time.
-        peak_rss_bytes: Most memory that the process, or a worker of its own, had.
+        peak_rss_bytes: Most memory that one process had: this one, or any that it has waited for.
     """
 
     kind: Kind

@@ -31,7 +31,7 @@ from lora_cli.errors import NumericError
 from lora_cli.progress import Progress
 from lora_cli.surgery.distance import Pair
 from lora_cli.surgery.elements import decode
-from lora_cli.surgery.engine import Readers, open_readers, raw_bytes, torch_dtype
+from lora_cli.surgery.readers import Readers, open_readers, raw_bytes, torch_dtype
 from lora_cli.surgery.workers import run_units
 
 _TILE_ELEMENTS = 1 << 18
@@ -131,7 +131,7 @@ def _read_values(readers: Readers, tensor: StoredTensor, begin: int, raw: Tensor
     size = tensor.dtype.bits // 8
     stored = raw[: tile.numel() * size]
     readers.of(tensor).read_into(tensor.offset + begin * size, raw_bytes(stored))
-    decode(stored, tensor.dtype, tile)
+    decode(stored.numpy(), tensor.dtype, tile.numpy())
     tile.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
 
 

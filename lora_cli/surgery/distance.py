@@ -1,4 +1,4 @@
-"""How far stored tensors are apart, streamed in strips through buffers that are made once per thread.
+"""How far stored tensors are apart, streamed in strips through buffers that are made once per worker.
 
 Strips and units are cut at fixed places and their sums added exactly, so that no number depends on threads or memory.
 """
@@ -12,9 +12,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
-from lora_cli.arithmetic.floats import BITS
 from lora_cli.checkpoint.checkpoint import StoredTensor
 from lora_cli.progress import Progress
 from lora_cli.surgery.budget import TILE_ELEMENTS, UNIT_BYTES
@@ -28,14 +26,15 @@ from lora_cli.surgery.elements import (
     squares,
     unequal_elements,
 )
-from lora_cli.surgery.engine import Readers, open_readers, raw_bytes, torch_dtype
+from lora_cli.surgery.plan import MERGEABLE
+from lora_cli.surgery.readers import Readers, open_readers
 from lora_cli.surgery.workers import run_units
 
 STRIP_BYTES = 1 << 20
 """Most bytes of one read: a strip of either tensor and the tiles made of them stay in a core's own cache."""
 
-THREAD_BYTES = 2 * STRIP_BYTES + 8 * TILE_ELEMENTS * 4
-"""What one thread takes: two strips, three tiles in float64, and masks."""
+WORKER_BYTES = 2 * STRIP_BYTES + 8 * TILE_ELEMENTS * 4
+"""What one worker takes: two strips, three tiles in float64, and masks."""
 
 
 class Pair(NamedTuple):
@@ -92,7 +91,7 @@ class Distance:
 
 
 def measure(pairs: Sequence[Pair], threads: int, progress: Progress) -> dict[str, Distance]:
-    """Compare tensors element by element, all of them; needs `THREAD_BYTES` for each thread."""
+    """Compare tensors element by element, all of them; needs `WORKER_BYTES` for each worker."""
     if not pairs:
         return {}
     progress.begin("compare", sum(pair.a.nbytes for pair in pairs))
@@ -169,11 +168,12 @@ def _total(values: Iterable[float]) -> float:
 
 
 class _Bench:
-    """What one thread keeps: a strip of each tensor, and tiles in float64."""
+    """What one worker keeps: a strip of each tensor, and tiles in float64."""
 
     def __init__(self) -> None:
-        self._strips = [torch.empty(STRIP_BYTES, dtype=torch.uint8) for _ in range(2)]
-        self._tiles = [torch.empty(TILE_ELEMENTS, dtype=torch.float64) for _ in range(3)]
+        self._strips = [np.empty(STRIP_BYTES, np.uint8) for _ in range(2)]
+        self._tiles = [np.empty(TILE_ELEMENTS, np.float64) for _ in range(3)]
+        self._scratch = np.empty(TILE_ELEMENTS, np.uint32)
 
     def compare(self, part: Part, readers: Readers) -> Distance:
         """Compare a part, taking elements apart only in strips that are not the same bytes."""
@@ -181,14 +181,14 @@ class _Bench:
         for begin, end in _strips(part):
             a = _read(readers, pair.a, begin, end, self._strips[0])
             b = _read(readers, pair.b, begin, end, self._strips[1])
-            if pair.a.dtype == pair.b.dtype and same_bytes(a.numpy(), b.numpy()):
+            if pair.a.dtype == pair.b.dtype and same_bytes(a, b):
                 _extend(found.same, begin, end)
                 continue
             for one, other in _tiles(a, b, pair, end - begin):
                 if pair.by_value:
                     self._compare_values(pair, one, other, found)
                 else:
-                    found.changed += unequal_elements(one.numpy(), other.numpy(), pair.bits)
+                    found.changed += unequal_elements(one, other, pair.bits)
         return found
 
     def norm(self, part: Part, readers: Readers) -> Distance:
@@ -197,12 +197,13 @@ class _Bench:
         for begin, end in _strips(part):
             a = _read(readers, pair.a, begin, end, self._strips[0])
             for one, _ in _tiles(a, a, pair._replace(b=pair.a), end - begin):
-                found.reference += finite_squares(decode(one, pair.a.dtype, self._tiles[0]))
+                found.reference += finite_squares(decode(one, pair.a.dtype, self._tiles[0], self._scratch))
         return found
 
-    def _compare_values(self, pair: Pair, one: torch.Tensor, other: torch.Tensor, found: Distance) -> None:
-        a, b = (decode(*each) for each in zip((one, other), (pair.a.dtype, pair.b.dtype), self._tiles, strict=False))
-        difference = np.subtract(a, b, out=self._tiles[2].numpy()[: a.size])
+    def _compare_values(self, pair: Pair, one: Array, other: Array, found: Distance) -> None:
+        a = decode(one, pair.a.dtype, self._tiles[0], self._scratch)
+        b = decode(other, pair.b.dtype, self._tiles[1], self._scratch)
+        difference = np.subtract(a, b, out=self._tiles[2][: a.size])
         largest = max(float(difference.max()), -float(difference.min()))
         numbers: Array | None = None
         if not math.isfinite(largest):
@@ -214,14 +215,14 @@ class _Bench:
         if pair.a.dtype != pair.b.dtype:
             found.changed += int(np.count_nonzero(difference))
             return
-        found.changed += unequal_elements(one.numpy(), other.numpy(), pair.bits)
-        integers = BITS.get(torch_dtype(pair.a.dtype))
-        if integers is not None:
-            bits = [each.view(integers).numpy() for each in (one, other)]
+        found.changed += unequal_elements(one, other, pair.bits)
+        if pair.a.dtype.name in MERGEABLE:
+            integers = np.dtype(f"i{pair.bits // 8}")
+            bits = [each.view(integers) for each in (one, other)]
             if numbers is not None:
                 bits = [each[numbers] for each in bits]
             # The float64 tiles have done their work, and serve as scratch.
-            scratch = [tile.view(integers).numpy()[: bits[0].size] for tile in self._tiles]
+            scratch = [tile.view(integers)[: bits[0].size] for tile in self._tiles]
             found.ulp = max(found.ulp or 0, most_ulps(bits, scratch))
 
 
@@ -231,15 +232,15 @@ def _strips(part: Part) -> Iterator[tuple[int, int]]:
         yield begin, min(begin + step, part.end)
 
 
-def _read(readers: Readers, tensor: StoredTensor, begin: int, end: int, buffer: torch.Tensor) -> torch.Tensor:
+def _read(readers: Readers, tensor: StoredTensor, begin: int, end: int, buffer: Array) -> Array:
     """Read elements, as bytes. They begin at a whole byte, since strips begin at whole tiles."""
     first, last = begin * tensor.dtype.bits // 8, end * tensor.dtype.bits // 8
     strip = buffer[: last - first]
-    readers.of(tensor).read_into(tensor.offset + first, raw_bytes(strip))
+    readers.of(tensor).read_into(tensor.offset + first, strip.data)
     return strip
 
 
-def _tiles(a: torch.Tensor, b: torch.Tensor, pair: Pair, elements: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _tiles(a: Array, b: Array, pair: Pair, elements: int) -> Iterator[tuple[Array, Array]]:
     for begin in range(0, elements, TILE_ELEMENTS):
         end = min(begin + TILE_ELEMENTS, elements)
         yield tuple(  # type: ignore[misc]

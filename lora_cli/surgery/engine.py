@@ -1,13 +1,13 @@
-"""The engine: computes the bytes that a plan asks for, piece by piece, in buffers made once per thread.
+"""The engine: computes the bytes that a plan asks for, piece by piece, in buffers made once per worker.
 
 Merging writes these bytes, verifying compares them, and neither knows how they are made. No byte depends on the size
-of a piece, the number of threads or the order of work.
+of a piece, the number of workers or the order of work.
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -16,20 +16,12 @@ from lora_cli.adapters.inits import FreshTensor
 from lora_cli.arithmetic.fragments import read_fragment
 from lora_cli.arithmetic.product import ExactProduct, prepare
 from lora_cli.arithmetic.rounding import TileKernel, cast, check_flush_to_zero, slices_for, work_dtype
-from lora_cli.checkpoint.checkpoint import StoredTensor
 from lora_cli.checkpoint.digests import rows_per_cut
-from lora_cli.checkpoint.dtypes import DType
-from lora_cli.checkpoint.source import Reader, SourceFile
 from lora_cli.errors import LoraCliError, MalformedFileError, NumericError
 from lora_cli.surgery.budget import BLOCK_ELEMENTS, TILE_COLUMNS, TILE_ELEMENTS
 from lora_cli.surgery.plan import MERGEABLE, Edit
+from lora_cli.surgery.readers import Readers, open_readers, raw_bytes, torch_dtype
 from lora_cli.surgery.undo.codecs import LENGTHS, decode
-
-
-def torch_dtype(dtype: DType) -> torch.dtype:
-    """Torch's type for a storage type."""
-    found: torch.dtype = getattr(torch, str(dtype.torch_name))
-    return found
 
 
 class Piece(NamedTuple):
@@ -55,7 +47,7 @@ Pieces = Generator[Piece, None, None]
 
 
 class Workshop:
-    """What one thread keeps between units: a buffer for a piece on each side, and the tile kernels."""
+    """What one worker keeps between units: a buffer for a piece on each side, and the tile kernels."""
 
     def __init__(self, strip_bytes: int) -> None:
         check_flush_to_zero()
@@ -200,41 +192,6 @@ class _Block(NamedTuple):
         return self.shape[0] * self.shape[1]
 
 
-class Readers:
-    """The input files that one unit reads from, each opened once."""
-
-    def __init__(self, stack: ExitStack) -> None:
-        self._stack = stack
-        self._open: dict[SourceFile, Reader] = {}
-
-    def of(self, tensor: StoredTensor) -> Reader:
-        """The open file that holds a tensor."""
-        source = tensor.shard.source
-        if source not in self._open:
-            self._open[source] = self._stack.enter_context(source.open())
-        return self._open[source]
-
-    def load_part(self, tensor: StoredTensor, dtype: torch.dtype, first: int, count: int) -> torch.Tensor:
-        """Read `count` elements of a tensor from `first` on, as `dtype`, into memory of their own."""
-        data = torch.empty(count, dtype=dtype)
-        self.of(tensor).read_into(tensor.offset + first * dtype.itemsize, raw_bytes(data))
-        return data
-
-    def load(self, tensor: StoredTensor) -> torch.Tensor:
-        """Read a whole tensor."""
-        data = torch.empty(tensor.nbytes, dtype=torch.uint8)
-        if tensor.nbytes:
-            self.of(tensor).read_into(tensor.offset, raw_bytes(data))
-        return data.view(torch_dtype(tensor.dtype)).view(tensor.shape)
-
-
-@contextmanager
-def open_readers() -> Iterator[Readers]:
-    """Open files as they are asked for; close them all at the end, checking that they are unchanged."""
-    with ExitStack() as stack:
-        yield Readers(stack)
-
-
 def _product(edit: Edit, readers: Readers) -> ExactProduct:
     work = work_dtype(torch_dtype(edit.source.dtype), torch_dtype(edit.dtype))
     return prepare([t.delta.term(readers.load, t.weight) for t in edit.terms], slices=slices_for(work))
@@ -295,11 +252,6 @@ def _moved(part: slice, by: int) -> slice:
 
 def _typed(buffer: torch.Tensor, dtype: torch.dtype, elements: int) -> torch.Tensor:
     return buffer[: elements * dtype.itemsize].view(dtype)
-
-
-def raw_bytes(tensor: torch.Tensor) -> memoryview:
-    """The memory of a contiguous tensor, to read into or write from."""
-    return memoryview(tensor.view(-1).view(torch.uint8).numpy().data)
 
 
 @contextmanager

@@ -64,7 +64,8 @@ class Filler:
         progress.begin(self._plan.operation, nbytes)
         units = [unit for number, file in enumerate(self._plan.files) for unit in self._units(number, file)]
         copies = [unit for unit in units if unit.source is not None]
-        copied = copies[: while_torch_loads(copies, self._copy_ahead, lambda unit: unit.nbytes)]
+        alone = budget.threads == 1  # then there is to be no other process
+        copied = [] if alone else copies[: while_torch_loads(copies, self._copy_ahead, lambda unit: unit.nbytes)]
         self._taps = taps()
         from lora_cli.surgery.engine import Workshop
 
@@ -103,7 +104,7 @@ class Filler:
         return found
 
     def _compute(self, unit: Unit, workshop: Workshop, found: list[list[Any]]) -> None:
-        from lora_cli.surgery.engine import raw_bytes
+        from lora_cli.surgery.readers import raw_bytes
 
         edit, staged = unit.edit, self._staged[unit.file]
         assert edit is not None  # noqa: S101 (who calls has looked)
@@ -125,7 +126,7 @@ class Filler:
     def _copy_ahead(self, unit: Unit) -> None:
         self._copy(unit)
         self.start_writing(unit)
-        if self._crowds:
+        if self._crowds and not self._see_copies:
             _forget(unit)
 
     def start_writing(self, unit: Unit) -> None:

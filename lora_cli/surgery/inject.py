@@ -57,7 +57,7 @@ class InjectResult:
         warnings: What a person should look at.
         bytes_written: Bytes of all output files.
         seconds: Wall time.
-        peak_rss_bytes: Most memory that the process, or a worker of its own, had.
+        peak_rss_bytes: Most memory that one process had: this one, or any that it has waited for.
     """
 
     out: str

@@ -43,7 +43,7 @@ def open_adapters(references: Iterable[Reference], options: ReadOptions, progres
 
 @dataclass
 class Measured:
-    """How long a run took, and how much memory that process had that had the most: this one, or one of its workers."""
+    """How long a run took, and the most memory that one process had: this one, or any that it has waited for."""
 
     seconds: float = 0.0
     peak_rss_bytes: int = 0

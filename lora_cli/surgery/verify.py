@@ -84,7 +84,7 @@ class VerifyResult:
         survival: What of each delta is in the checkpoint.
         roundtrip: What unmerging in memory showed; None where it was not asked for.
         seconds: Wall time.
-        peak_rss_bytes: Most memory that the process, or a worker of its own, had.
+        peak_rss_bytes: Most memory that one process had: this one, or any that it has waited for.
     """
 
     verified: bool

@@ -91,9 +91,23 @@ def joined(parts: Runs) -> Runs:
     return found
 
 
+CHOSEN = [0, 9, 3, 13, 7, 1, 11, 5, 15, 8, 2, 12]
+"""Which of its sixteen runs each stretch has in the sample: the fraction of its number times the golden ratio."""
+
+
 def expected(total: int) -> Runs:
-    """Of each sixteen runs the first, as it is said."""
-    return [(begin, min(begin + SAMPLE_RUN, total)) for begin in range(0, total, STEP)]
+    """Of each sixteen runs one, as it is said."""
+    begins = [number * STEP + run * SAMPLE_RUN for number, run in enumerate(CHOSEN)]
+    return [(begin, min(begin + SAMPLE_RUN, total)) for begin in begins if begin < total]
+
+
+def test_the_sample_is_in_step_with_nothing() -> None:
+    """A change may be in the same rows of each head, and heads come powers of two apart."""
+    begins = [begin // SAMPLE_RUN for begin, _ in runs(0, 4096 * STEP)]
+    assert [begin % 16 for begin in begins[:12]] == CHOSEN
+    for period in (2, 4, 8, 16, 32, 64, 128):
+        counts = torch.bincount(torch.tensor(begins) % period, minlength=period)
+        assert counts.max() <= 1.2 * counts.min() + 8
 
 
 near = st.sampled_from([at * SAMPLE_RUN for at in (0, 1, 2, 15, 16, 17, 31, 32, 33, 48)])
@@ -130,8 +144,8 @@ def test_a_sixteenth_of_a_long_tensor_is_looked_at(elements: int) -> None:
 
 @pytest.fixture(scope="module")
 def whole_numbers() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Base, result and delta of 2.3 sixteens of runs, such that every sum is exact in any order."""
-    count = 2 * STEP + 3 * SAMPLE_RUN // 10
+    """Base, result and delta with 2.3 runs in the sample, such that every sum is exact in any order."""
+    count = 2 * STEP + CHOSEN[2] * SAMPLE_RUN + 3 * SAMPLE_RUN // 10
     generator = torch.Generator().manual_seed(5)
     base = torch.randint(-8, 9, (count,), generator=generator).to(torch.float32)
     delta = torch.randint(-2, 3, (count,), generator=generator).to(torch.float32)
@@ -159,7 +173,8 @@ def test_pieces_without_deltas_or_beside_the_sample_add_nothing() -> None:
     strength = Strength()
     strength.sample(0, numbers, numbers + 1, None)
     strength.sample(SAMPLE_RUN, numbers, numbers + 1, numbers)
-    strength.sample(STEP - 100, numbers, numbers + 1, numbers)
+    next_one = STEP + CHOSEN[1] * SAMPLE_RUN
+    strength.sample(next_one - 100, numbers, numbers + 1, numbers)
     assert strength == Strength()
-    strength.sample(STEP - 99, numbers, numbers + 1, numbers)
+    strength.sample(next_one - 99, numbers, numbers + 1, numbers)
     assert (strength.elements, strength.meant) == (1, 1.0)

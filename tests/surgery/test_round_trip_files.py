@@ -237,3 +237,14 @@ def test_a_tensor_that_was_replaced_by_its_like_takes_little(tmp_path: Path) -> 
     trip = round_trip(tmp_path, base, [write_adapter(tmp_path / "adapter", factors, modules_to_save=["head"])])
     assert trip.there.undo is not None
     assert trip.there.undo.bytes < head.nbytes // 4
+
+
+@pytest.mark.parametrize("dtype", ["keep", "fp32"])
+def test_a_tensor_that_one_adapter_replaces_and_another_changes(tmp_path: Path, dtype: str) -> None:
+    """Its deltas come in tiles, what it displaced is kept in blocks; it has several of both."""
+    head, new = (gaussian(seed, 700, 512, dtype=torch.bfloat16) for seed in (1, 2))
+    base = write_base(tmp_path / "base", {"head.weight": head, "x.weight": gaussian(3, 4, 4)})
+    whole = write_adapter(tmp_path / "whole", lora(4, "x", 4, 4) | {"head.weight": new}, modules_to_save=["head"])
+    changed = write_adapter(tmp_path / "changed", lora(5, "head", 700, 512))
+    trip = round_trip(tmp_path, base, [whole, changed], PlanOptions(dtype=dtype))
+    assert trip.there.ledger["replaced"] == 1

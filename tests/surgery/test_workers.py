@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import multiprocessing
+import multiprocessing.synchronize
 import os
 import pickle
 import signal
@@ -14,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +24,8 @@ import torch
 
 from lora_cli import errors
 from lora_cli.errors import DiskFullError, LoraCliError
-from lora_cli.surgery import workers
+from lora_cli.surgery import ahead, forking, workers
+from lora_cli.surgery.ahead import while_torch_loads
 from lora_cli.surgery.workers import SHARE, run_units
 
 Patch = pytest.MonkeyPatch
@@ -70,6 +74,7 @@ def nothing_stays() -> Iterator[None]:
     """However units end: torch has its threads again, and no child, thread or open file is left."""
     before, files, threads = torch.get_num_threads(), descriptors(), threading.active_count()
     torch.set_num_threads(TORCH_THREADS)
+    FAILED_FORKS.clear()
     try:
         with watched(60):
             yield
@@ -78,10 +83,14 @@ def nothing_stays() -> Iterator[None]:
         assert threading.active_count() == threads
         if descriptors() > files:
             gc.collect()  # what an error holds goes with it
-        assert descriptors() <= files
+        assert descriptors() <= files + 4 * len(FAILED_FORKS)
         assert not workers._JOB
     finally:
         torch.set_num_threads(before)
+
+
+FAILED_FORKS: list[int] = []
+"""Python itself loses two pipes with each fork that fails."""
 
 
 def descriptors() -> int:
@@ -161,7 +170,7 @@ def test_another_living_thread_forbids_to_fork() -> None:
     other = threading.Thread(target=ended.wait)
     other.start()
     try:
-        assert not workers.can_fork()
+        assert not forking.can_fork()
         found = [result[0] for _, result in run_units(range(8), where, list, 3, nbytes=LARGE)]
     finally:
         ended.set()
@@ -403,3 +412,115 @@ def test_every_error_travels_between_processes(kind: type[LoraCliError]) -> None
     assert vars(again) == vars(error)
     assert (again.args, again.exit_code, again.code) == (error.args, error.exit_code, error.code)
     assert str(again) == str(error)
+
+
+# Where processes are not to be had
+
+
+def failing_fork(patch: Patch, after: int) -> None:
+    """From the fork with this number on there are no more processes."""
+    fork, left = os.fork, [after]
+
+    def limited() -> int:
+        if not left[0]:
+            FAILED_FORKS.append(1)
+            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+        left[0] -= 1
+        return fork()
+
+    patch.setattr(os, "fork", limited)
+
+
+@needs_fork
+@pytest.mark.parametrize("after", [0, 1, 2])
+def test_where_no_more_processes_are_to_be_had_units_run_in_threads(after: int, monkeypatch: Patch) -> None:
+    nbytes = go(monkeypatch, "processes")
+    failing_fork(monkeypatch, after)
+    found = dict(run_units(range(9), lambda unit, _: (unit, os.getpid()), list, 3, nbytes=nbytes))
+    assert found == {unit: (unit, os.getpid()) for unit in range(9)}
+
+
+@needs_fork
+def test_without_semaphores_units_run_in_threads(monkeypatch: Patch) -> None:
+    nbytes = go(monkeypatch, "processes")
+
+    def none(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(multiprocessing.synchronize.SemLock, "__init__", none)
+    found = dict(run_units(range(5), lambda _, __: os.getpid(), list, 3, nbytes=nbytes))
+    assert set(found.values()) == {os.getpid()}
+
+
+@needs_fork
+def test_signals_wait_while_processes_are_forked(monkeypatch: Patch) -> None:
+    """Between fork and the worker's own first line a child would unwind what is its parent's."""
+    nbytes, asked = go(monkeypatch, "processes"), {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+    fork, seen = os.fork, []
+
+    def watched_fork() -> int:
+        seen.append(signal.pthread_sigmask(signal.SIG_BLOCK, ()) & asked)
+        return fork()
+
+    monkeypatch.setattr(os, "fork", watched_fork)
+    masks = run_units(
+        range(6), lambda _, __: signal.pthread_sigmask(signal.SIG_BLOCK, ()) & asked, list, 3, nbytes=nbytes
+    )
+    assert [mask for _, mask in masks] == [set()] * 6
+    assert seen == [asked] * 3
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & asked
+
+
+# While torch loads
+
+
+@pytest.fixture
+def without_torch(monkeypatch: Patch) -> None:
+    """As before torch is imported, which is then quick."""
+    held = sys.modules["torch"]
+
+    class Loads(dict[str, Any]):
+        def __contains__(self, name: object) -> bool:
+            return name != "torch" and super().__contains__(name)
+
+    monkeypatch.setattr(ahead, "sys", SimpleNamespace(modules=Loads(torch=held)))
+    monkeypatch.setattr(ahead, "can_fork", lambda: True)
+
+
+def eventually(place: Path, many: int) -> Callable[[int], None]:
+    def work(unit: int) -> None:
+        (place / str(unit)).touch()
+
+    return work
+
+
+@needs_fork
+@pytest.mark.usefixtures("without_torch")
+def test_units_are_done_while_torch_loads(tmp_path: Path) -> None:
+    done = while_torch_loads(range(5), eventually(tmp_path, 5), lambda _: LARGE)
+    assert sorted(int(place.name) for place in tmp_path.iterdir()) == list(range(done))
+
+
+@needs_fork
+@pytest.mark.usefixtures("without_torch")
+def test_little_is_not_done_ahead_and_nothing_where_no_process_is_to_be_had(monkeypatch: Patch) -> None:
+    def never(unit: int) -> None:
+        raise AssertionError(unit)
+
+    assert while_torch_loads(range(5), never, lambda _: 1) == 0
+    failing_fork(monkeypatch, 0)
+    assert while_torch_loads(range(5), never, lambda _: LARGE) == 0
+
+
+@needs_fork
+@pytest.mark.usefixtures("without_torch")
+def test_what_is_done_ahead_fails_as_itself_and_a_killed_process_has_done_nothing() -> None:
+    def full(_: int) -> None:
+        raise DiskFullError("The disk is full", file="model.safetensors")
+
+    def gone(_: int) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with contextlib.suppress(DiskFullError):  # it may be stopped before it has begun
+        assert while_torch_loads(range(5), full, lambda _: LARGE) == 0
+    assert while_torch_loads(range(5), gone, lambda _: LARGE) == 0

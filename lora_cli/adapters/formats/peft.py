@@ -148,11 +148,11 @@ def _refuse_several(adapter_names: set[str], source: AdapterSource) -> None:
 
 def _refuse_unsupported(name: str, tensor: StoredTensor, source: AdapterSource) -> None:
     parts = name.split(".")
-    known = _UNSUPPORTED.keys().isdisjoint(parts)
-    reason = None if known else next(_UNSUPPORTED[part] for part in parts if part in _UNSUPPORTED)
+    refused = not _UNSUPPORTED.keys().isdisjoint(parts)  # of tens of thousands nearly none
+    reason = next(_UNSUPPORTED[part] for part in parts if part in _UNSUPPORTED) if refused else None
     if ".base_layer.lora_" in name:
         reason = "nested LoRA (several expert parameters of one module) is not supported"
-    elif known and len(tensor.shape) > 2 and ("lora_A" in parts or "lora_B" in parts):
+    elif not refused and len(tensor.shape) > 2 and ("lora_A" in parts or "lora_B" in parts):
         reason = "LoRA on convolutions and expert stacks is not supported"
     if reason:
         raise UnsupportedError(reason, file=source.shard.name, tensor=tensor.key, found=f"shape {list(tensor.shape)}")

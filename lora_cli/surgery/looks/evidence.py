@@ -25,8 +25,9 @@ from lora_cli.arithmetic.rounding import slices_for, work_dtype
 from lora_cli.checkpoint.checkpoint import StoredTensor
 from lora_cli.surgery.budget import Budget
 from lora_cli.surgery.compare import Part, parts
-from lora_cli.surgery.engine import Piece, Readers, Workshop, open_readers, raw_bytes, torch_dtype
+from lora_cli.surgery.engine import Piece, Workshop
 from lora_cli.surgery.plan import Edit
+from lora_cli.surgery.readers import Readers, open_readers, raw_bytes, torch_dtype
 from lora_cli.surgery.workers import run_units
 
 AGREES = 50
@@ -147,7 +148,7 @@ def _together(by_begin: Mapping[int, Evidence]) -> Evidence:
 
 
 class _Bench:
-    """What one thread keeps: the engine's buffers, one for what was found, and rows of a run in float64."""
+    """What one worker keeps: the engine's buffers, one for what was found, and rows of a run in float64."""
 
     def __init__(self, strip_bytes: int) -> None:
         self._workshop = Workshop(strip_bytes)

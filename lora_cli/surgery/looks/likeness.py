@@ -90,7 +90,7 @@ def _wholes(
     progress: Progress,
 ) -> dict[str, Likeness]:
     """What tensors look like that take no delta: kept, or taken from an adapter whole."""
-    threads = max(1, min(budget.threads, budget.peak_bytes // distance.THREAD_BYTES))
+    threads = max(1, min(budget.threads, budget.peak_bytes // distance.WORKER_BYTES))
     # What was cast is not compared: rounding differs from an error by nothing but its size.
     wanted = [
         distance.Pair(edit.key, edit.source, candidates[edit.key])

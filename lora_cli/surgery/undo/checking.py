@@ -40,7 +40,7 @@ class Checker:
 
     def watch(self, unit: Unit, pieces: Pieces, found: list[Finding]) -> Pieces:
         """Pass the pieces of a unit on, and compare both sides with what the undo file says."""
-        from lora_cli.surgery.engine import raw_bytes
+        from lora_cli.surgery.readers import raw_bytes
 
         edit = unit.edit
         if edit is None:

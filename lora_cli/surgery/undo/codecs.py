@@ -29,9 +29,10 @@ class Encoder:
     def __init__(self, how: How) -> None:
         self._how = how
         self._block: undo.Encoder | None = None
+        self._runs: list[tuple[Tensor, Tensor]] = []
 
     def add(self, base: Tensor, merged: Tensor, delta: Tensor | None, *, ends_block: bool) -> bytes | None:
-        """Take the next run of a block; returns the stream with its last one. Of a residual a block is one run.
+        """Take the next run of a block; returns the stream with its last one.
 
         Args:
             base: The flat run before the merge.
@@ -40,7 +41,7 @@ class Encoder:
             ends_block: Whether the block ends with it.
         """
         if self._how == "residual":
-            return residual.encode(base, _alike(merged, base))
+            return self._residual(base, merged, ends_block=ends_block)
         if self._block is None:
             self._block = undo.Encoder(base.dtype, merged.dtype)
         self._block.add(base, *_summands(base, merged, delta))
@@ -48,6 +49,16 @@ class Encoder:
             return None
         stream, self._block = self._block.finish(), None
         return stream
+
+    def _residual(self, base: Tensor, merged: Tensor, *, ends_block: bool) -> bytes | None:
+        """Residuals are compressed block by block, so runs of one are gathered."""
+        if not ends_block:
+            self._runs.append((base.clone(), merged.clone()))
+            return None
+        if self._runs:
+            runs, self._runs = [*self._runs, (base, merged)], []
+            base, merged = (torch.cat(side) for side in zip(*runs, strict=True))
+        return residual.encode(base, _alike(merged, base))
 
 
 def decode(how: How, merged: Tensor, delta: Tensor | None, stream: Buffer, out: Tensor) -> Tensor:

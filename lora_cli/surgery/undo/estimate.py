@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 from lora_cli.arithmetic.fragments import FragmentWriter
 from lora_cli.surgery.budget import BLOCK_ELEMENTS, Budget
-from lora_cli.surgery.engine import Workshop, open_readers, torch_dtype
+from lora_cli.surgery.engine import Workshop
 from lora_cli.surgery.identity import factors_of
 from lora_cli.surgery.plan import Edit, Plan
+from lora_cli.surgery.readers import open_readers, torch_dtype
 from lora_cli.surgery.receipt import own_files
 from lora_cli.surgery.undo.codecs import LENGTHS, Encoder
 from lora_cli.surgery.undo.recording import codec_of

@@ -12,8 +12,9 @@ from lora_cli.arithmetic.fragments import FragmentWriter
 from lora_cli.checkpoint.digests import file_digest
 from lora_cli.checkpoint.staged import Scratch, Span, StagedFile
 from lora_cli.checkpoint.undo_file import Part, undo_part
-from lora_cli.surgery.engine import Pieces, open_readers, raw_bytes, torch_dtype
+from lora_cli.surgery.engine import Pieces
 from lora_cli.surgery.plan import Edit, Plan
+from lora_cli.surgery.readers import open_readers, raw_bytes, torch_dtype
 from lora_cli.surgery.undo.codecs import LENGTHS, Encoder, How
 from lora_cli.surgery.units import Unit
 
