@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -153,10 +153,10 @@ def test_help_is_shown_everywhere(env: Mapping[str, str]) -> None:
     assert env is not ASCII or ran.out.isascii()
 
 
-def on_a_terminal(*arguments: object, **env: str) -> str:
+def on_a_terminal(*arguments: object, program: Sequence[str] = ("-m", "lora_cli"), **env: str) -> str:
     """What a terminal is sent."""
     here, there = pty.openpty()
-    line = [sys.executable, "-m", "lora_cli", *map(str, arguments)]
+    line = [sys.executable, *program, *map(str, arguments)]
     started = subprocess.Popen(line, stdout=there, stderr=there, env=environment(**env))
     os.close(there)
     parts = []
@@ -169,6 +169,34 @@ def on_a_terminal(*arguments: object, **env: str) -> str:
         os.close(here)
     assert started.wait(60) == 0
     return b"".join(parts).decode()
+
+
+FORKING = """
+import sys
+from lora_cli.cli import output
+from lora_cli.cli.app import main
+from lora_cli.surgery import ahead, forking, workers
+
+def can_fork():
+    print("can fork:", forking.can_fork(), file=sys.stderr)
+    return forking.can_fork()
+
+output.BAR_AFTER_SECONDS = 0.0
+ahead.can_fork = workers.can_fork = can_fork
+ahead.SHARE = workers.SHARE = 1
+main()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="units run in processes on Linux alone")
+def test_a_bar_does_not_keep_work_from_being_forked(world: World, tmp_path: Path) -> None:
+    """A bar that redraws itself would do so in a thread, and then there could be no processes."""
+    sent = on_a_terminal(
+        "merge", world.base, world.adapter, "-o", tmp_path / "out", program=("-c", FORKING), TERM="xterm-256color"
+    )
+    assert sent.count("can fork: True") == 2
+    assert "can fork: False" not in sent
+    assert "━" in sent
 
 
 def test_a_terminal_has_colours_unless_it_is_told_not_to(world: World) -> None:
