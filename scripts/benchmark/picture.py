@@ -44,7 +44,8 @@ def draw(result: Result) -> str:
     height = TOP + ROW * len(bars) + FOOT
     machine = result["machine"]
     head = f"{case['bytes'] / 1e9:.2g} GB of bf16 weights, adapter of rank {case['rank']}"
-    under = f"Wall time and peak memory of whole processes, files synced; {machine['cores']} cores, {machine['cpu']}"
+    on = f"{machine['cores']} cores, {machine['cpu']}"
+    under = f"Wall time of whole runs, files synced; peak memory of their largest process; {on}"
     told = "; ".join(f"{LABELS[job]}: {words(at)}" for job, at in bars.items())
     foot = f"{alone(found)}{runs(case, bars)}"
     rows = [row(number, job, at, longest) for number, (job, at) in enumerate(bars.items())]

@@ -61,7 +61,7 @@ def print_report(result: Result) -> None:
     )
     console.print(", ".join(f"{name} {version}" for name, version in result["versions"].items()), soft_wrap=True)
     for case in result["cases"]:
-        console.print(f"\n{title(case)}; medians, whole processes", soft_wrap=True)
+        console.print(f"\n{title(case)}; medians of whole runs; memory is that of the largest process", soft_wrap=True)
         console.print(case_table(case))
     for rank in sorted({case["rank"] for case in result["cases"]}):
         cases = [case for case in result["cases"] if case["rank"] == rank]
@@ -69,7 +69,7 @@ def print_report(result: Result) -> None:
         if found:
             console.print(f"\nrank {rank}: each further gigabyte")
             console.print(slope_table(found))
-            console.print(f"\nrank {rank}: by size, time as a multiple of cp and peak memory")
+            console.print(f"\nrank {rank}: by size, time as a multiple of cp and peak memory of the largest process")
             console.print(growth_table(cases))
     for words in result["notes"]:
         console.print(f"note: {words}", soft_wrap=True)
