@@ -30,8 +30,8 @@ STYLE = """
 
 
 def choose(result: Result) -> Result:
-    """The case to draw: the one with the most jobs, and of these the largest, at its lowest rank."""
-    chosen: Result = max(result["cases"], key=lambda case: (len(medians(case)), case["bytes"], -case["rank"]))
+    """The case to draw: the one with the most jobs, and of these the first."""
+    chosen: Result = max(result["cases"], key=lambda case: len(medians(case)))
     return chosen
 
 
@@ -70,7 +70,7 @@ def draw(result: Result) -> str:
 def alone(found: Medians) -> str:
     """What torch costs before anything is done."""
     at = found.get("import-torch")
-    return f"import torch alone, with which all but cp begin: {words(at)}. " if at else ""
+    return f"import torch alone, with which all but cp and diff begin: {words(at)}. " if at else ""
 
 
 def runs(case: Result, bars: Medians) -> str:
