@@ -31,10 +31,11 @@ _NUMBER = re.compile(r"\d+")
 
 @dataclass(frozen=True, slots=True)
 class Unmapped:
-    """A name that no base key answers to, with the nearest keys."""
+    """A name that no base key answers to, with the nearest keys, and what the user's maps made of it if they did."""
 
     name: str
     nearest: tuple[str, ...]
+    told: str | None = None
 
 
 @dataclass(frozen=True)
@@ -98,8 +99,8 @@ def resolve(
     lost = [name for name in names if name not in found]
     described = "; ".join([*(str(leaf) for leaf in maps), _describe(chosen)])
     # The first few show what is wrong; looking for the neighbours of thousands would take minutes.
-    near = {name: nearest(name, ordered) for name in lost[:NEAREST_SHOWN]}
-    return Resolution(described, found, tuple(Unmapped(name, near.get(name, ())) for name in lost))
+    near = {name: nearest(told.get(name, name), ordered) for name in lost[:NEAREST_SHOWN]}
+    return Resolution(described, found, tuple(Unmapped(name, near.get(name, ()), told.get(name)) for name in lost))
 
 
 def _told(name: str, maps: Sequence[Subtree]) -> str | None:

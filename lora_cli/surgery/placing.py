@@ -166,7 +166,9 @@ class Placement:
 
     def _raise_unmapped(self, message: str, adapter: Adapter, found: Resolution, new: Iterable[str] = ()) -> None:
         details = [
-            f"{name.name}" + (f" (nearest: {', '.join(name.nearest)})" if name.nearest else "")
+            name.name
+            + (f", by --map {name.told}" if name.told else "")
+            + (f" (nearest: {', '.join(name.nearest)})" if name.nearest else "")
             for name in found.unmapped
             if name.name not in new
         ]

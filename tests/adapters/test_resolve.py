@@ -163,6 +163,12 @@ def test_unmapped_names_come_with_their_nearest_keys() -> None:
 # --map
 
 
+def test_a_map_that_leads_nowhere_says_where_it_led() -> None:
+    found = resolve(["old.q.weight", "b.weight"], ["old.q.weight", "news.q.weight"], maps=parse_maps(["old=new"]))
+    assert [(lost.name, lost.told) for lost in found.unmapped] == [("old.q.weight", "new.q.weight"), ("b.weight", None)]
+    assert found.unmapped[0].nearest[0] == "news.q.weight"
+
+
 @pytest.mark.parametrize("text", ["a", "a=", "=b", "=", ""])
 def test_a_map_needs_two_names(text: str) -> None:
     with pytest.raises(UsageError) as caught:
