@@ -34,7 +34,7 @@ STRIP_BYTES = 1 << 20
 """Most bytes of one read: a strip of either tensor and the tiles made of them stay in a core's own cache."""
 
 WORKER_BYTES = 2 * STRIP_BYTES + 8 * TILE_ELEMENTS * 4
-"""What one worker takes: two strips, three tiles in float64, and masks."""
+"""What one worker takes: two strips, three tiles in float64, a scratch, and masks."""
 
 
 class Pair(NamedTuple):

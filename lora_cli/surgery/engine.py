@@ -55,6 +55,7 @@ class Workshop:
         self._output = torch.empty(strip_bytes, dtype=torch.uint8)
         self._deltas = torch.empty(0, dtype=torch.uint8)
         self._kernels: dict[torch.dtype, TileKernel] = {}
+        self._prepared: tuple[Edit, ExactProduct] | None = None
 
     def pieces(self, edit: Edit, begin: int, end: int) -> Pieces:
         """Yield the output of rows `begin` to `end` of a tensor, piece by piece.
@@ -95,7 +96,7 @@ class Workshop:
     def _changed(self, edit: Edit, begin: int, end: int, readers: Readers) -> Iterator[Piece]:
         """Add or subtract deltas: block by block these, and then tile by tile, all of it while it is in the cache."""
         stored, out = torch_dtype(edit.source.dtype), torch_dtype(edit.dtype)
-        kernel, reader, product = self.kernel(stored, out), readers.of(edit.source), _product(edit, readers)
+        kernel, reader, product = self.kernel(stored, out), readers.of(edit.source), self._product(edit, readers)
         step = kernel.merge if edit.operation == "add" else kernel.subtract
         for block in self._blocks(edit, begin, end):
             deltas = self._delta(edit, product, block, kernel)
@@ -122,7 +123,7 @@ class Workshop:
         assert edit.forgotten is not None  # noqa: S101 (who calls has looked)
         stored, out = torch_dtype(edit.source.dtype), torch_dtype(edit.dtype)
         kernel, reader, streams = self.kernel(stored, out), readers.of(edit.source), _streams(edit, begin, readers)
-        product = _product(edit, readers) if edit.terms else None
+        product = self._product(edit, readers) if edit.terms else None
         for block in self._blocks(edit, begin, end):
             source = _typed(self._input, stored, block.elements)
             reader.read_into(edit.source.offset + block.offset * stored.itemsize, raw_bytes(source))
@@ -168,6 +169,15 @@ class Workshop:
             kernel.delta(kernel.product(product, rows, columns, transposed=transposed), out=matrix[down, across])
         return delta
 
+    def _product(self, edit: Edit, readers: Readers) -> ExactProduct:
+        """The product of a tensor, kept for its next cut: preparing wide factors takes as long as a cut."""
+        if self._prepared is None or self._prepared[0] is not edit:
+            self._prepared = None  # never two of them in memory
+            work = work_dtype(torch_dtype(edit.source.dtype), torch_dtype(edit.dtype))
+            terms = [term.delta.term(readers.load, term.weight) for term in edit.terms]
+            self._prepared = edit, prepare(terms, slices=slices_for(work))
+        return self._prepared[1]
+
     def kernel(self, *storages: torch.dtype) -> TileKernel:
         """The tile kernel for these storage types."""
         work = work_dtype(*storages)
@@ -190,11 +200,6 @@ class _Block(NamedTuple):
     @property
     def elements(self) -> int:
         return self.shape[0] * self.shape[1]
-
-
-def _product(edit: Edit, readers: Readers) -> ExactProduct:
-    work = work_dtype(torch_dtype(edit.source.dtype), torch_dtype(edit.dtype))
-    return prepare([t.delta.term(readers.load, t.weight) for t in edit.terms], slices=slices_for(work))
 
 
 def _streams(edit: Edit, begin: int, readers: Readers) -> Iterator[bytes]:

@@ -16,7 +16,7 @@ from lora_cli.errors import WriteError
 from lora_cli.progress import Progress
 from lora_cli.surgery.ahead import while_torch_loads
 from lora_cli.surgery.budget import Budget
-from lora_cli.surgery.plan import OutputFile, Plan
+from lora_cli.surgery.plan import Plan
 from lora_cli.surgery.units import Unit, units_of
 from lora_cli.surgery.workers import run_units
 
@@ -62,33 +62,28 @@ class Filler:
         """
         nbytes = sum(file.size for file in self._plan.files)
         progress.begin(self._plan.operation, nbytes)
-        units = [unit for number, file in enumerate(self._plan.files) for unit in self._units(number, file)]
+        files = enumerate(self._plan.files)
+        units = [unit for number, file in files for unit in units_of(number, file, seen=self._see_copies)]
         copies = [unit for unit in units if unit.source is not None]
         alone = budget.threads == 1  # then there is to be no other process
         copied = [] if alone else copies[: while_torch_loads(copies, self._copy_ahead, lambda unit: unit.nbytes)]
         self._taps = taps()
         from lora_cli.surgery.engine import Workshop
 
-        files = _Files(self, Counter(unit.file for unit in units), progress)
+        done = _Files(self, Counter(unit.file for unit in units), progress)
         for unit in copied:
-            files.count(unit)
+            done.count(unit)
         ahead = {id(unit) for unit in copied}
         rest = [unit for unit in units if id(unit) not in ahead]
-        with files.syncing():
+        with done.syncing():
             for unit, found in run_units(
                 rest, self._work, lambda: Workshop(budget.strip_bytes), budget.threads, nbytes=nbytes
             ):
                 for tap, findings in zip(self._taps, found, strict=True):
                     for finding in findings:
                         tap.take(unit, finding)
-                files.count(unit)
-                files.hand_over(unit)
-
-    def _units(self, number: int, file: OutputFile) -> list[Unit]:
-        units = list(units_of(number, file, seen=self._see_copies))
-        if not any(unit.edit is None and unit.begin == 0 for unit in units):
-            units.insert(0, Unit(number, None, 0, file.header.data_start, None, 0, file.header.data_start))
-        return units
+                done.count(unit)
+                done.hand_over(unit)
 
     def _work(self, unit: Unit, workshop: Workshop) -> list[list[Any]]:
         """Do one unit, in a worker; returns what each tap found."""

@@ -13,14 +13,14 @@ from lora_cli.surgery.plan import Edit, OutputFile
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """One piece of work: rows of a tensor, or a run of bytes that are copied unseen.
+    """One piece of work: rows of a tensor, a run of bytes that are copied unseen, or a header that is written.
 
     Attributes:
         file: Position of the output file in the plan.
         edit: The tensor, or None for a run of bytes.
         begin: First row, or first byte within the output file.
         end: One past the last.
-        source: The file that bytes are copied from.
+        source: The file that bytes are copied from; None for rows and headers.
         source_offset: Where they begin in it.
         nbytes: Output bytes.
     """
@@ -35,7 +35,7 @@ class Unit:
 
 
 def units_of(number: int, file: OutputFile, *, seen: bool = False) -> Iterator[Unit]:
-    """Cut one output file into units, in byte order. The header is among them where it is copied.
+    """Cut one output file into units, in byte order. The first has the header, alone or as the beginning of a copy.
 
     Args:
         number: Position of the file in the plan.
@@ -44,6 +44,8 @@ def units_of(number: int, file: OutputFile, *, seen: bool = False) -> Iterator[U
     """
     start = file.header.data_start
     copy = _copied_header(file)  # source, its offset, begin, end
+    if copy is None:
+        yield Unit(number, None, 0, start, None, 0, start)
     for edit in file.edits:
         if not edit.nbytes:
             continue

@@ -19,11 +19,13 @@ import pytest
 import torch
 from round_trips import RECEIPT, contents, gaussian, lora, write_adapter, write_base
 
+from lora_cli.arithmetic.product import prepare
 from lora_cli.checkpoint.staged import Scratch, Span
 from lora_cli.errors import DiskFullError, LoraCliError, NumericError
-from lora_cli.surgery import workers
+from lora_cli.surgery import engine, workers
 from lora_cli.surgery.diff import DiffResult, diff
-from lora_cli.surgery.merge import MergeResult, merge
+from lora_cli.surgery.merge import MergeResult, merge, plan_merge
+from lora_cli.surgery.readers import raw_bytes
 from lora_cli.surgery.unmerge import UnmergeResult, unmerge
 from lora_cli.surgery.verify import VerifyResult, verify
 
@@ -296,3 +298,23 @@ def test_a_worker_that_is_killed_leaves_nothing(copied: Path, monkeypatch: Patch
     with pytest.raises(LoraCliError, match="worker process was killed"):
         merge(copied / "base", [copied / "adapter"], copied / "out", threads=3)
     assert contents(copied) == before
+
+
+def test_factors_are_prepared_once_for_the_cuts_of_a_tensor_that_follow_each_other(
+    inputs: Path, monkeypatch: Patch
+) -> None:
+    made = plan_merge(inputs / "base", [inputs / "adapter"])
+    one, other = (edit for edit in made.edits if edit.key in ("a.weight", "b.weight"))
+    prepared: list[int] = []
+
+    def counted(terms: Any, *, slices: Any) -> Any:
+        prepared.append(slices)
+        return prepare(terms, slices=slices)
+
+    monkeypatch.setattr(engine, "prepare", counted)
+    cuts = [(one, 0, 700), (one, 700, SIDE), (other, 0, SIDE), (one, 0, 700)]
+    workshop = engine.Workshop(1 << 20)
+    kept = [b"".join(bytes(raw_bytes(p.result)) for p in workshop.pieces(*cut)) for cut in cuts]
+    assert len(prepared) == 3
+    fresh = [b"".join(bytes(raw_bytes(p.result)) for p in engine.Workshop(1 << 20).pieces(*cut)) for cut in cuts]
+    assert kept == fresh

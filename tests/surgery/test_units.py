@@ -127,7 +127,7 @@ def test_the_plans_are_what_they_are_for(tmp_path: Path) -> None:
 
 
 def copies(found: list[Unit]) -> list[Unit]:
-    return [unit for unit in found if unit.edit is None]
+    return [unit for unit in found if unit.source is not None]
 
 
 def place(file: OutputFile, unit: Unit) -> tuple[int, int]:
@@ -149,8 +149,10 @@ def test_each_byte_of_the_output_is_written_once(plan: Plan, most: int, seen: bo
         found = list(units_of(number, file, seen=seen))
         assert {unit.file for unit in found} <= {number}
         places = [place(file, unit) for unit in written(file, found)]
-        # The header is copied with the data where it is the same; else whoever executes the plan writes it.
-        at = 0 if kept_header(file) else file.header.data_start
+        # The header is copied with the data where it is the same; else it is a unit of its own.
+        own = [place(file, unit) for unit in found if unit.edit is None and unit.source is None]
+        assert own == ([] if kept_header(file) else [(0, file.header.data_start)])
+        at = 0
         for begin, end in places:  # in byte order
             assert begin == at
             assert end > begin
@@ -170,7 +172,7 @@ def test_copies_take_the_bytes_that_belong_there(plan: Plan, most: int, seen: bo
     for number, file in enumerate(plan.files):
         start = file.header.data_start
         for unit in copies(list(units_of(number, file, seen=seen))):
-            assert unit.source is not None
+            assert unit.source is not None  # or it would be no copy
             assert 0 < unit.nbytes <= most
             raw = unit.source.path.read_bytes()[unit.source_offset : unit.source_offset + unit.nbytes]
             assert raw == b"".join(expected(file, start, unit.begin, unit.end))
