@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import gc
-import multiprocessing
-import multiprocessing.synchronize
 import os
 import pickle
 import signal
@@ -16,101 +11,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from worker_world import LARGE, SHARED, TORCH_THREADS, WAYS, Patch, descriptors, go, needs_fork, nothing_stays, watched  # noqa: F401 (a fixture)
 
 from lora_cli import errors
 from lora_cli.errors import DiskFullError, LoraCliError
-from lora_cli.surgery import ahead, forking, workers
-from lora_cli.surgery.ahead import while_torch_loads
+from lora_cli.surgery import forking
 from lora_cli.surgery.workers import SHARE, run_units
-
-Patch = pytest.MonkeyPatch
-
-LARGE = 64 * SHARE
-TORCH_THREADS = 3
-LINUX = sys.platform == "linux" and hasattr(os, "fork")
-
-needs_fork = pytest.mark.skipif(not LINUX, reason="units run in processes on Linux alone")
-WAYS = ["inline", "threads", pytest.param("processes", marks=needs_fork)]
-SHARED = WAYS[1:]
-
-
-def go(patch: Patch, way: str) -> int:
-    """Let units run this way; returns how many bytes of work to tell of.
-
-    Under pytest-xdist there are other threads, and `can_fork` would say no. Here it is safe to fork all the same:
-    those threads wait for messages, units take no lock that one of them could hold, and workers end by `os._exit`.
-    """
-    patch.setattr(workers, "can_fork", lambda: way == "processes")
-    return 0 if way == "inline" else LARGE
-
-
-@contextlib.contextmanager
-def watched(seconds: float) -> Iterator[None]:
-    """Fail, rather than hang, where workers do not come to their end: they are killed after so long."""
-    late = []
-
-    def kill() -> None:
-        late.extend(multiprocessing.active_children())
-        for worker in late:
-            worker.kill()
-
-    timer = threading.Timer(seconds, kill)
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-        timer.join()
-        assert late == []
-
-
-@pytest.fixture(autouse=True)
-def nothing_stays() -> Iterator[None]:
-    """However units end: torch has its threads again, and no child, thread or open file is left."""
-    before, files, threads = torch.get_num_threads(), descriptors(), threading.active_count()
-    torch.set_num_threads(TORCH_THREADS)
-    FAILED_FORKS.clear()
-    try:
-        with watched(60):
-            yield
-        assert torch.get_num_threads() == TORCH_THREADS
-        assert children() == []
-        assert threading.active_count() == threads
-        if descriptors() > files:
-            gc.collect()  # what an error holds goes with it
-        assert descriptors() <= files + 4 * len(FAILED_FORKS)
-        assert not workers._JOB
-    finally:
-        torch.set_num_threads(before)
-
-
-FAILED_FORKS: list[int] = []
-"""Python itself loses two pipes with each fork that fails."""
-
-
-def descriptors() -> int:
-    return len(os.listdir("/proc/self/fd")) if LINUX else 0  # noqa: PTH208 (names are all that is wanted)
-
-
-def children() -> list[str]:
-    """Forked children of this process that live, or that nobody has waited for; it waits for none of them."""
-    found = []
-    for place in Path("/proc").glob("[0-9]*/stat") if LINUX else ():
-        try:
-            name, _, rest = place.read_text().rpartition(")")
-            line = place.with_name("cmdline").read_bytes()
-        except OSError:
-            continue  # it ended meanwhile
-        ours = line in (b"", Path("/proc/self/cmdline").read_bytes())
-        if int(rest.split()[1]) == os.getpid() and ours:
-            found.append(name)
-    return found
-
 
 # Results
 
@@ -412,115 +322,3 @@ def test_every_error_travels_between_processes(kind: type[LoraCliError]) -> None
     assert vars(again) == vars(error)
     assert (again.args, again.exit_code, again.code) == (error.args, error.exit_code, error.code)
     assert str(again) == str(error)
-
-
-# Where processes are not to be had
-
-
-def failing_fork(patch: Patch, after: int) -> None:
-    """From the fork with this number on there are no more processes."""
-    fork, left = os.fork, [after]
-
-    def limited() -> int:
-        if not left[0]:
-            FAILED_FORKS.append(1)
-            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
-        left[0] -= 1
-        return fork()
-
-    patch.setattr(os, "fork", limited)
-
-
-@needs_fork
-@pytest.mark.parametrize("after", [0, 1, 2])
-def test_where_no_more_processes_are_to_be_had_units_run_in_threads(after: int, monkeypatch: Patch) -> None:
-    nbytes = go(monkeypatch, "processes")
-    failing_fork(monkeypatch, after)
-    found = dict(run_units(range(9), lambda unit, _: (unit, os.getpid()), list, 3, nbytes=nbytes))
-    assert found == {unit: (unit, os.getpid()) for unit in range(9)}
-
-
-@needs_fork
-def test_without_semaphores_units_run_in_threads(monkeypatch: Patch) -> None:
-    nbytes = go(monkeypatch, "processes")
-
-    def none(*_: object, **__: object) -> None:
-        raise OSError(errno.ENOSYS, "Function not implemented")
-
-    monkeypatch.setattr(multiprocessing.synchronize.SemLock, "__init__", none)
-    found = dict(run_units(range(5), lambda _, __: os.getpid(), list, 3, nbytes=nbytes))
-    assert set(found.values()) == {os.getpid()}
-
-
-@needs_fork
-def test_signals_wait_while_processes_are_forked(monkeypatch: Patch) -> None:
-    """Between fork and the worker's own first line a child would unwind what is its parent's."""
-    nbytes, asked = go(monkeypatch, "processes"), {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
-    fork, seen = os.fork, []
-
-    def watched_fork() -> int:
-        seen.append(signal.pthread_sigmask(signal.SIG_BLOCK, ()) & asked)
-        return fork()
-
-    monkeypatch.setattr(os, "fork", watched_fork)
-    masks = run_units(
-        range(6), lambda _, __: signal.pthread_sigmask(signal.SIG_BLOCK, ()) & asked, list, 3, nbytes=nbytes
-    )
-    assert [mask for _, mask in masks] == [set()] * 6
-    assert seen == [asked] * 3
-    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & asked
-
-
-# While torch loads
-
-
-@pytest.fixture
-def without_torch(monkeypatch: Patch) -> None:
-    """As before torch is imported, which is then quick."""
-    held = sys.modules["torch"]
-
-    class Loads(dict[str, Any]):
-        def __contains__(self, name: object) -> bool:
-            return name != "torch" and super().__contains__(name)
-
-    monkeypatch.setattr(ahead, "sys", SimpleNamespace(modules=Loads(torch=held)))
-    monkeypatch.setattr(ahead, "can_fork", lambda: True)
-
-
-def eventually(place: Path, many: int) -> Callable[[int], None]:
-    def work(unit: int) -> None:
-        (place / str(unit)).touch()
-
-    return work
-
-
-@needs_fork
-@pytest.mark.usefixtures("without_torch")
-def test_units_are_done_while_torch_loads(tmp_path: Path) -> None:
-    done = while_torch_loads(range(5), eventually(tmp_path, 5), lambda _: LARGE)
-    assert sorted(int(place.name) for place in tmp_path.iterdir()) == list(range(done))
-
-
-@needs_fork
-@pytest.mark.usefixtures("without_torch")
-def test_little_is_not_done_ahead_and_nothing_where_no_process_is_to_be_had(monkeypatch: Patch) -> None:
-    def never(unit: int) -> None:
-        raise AssertionError(unit)
-
-    assert while_torch_loads(range(5), never, lambda _: 1) == 0
-    failing_fork(monkeypatch, 0)
-    assert while_torch_loads(range(5), never, lambda _: LARGE) == 0
-
-
-@needs_fork
-@pytest.mark.usefixtures("without_torch")
-def test_what_is_done_ahead_fails_as_itself_and_a_killed_process_has_done_nothing() -> None:
-    def full(_: int) -> None:
-        raise DiskFullError("The disk is full", file="model.safetensors")
-
-    def gone(_: int) -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    with contextlib.suppress(DiskFullError):  # it may be stopped before it has begun
-        assert while_torch_loads(range(5), full, lambda _: LARGE) == 0
-    assert while_torch_loads(range(5), gone, lambda _: LARGE) == 0
