@@ -1,0 +1,368 @@
+"""Putting LoRA layers into a live model, in place, and taking them out again."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_cli.adapters.modules import Module
+from lora_cli.adapters.names import Chain, First, Mapper, Subtree, Wrap
+from lora_cli.adapters.source import ReadOptions
+from lora_cli.adapters.targets import choose
+from lora_cli.errors import NamesError, UsageError
+from lora_cli.nn.config import LoRAConfig
+from lora_cli.nn.factors import DEFAULT
+from lora_cli.nn.layer import LoRALayer
+from lora_cli.nn.loading import find
+from lora_cli.nn.modules import described, layers_of, paths_of, without_inner
+from lora_cli.nn.saving import save_adapter
+from lora_cli.nn.wholes import Wholes, biases, saved_modules
+from lora_cli.nn.wrap import wrap
+
+
+def inject(model: nn.Module, config: LoRAConfig | None = None, *, name: str = DEFAULT, **fields: Any) -> Injection:
+    """Put an adapter into a model, in place, and freeze everything else.
+
+    The same targets as `lora-cli inject` chooses on the model's checkpoint get factors of the same shapes, and for one
+    seed the same numbers.
+
+    Args:
+        model: Any module. Its parameters keep their values, unless the config's init changes the base.
+        config: What the adapter is to be like.
+        name: What it is called; further ones can be added.
+        **fields: Fields of `LoRAConfig`, in the place of `config`.
+
+    Raises:
+        UsageError: A config that makes no sense, or a model that has LoRA layers already.
+        NamesError: Patterns that match nothing.
+        UnsupportedError: Layers that take no adapter.
+    """
+    if config is not None and fields:
+        raise UsageError("Give a config or its fields, not both", found=", ".join(fields))
+    settled = config or LoRAConfig(**fields)
+    injection = Injection(model)
+    injection.add(settled, name)
+    return injection
+
+
+def load_adapter(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    name: str = DEFAULT,
+    options: ReadOptions | None = None,
+    dropout: float | None = None,
+) -> Injection:
+    """Put LoRA layers with an adapter from files into a plain model, in place. Arguments are those of `Injection.load`.
+
+    Raises:
+        LoraCliError: What `inject` and `Injection.load` raise.
+    """
+    injection = Injection(model)
+    injection.load(folder, name, options=options, dropout=dropout)
+    return injection
+
+
+class Injection:
+    """A model with LoRA layers in it. `inject` makes one.
+
+    Attributes:
+        model: The model, changed in place.
+        configs: The config of each adapter.
+        layers: The LoRA layers, by the names that their modules have in a checkpoint.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        if any(isinstance(module, LoRALayer) for module in model.modules()):
+            raise UsageError("The model has LoRA layers already", hint="add a further adapter with Injection.add")
+        self.model = model
+        self.configs: dict[str, LoRAConfig] = {}
+        self.layers: dict[str, LoRALayer] = {}
+        self._asked = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        self._initial = _count(parameter for parameter, asks in self._asked if asks)
+        self._mapper: Mapper = Wrap(frozenset())
+        self._unmapper = self._mapper.inverse
+        self._wholes = Wholes()
+        self._untied: list[tuple[LoRALayer, nn.Parameter]] = []
+
+    # Adapters
+
+    def add(self, config: LoRAConfig, name: str) -> None:
+        """Put a further adapter into the model. Errors are those of `inject`; after one the model is as before."""
+        if name in self.configs:
+            raise NamesError("There is an adapter of this name already", found=name)
+        chosen = choose(described(self.model), config.targets, config.exclude, label=type(self.model).__name__)
+        picked = without_inner([module for module in chosen.modules if config.takes_layer(module)])
+        if not picked:
+            raise NamesError("No target is in these layers", tensor="layers", found=str(config.layers))
+        whole = saved_modules(self.model, config.modules_to_save, {module.name for module in picked})
+        asked = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
+        try:
+            layers = self._with_adapter(picked, config, name)
+        except BaseException:
+            for parameter, asks in asked:
+                parameter.requires_grad_(asks)
+            raise
+        if not self.configs:
+            self.model.requires_grad_(False)
+        new = {layer.base: layer for module, layer in layers.items() if module not in self.layers}
+        self._replace(new)
+        self.layers |= layers
+        self._mapper = _mapper(self.model)
+        self._unmapper = self._mapper.inverse
+        self.configs[name] = config
+        whole |= biases(self.model, config.bias, layers)
+        self._wholes.train({self.plain_name(key): parameter for key, parameter in whole.items()})
+
+    def load(
+        self, folder: str | Path, name: str, *, options: ReadOptions | None = None, dropout: float | None = None
+    ) -> None:
+        """Put a further adapter into the model, from files: a PEFT folder, or any other that `lora-cli merge` reads.
+
+        Args:
+            folder: The adapter.
+            name: What it is called here.
+            options: How it is read, such as its alpha where the files do not say it.
+            dropout: In training from now on; what the files say unless given.
+
+        Raises:
+            LoraCliError: Names, shapes or fields that do not fit. The model is then as before.
+        """
+        found = find(folder, list(self.base_state()), options or ReadOptions())
+        self.add(found.config(dropout=dropout), name)
+        parameters = {self.plain_name(key): parameter for key, parameter in self.model.named_parameters()}
+        self._wholes.train({key: parameters[key] for key in found.wholes})
+        found.fill(self.layers, parameters, name)
+
+    def save(self, folder: str | Path, name: str = DEFAULT, *, base_model: str | None = None) -> None:
+        """Write an adapter as a PEFT folder; see `saving.save_adapter`."""
+        save_adapter(self, folder, name, base_model=base_model)
+
+    def _with_adapter(self, modules: Iterable[Module], config: LoRAConfig, name: str) -> dict[str, LoRALayer]:
+        """The layers of these modules with the adapter beside them, new ones not yet in the model."""
+        found, ready = layers_of(self.model), dict[str, LoRALayer]()
+        try:
+            for module in modules:
+                there = found[module.name]
+                layer = ready[module.name] = there if isinstance(there, LoRALayer) else wrap(there)
+                layer.add_adapter(name, config.parameters_for(module.name), start=config.start_for(module.name))
+        except BaseException:
+            for module_name, layer in ready.items():
+                if name in layer.settings:
+                    layer.remove_adapter(name)
+                if module_name not in self.layers:
+                    layer.restore_base()
+                    layer.released()
+            raise
+        return ready
+
+    def activate(self, *names: str, **weights: float) -> None:
+        """Use exactly these adapters: `activate("style", facts=0.5)`. Names alone have weight 1.
+
+        Raises:
+            NamesError: No such adapter.
+            UnsupportedError: An adapter with DoRA, at another weight than 1 or beside others.
+            UsageError: The model is merged.
+        """
+        wanted = {**dict.fromkeys(names, 1.0), **weights}
+        lost = [name for name in wanted if name not in self.configs]
+        if lost:
+            raise NamesError("No such adapter", found=", ".join(lost), expected=", ".join(self.configs))
+        for layer in self.layers.values():
+            layer.activate({name: weight for name, weight in wanted.items() if name in layer.settings})
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Compute with the base alone for a while; of a merged model that is the merged one."""
+        with ExitStack() as stack:
+            for layer in self.layers.values():
+                stack.enter_context(layer.disabled())
+            stack.enter_context(self._wholes.swapped())
+            yield
+
+    # What is trained
+
+    @property
+    def wholes(self) -> dict[str, nn.Parameter]:
+        """Parameters that are trained whole, by their names in a plain checkpoint."""
+        return dict(self._wholes.parameters)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters that ask for gradients: give them to the optimizer."""
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def trainable_state(self) -> dict[str, Tensor]:
+        """What is trained, by its name in the injected model: enough to go on later, together with the base."""
+        return {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def load_trainable_state(self, state: Mapping[str, Tensor]) -> None:
+        """Put back what `trainable_state` gave.
+
+        Raises:
+            NamesError: Names that are missing, or too many.
+        """
+        own = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        _check_names(state, own, "The state is not of this injection")
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(state[name])
+
+    def summary(self) -> str:
+        """How much is trained, of how much, as one line."""
+        trained = _count(self.parameters())
+        share = f"{100 * trained / self._initial:.2f}%" if self._initial else "all"
+        return f"Initial Parameters : {self._initial} || LoRA Parameters : {trained} || Trainable Proportion : {share}"
+
+    @property
+    def trainable_fraction(self) -> float:
+        """Share of all parameters, those of adapters among them, that are trained."""
+        return _count(self.parameters()) / _count(self.model.parameters())
+
+    # Names
+
+    @property
+    def mapper(self) -> Mapper:
+        """Key of a plain checkpoint → key of the injected model: X.weight → X.base.weight, biases too; others stay."""
+        return self._mapper
+
+    def plain_name(self, key: str) -> str:
+        """The name that a parameter of the injected model has in a plain checkpoint."""
+        return self._unmapper(key) or key
+
+    def load_base(self, state: Mapping[str, Tensor]) -> None:
+        """Load a plain checkpoint into the injected model, strictly: every tensor of the base, and nothing else.
+
+        Raises:
+            NamesError: Tensors that are missing, or that the model does not have.
+        """
+        mapper, own = self.mapper, self._base_keys()
+        renamed = {mapper(key) or key: tensor for key, tensor in state.items()}
+        _check_names(renamed, own, "The checkpoint is not one of this model")
+        self.model.load_state_dict(renamed, strict=False)
+
+    def base_state(self) -> dict[str, Tensor]:
+        """The state of the model under plain names, without adapters: merged, if it is merged."""
+        state = self.model.state_dict()
+        return {self.plain_name(key): state[key] for key in self._base_keys()}
+
+    def _base_keys(self) -> list[str]:
+        """Keys of the injected model's state that belong to the base."""
+        layers = [
+            (f"{path}.", layer)
+            for path, layer in self.model.named_modules(remove_duplicate=False)
+            if isinstance(layer, LoRALayer)
+        ]
+        own = {path + key for path, layer in layers for key in layer.state_dict() if not key.startswith("base.")}
+        return [key for key in self.model.state_dict() if key not in own]
+
+    # Merging
+
+    def merge(self) -> None:
+        """Put the active adapters into the base's weights, exactly. A tied weight is untied: its twin stays as it was.
+
+        Raises:
+            UsageError: The model is merged already.
+            NumericError: Numbers that must not be merged. The model is then as before.
+        """
+        done: list[LoRALayer] = []
+        try:
+            for layer in self._active_layers():
+                self._untie(layer)
+                layer.merge()
+                done.append(layer)
+        except BaseException:
+            for layer in done:
+                layer.unmerge()
+            self._tie()
+            raise
+
+    def unmerge(self) -> None:
+        """Give the base's weights back bit for bit.
+
+        Raises:
+            UsageError: The model is not merged.
+            WrongInputError: Weights were changed since.
+        """
+        for layer in self._active_layers():
+            layer.unmerge()
+        self._tie()
+
+    def _active_layers(self) -> list[LoRALayer]:
+        return [layer for layer in self.layers.values() if layer.active]
+
+    def _untie(self, layer: LoRALayer) -> None:
+        weight = layer.base_weight
+        owners = Counter(id(p) for m in self.model.modules() for p in m._parameters.values() if p is not None)
+        if owners[id(weight)] > 1:
+            self._untied.append((layer, weight))
+            layer.hold(nn.Parameter(weight.detach().clone(), requires_grad=False))
+
+    def _tie(self) -> None:
+        for layer, weight in self._untied:
+            layer.hold(weight)
+        self._untied.clear()
+
+    def take_out(self, *, merged: bool = False) -> nn.Module:
+        """Take the LoRA layers out of the model, with what they learned put into its weights or not.
+
+        Args:
+            merged: Merge first, and keep what was trained whole. Otherwise the model is bit for bit as before the
+                injection.
+
+        Returns:
+            The model: plain layers, and the parameters ask for gradients as they did before.
+        """
+        is_merged = any(layer.merged for layer in self.layers.values())
+        if merged and not is_merged:
+            self.merge()
+        if not merged:
+            if is_merged:
+                self.unmerge()
+            self._wholes.restore()
+            for layer in self.layers.values():
+                layer.restore_base()
+        self._replace({layer: layer.released() for layer in self.layers.values()})
+        for parameter, asked in self._asked:
+            parameter.requires_grad_(asked)
+        self.layers.clear()
+        self.configs.clear()
+        return self.model
+
+    def _replace(self, new: Mapping[nn.Module, nn.Module]) -> None:
+        """Put new layers in the place of old ones, wherever the model has them."""
+        for module, paths in paths_of(self.model).items():
+            if module in new:
+                for path in paths:
+                    self.model.set_submodule(path, new[module])
+
+
+def _mapper(model: nn.Module) -> Mapper:
+    """How parameters are named since LoRA layers took their places."""
+    found = {
+        path: module for module, paths in paths_of(model).items() if isinstance(module, LoRALayer) for path in paths
+    }
+    attention = [path for path, layer in found.items() if layer.kind == "attention"]
+    outer = Wrap(frozenset(found))
+    if not attention:
+        return outer
+    inner = Wrap(frozenset(f"{path}.out_proj" for path in attention))
+    moved = First(tuple(Subtree(f"{path}.out_proj", f"{path}.base.out_proj") for path in attention))
+    return First((Chain((inner, moved)), outer))
+
+
+def _count(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
+
+
+def _check_names(found: Iterable[str], expected: Iterable[str], message: str) -> None:
+    there, wanted = set(found), set(expected)
+    details = [f"{name} is missing" for name in sorted(wanted - there)]
+    details += [f"{name} is not known" for name in sorted(there - wanted)]
+    if details:
+        raise NamesError(message, details=details)

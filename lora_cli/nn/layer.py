@@ -1,0 +1,348 @@
+"""What all LoRA layers share: a frozen layer, and named adapters beside it.
+
+With the scale s = alpha/r (Hu et al. 2021) or alpha/√r, an adapter adds s·B·A·x to what the frozen layer gives. With
+DoRA (Liu et al. 2024) the layer gives g·(W + s·B·A)·x, where g = m / ‖W + s·B·A‖ for each output and the norm gets no
+gradient, as section 4.3 of that paper has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from lora_cli.adapters.modules import Kind, describe
+from lora_cli.adapters.targets import Selected, factor_shapes
+from lora_cli.errors import NamesError, NumericError, UnsupportedError, UsageError
+from lora_cli.nn.factors import DEFAULT, Factors
+from lora_cli.nn.merging import Merging
+from lora_cli.nn.parameters import LoRAParameters
+from lora_cli.nn.starts import Start
+
+
+class LoRALayer(Merging):
+    """A layer with adapters beside it.
+
+    Keys of its state: those of the frozen layer under `base.`, and for each adapter `lora_A.weight`, `lora_B.weight`
+    and with DoRA `lora_magnitude.weight`; an adapter that is not called `default` has its name before `weight`.
+
+    What the frozen layer has and this one has not (`in_features`, `num_heads`, …) is found here too. `weight` is what
+    the layer computes with, adapters included, so that code which multiplies by a layer's weight itself is right.
+
+    Args:
+        base: The layer. Its parameters are frozen.
+        parameters: Of the first adapter; none is added without them.
+        name: Of the first adapter.
+        start: How the first adapter begins.
+
+    Attributes:
+        base: The frozen layer.
+        lora_A: First factors: (rank × in) for a matrix.
+        lora_B: Second factors: (out × rank) for a matrix.
+        lora_magnitude: Lengths of the outputs' weights, for adapters with DoRA.
+        settings: Parameters by adapter.
+        active: Adapters in use, each with its weight.
+        enabled: Whether adapters are used at all.
+    """
+
+    kind: ClassVar[Kind]
+    layers: ClassVar[tuple[type[nn.Module], ...]] = ()
+    weight_name: ClassVar[str] = "weight"
+
+    def __init__(
+        self,
+        base: nn.Module,
+        parameters: LoRAParameters | None = None,
+        *,
+        name: str = DEFAULT,
+        start: Start | None = None,
+    ) -> None:
+        super().__init__()
+        self.base = base
+        self._check_base()
+        base.requires_grad_(False)
+        self.lora_A, self.lora_B, self.lora_magnitude = Factors(), Factors(), Factors()
+        self.dropout = nn.ModuleDict()
+        self.settings: dict[str, LoRAParameters] = {}
+        self.active: dict[str, float] = {}
+        self.enabled = True
+        if parameters is not None:
+            self.add_adapter(name, parameters, start=start)
+
+    # What kinds of layers differ in
+
+    @classmethod
+    def takes(cls, layer: nn.Module) -> bool:
+        """Whether this class is for layers of this type."""
+        return isinstance(layer, cls.layers)
+
+    def _check_base(self) -> None:
+        """Refuse a layer that adapters cannot be put beside.
+
+        Raises:
+            UnsupportedError: Says why.
+        """
+        if not self.takes(self.base):
+            self._refuse_base(f"{type(self).__name__} is for layers of another type")
+        weight = self.base._parameters.get(self.weight_name)
+        if weight is None:
+            self._refuse_base("its weight is no parameter of its own")
+        elif nn.parameter.is_lazy(weight):
+            self._refuse_base("its weight has no shape before the first input")
+        elif not weight.dtype.is_floating_point:
+            self._refuse_base(f"its weight is quantised: {weight.dtype} takes no delta")
+
+    def _refuse_base(self, why: str) -> None:
+        raise UnsupportedError(
+            "Adapters cannot be put beside this layer", found=type(self.base).__name__, details=[why]
+        )
+
+    def _check_parameters(self, parameters: LoRAParameters) -> None:
+        """Refuse what this kind of layer does not take.
+
+        Raises:
+            UnsupportedError: Says why.
+        """
+
+    def low_rank(self, x: Tensor, a: Tensor, b: Tensor, *rest: Any) -> Tensor:
+        """Return B·A·x in the factors' type, without the scale."""
+        raise NotImplementedError
+
+    def base_product(self, x: Tensor, *rest: Any) -> Tensor:
+        """Return W·x: what the frozen layer gives without its bias."""
+        raise NotImplementedError
+
+    def along_output(self, values: Tensor, *rest: Any) -> Tensor:
+        """Shape one number for each output so that it multiplies what the layer gives."""
+        return values
+
+    @property
+    def base_weight(self) -> nn.Parameter:
+        """The frozen weight that adapters change."""
+        return cast("nn.Parameter", getattr(self.base, self.weight_name))
+
+    def hold(self, weight: nn.Parameter) -> None:
+        """Let the frozen layer hold another parameter as its weight."""
+        setattr(self.base, self.weight_name, weight)
+
+    def released(self) -> nn.Module:
+        """The frozen layer, as it stood in the model before."""
+        return self.base
+
+    def shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of A and B."""
+        return factor_shapes(self.selected(), rank)
+
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return B·A in the shape of the weight."""
+        whole: Tensor = b.flatten(1) @ a.flatten(1)
+        return (whole.T if self.transposed else whole).reshape(self.base_weight.shape)
+
+    def output_norms(self, weight: Tensor) -> Tensor:
+        """Return the length of each output's row of a weight."""
+        matrix = weight.flatten(1)
+        norms: Tensor = torch.linalg.vector_norm(matrix, dim=0 if self.transposed else 1)
+        return norms
+
+    # Adapters
+
+    @property
+    def output_size(self) -> int:
+        """How many numbers the layer gives for one input: features, or channels."""
+        return self.selected().out
+
+    def selected(self, module: str = "") -> Selected:
+        """What target choice knows of the frozen layer, under a name in its model."""
+        key = f"{module}.{self.weight_name}"
+        described = describe(module, key, self.base_weight.shape, None, kind=self.kind)
+        return Selected.of(described, self.transposed and self.kind == "linear")
+
+    def add_adapter(self, name: str, parameters: LoRAParameters, *, start: Start | None = None) -> None:
+        """Put an adapter beside the layer and use it. It changes nothing yet, since the product of its factors is zero.
+
+        Raises:
+            UsageError: The layer is merged.
+            NamesError: There is such an adapter.
+            UnsupportedError: This kind of layer does not take it.
+            NumericError: With DoRA, an output whose weights are all zero.
+        """
+        self._refuse_while_merged("take a new adapter")
+        self._check_parameters(parameters)
+        self._check_mix(self.active | {name: 1.0}, self.settings | {name: parameters})
+        start = start or Start.drawn()
+        for factors, tensor in self._fresh(parameters, start):
+            factors.put(name, tensor)
+        self.settings[name] = parameters
+        self.dropout[name] = nn.Dropout(parameters.dropout)
+        self._use(self.active | {name: 1.0})
+        if start.principal:
+            self._take_off(name)
+
+    def reset_parameters(self, name: str = DEFAULT, start: Start | None = None) -> None:
+        """Begin an adapter anew, in place: A drawn, B zero, and with DoRA the magnitudes of the frozen weight.
+
+        Raises:
+            NamesError: There is none of this name.
+            UsageError: The layer is merged, or the init is one that changes the base.
+        """
+        self._refuse_while_merged("begin anew")
+        self._check_known([name])
+        start = start or Start.drawn()
+        if start.principal or name in self._taken:
+            raise UsageError("An adapter that took its factors from the weight cannot begin anew", found=name)
+        with torch.no_grad():
+            for factors, tensor in self._fresh(self.settings[name], start):
+                factors[name].copy_(tensor)
+
+    def _fresh(self, parameters: LoRAParameters, start: Start) -> list[tuple[Factors, Tensor]]:
+        """What a new adapter consists of. Magnitudes are not kept in 16 bits, or it would change the layer already."""
+        weight = self.base_weight.detach()
+        dtype = parameters.dtype or weight.dtype
+        if not dtype.is_floating_point or dtype.itemsize == 1:
+            dtype = torch.float32
+        a, b = (factor.to(weight.device) for factor in start.factors(self, parameters, dtype))
+        if not parameters.dora:
+            return [(self.lora_A, a), (self.lora_B, b)]
+        norms = self.output_norms(weight.to(torch.promote_types(dtype, torch.float32)))
+        if bool((norms == 0).any()):
+            found = f"{int((norms == 0).sum())} with zeros only"
+            raise NumericError("DoRA needs weights other than zero for each output", found=found)
+        return [(self.lora_A, a), (self.lora_B, b), (self.lora_magnitude, norms)]
+
+    def first_factor(self, start: Start, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Draw A."""
+        return start.first_factor(shape, dtype)
+
+    def remove_adapter(self, name: str) -> None:
+        """Take an adapter away. What an init took off the weight for it stays off; see `restore_base`.
+
+        Raises:
+            NamesError: There is none of this name.
+            UsageError: The layer is merged.
+        """
+        self._refuse_while_merged("lose an adapter")
+        self._check_known([name])
+        for factors in (self.lora_A, self.lora_B, self.lora_magnitude):
+            if name in factors:
+                factors.remove(name)
+        del self.settings[name], self.dropout[name]
+        self._use({other: weight for other, weight in self.active.items() if other != name})
+
+    def activate(self, weights: Mapping[str, float]) -> None:
+        """Use exactly these adapters, each with its weight.
+
+        Raises:
+            NamesError: An adapter that is not here.
+            UnsupportedError: A weight other than 1, or another adapter, beside one with DoRA: these do not add up.
+            UsageError: The layer is merged.
+        """
+        self._refuse_while_merged("change its adapters")
+        self._check_known(weights)
+        self._check_mix(weights, self.settings)
+        self._use(weights)
+
+    @staticmethod
+    def _check_mix(weights: Mapping[str, float], settings: Mapping[str, LoRAParameters]) -> None:
+        with_dora = [name for name in weights if settings[name].dora]
+        if with_dora and (len(weights) > 1 or weights[with_dora[0]] != 1):
+            raise UnsupportedError(
+                "An adapter with DoRA is used alone and at weight 1",
+                found=", ".join(f"{name} at {weight:g}" for name, weight in weights.items()),
+                hint="before another adapter is added, stop using what is here",
+            )
+
+    def _use(self, weights: Mapping[str, float]) -> None:
+        self.active = {name: float(weight) for name, weight in weights.items()}
+        # Scales are exact fractions, rounded once; a compiled forward sees the numbers alone.
+        self._scales = {name: self.settings[name].scale.times(weight) for name, weight in self.active.items()}
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Compute with the frozen layer alone for a while; of a merged layer that is the merged one."""
+        before, self.enabled = self.enabled, False
+        try:
+            yield
+        finally:
+            self.enabled = before
+
+    def _check_known(self, names: Sequence[str] | Mapping[str, float]) -> None:
+        lost = [name for name in names if name not in self.settings]
+        if lost:
+            raise NamesError(
+                "No such adapter", found=", ".join(lost), expected=", ".join(self.settings) or "none is here"
+            )
+
+    # Computing
+
+    def forward(self, x: Tensor, *rest: Any) -> Tensor:
+        """Return what the frozen layer gives, and what the active adapters add."""
+        result: Tensor = self.base(x, *rest)
+        if self.enabled and not self.merged:
+            plain = result
+            for name in self.active:
+                result = result + self._branch(name, plain, x, *rest).to(plain.dtype)
+        return result
+
+    def delta(self, x: Tensor, *rest: Any) -> Tensor:
+        """Return what the active adapters alone add to the layer's output."""
+        plain = self.base(x, *rest) if any(p.dora for p in self.settings.values()) else None
+        parts = [self._branch(name, plain, x, *rest) for name in self.active]
+        if not parts:
+            raise UsageError("No adapter is active, so there is no delta")
+        return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+
+    def _branch(self, name: str, plain: Tensor | None, x: Tensor, *rest: Any) -> Tensor:
+        parameters, dropout = self.settings[name], self.dropout[name]
+        dropped = dropout(x) if x.is_floating_point() else x
+        added = self.low_rank(dropped, self.lora_A[name], self.lora_B[name], *rest) * self._scales[name]
+        if not parameters.dora:
+            return added
+        # What dropout leaves out is left out of W·x too, as the adapter stands for all of W' - W.
+        if plain is None or (self.training and parameters.dropout > 0):
+            stretched = self.base_product(dropped, *rest)
+        else:
+            bias = self._bias()
+            stretched = plain if bias is None else plain - bias
+        gain = self.along_output(self._gain(name), *rest)
+        return (gain - 1) * stretched + gain * added
+
+    def _gain(self, name: str) -> Tensor:
+        """Return m / ‖W + s·B·A‖ of each output; the norm gets no gradient."""
+        a, b = self.lora_A[name], self.lora_B[name]
+        with torch.no_grad():
+            work = torch.promote_types(a.dtype, torch.float32)
+            product = self._scales[name] * self.product(a.to(work), b.to(work))
+            norms = self.output_norms(self.base_weight.to(work) + product)
+        return self.lora_magnitude[name] / norms
+
+    def _bias(self) -> Tensor | None:
+        """The frozen layer's bias, shaped like its output."""
+        bias = getattr(self.base, "bias", None)
+        return None if bias is None else self.along_output(bias)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight that the layer computes with: the frozen one and what the active adapters make of it."""
+        weight: Tensor = self.base_weight
+        if not self.enabled or self.merged:
+            return weight
+        for a, b, scale, name in self._in_use():
+            weight = weight + (scale * self.product(a, b)).to(weight.dtype)
+            if self.settings[name].dora:
+                weight = weight * self._along_weight(self._gain(name)).to(weight.dtype)
+        return weight
+
+    def _along_weight(self, gain: Tensor) -> Tensor:
+        """Shape one number for each output so that it multiplies the stored weight."""
+        return gain if self.transposed else gain.view(-1, *(1 for _ in self.base_weight.shape[1:]))
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base" or name.startswith("__"):  # how the frozen layer is copied is not how this one is
+                raise
+            return getattr(self.base, name)

@@ -1,0 +1,144 @@
+"""Reading an adapter from files into a live model: every format that `lora-cli merge` reads."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lora_cli.adapters.adapter import Adapter, Replacement, Target
+from lora_cli.adapters.formats import open_adapter
+from lora_cli.adapters.patterns import compile_user_pattern
+from lora_cli.adapters.resolve import parse_maps, resolve
+from lora_cli.adapters.source import ReadOptions
+from lora_cli.errors import NamesError, ShapeError, UnsupportedError
+from lora_cli.nn.config import LoRAConfig
+from lora_cli.nn.layer import LoRALayer
+from lora_cli.surgery.readers import Readers, open_readers
+
+
+@dataclass(frozen=True)
+class Found:
+    """An adapter in files, with the places in a model that it is for.
+
+    Attributes:
+        adapter: What the files say.
+        targets: Module of the model → its change.
+        wholes: Parameter of the model by its plain name → what takes its place.
+    """
+
+    adapter: Adapter
+    targets: Mapping[str, Target]
+    wholes: Mapping[str, Replacement]
+
+    def config(self, *, dropout: float | None = None) -> LoRAConfig:
+        """The config that gives these modules factors of these ranks and strengths.
+
+        Args:
+            dropout: In training from now on; what the files say unless given.
+        """
+        said = self.adapter.config
+        scales = {name: target.delta.scale for name, target in self.targets.items()}
+        numbers = {
+            name: (target.delta.rank, scales[name].alpha * (1 if scales[name].rank else target.delta.rank))
+            for name, target in self.targets.items()
+        }
+        common = Counter(numbers.values()).most_common(1)[0][0]
+        names = frozenset(self.targets)
+        saved = [str(entry) for entry in said.get("modules_to_save") or ()]
+        return LoRAConfig(
+            rank=common[0],
+            alpha=common[1],
+            targets=(lambda module: module.name in names,),
+            rslora=any(scale.rslora for scale in scales.values()),
+            dropout=float(said.get("lora_dropout") or 0.0) if dropout is None else dropout,
+            rank_pattern={_exactly(name): rank for name, (rank, _) in numbers.items() if rank != common[0]},
+            alpha_pattern={_exactly(name): alpha for name, (_, alpha) in numbers.items() if alpha != common[1]},
+            bias=said.get("bias") or "none",
+            modules_to_save=tuple(entry for entry in saved if self._has_whole(entry)),
+        )
+
+    def _has_whole(self, entry: str) -> bool:
+        # PEFT lists the heads that a task may have, whether the model has them or not.
+        pattern = compile_user_pattern(entry)
+        return any(pattern.match(name.rpartition(".")[0]) for name in self.wholes)
+
+    @torch.no_grad()
+    def fill(self, layers: Mapping[str, LoRALayer], parameters: Mapping[str, nn.Parameter], name: str) -> None:
+        """Copy what the files hold into the layers and parameters.
+
+        Args:
+            layers: The layers that have an adapter of this name, by module.
+            parameters: Those of the model, by plain name.
+            name: The adapter's.
+
+        Raises:
+            ShapeError: Something has another shape in the model.
+        """
+        with open_readers() as readers:
+            for module, target in self.targets.items():
+                _fill(layers[module], target, readers, name)
+            for key, replacement in self.wholes.items():
+                _copy(parameters[key], readers.load(replacement.tensor), key)
+
+
+def find(folder: str | Path, plain_names: Collection[str], options: ReadOptions, maps: Iterable[str] = ()) -> Found:
+    """Open an adapter and find the places that it is for.
+
+    Args:
+        folder: A PEFT folder, or a file that `lora-cli merge` takes.
+        plain_names: Names of the model's parameters, as a checkpoint has them.
+        options: How it is read: `--alpha`, `--scale` and fields to ignore.
+        maps: `OLD=NEW`, where names differ.
+
+    Raises:
+        NamesError: Tensors that have no place in the model.
+        UnsupportedError: Changes that no layer here makes.
+        LoraCliError: What reading the files raises.
+    """
+    adapter = open_adapter(Path(folder), options)
+    biases = [target.name for target in adapter.targets if target.parameter != "weight"]
+    if biases:
+        raise UnsupportedError("LoRA layers have no bias of their own", file=adapter.label, details=biases)
+    replacements = {replacement.name: replacement for replacement in adapter.replacements}
+    names = [*(target.name for target in adapter.targets), *replacements]
+    found = resolve(names, plain_names, maps=parse_maps(maps), file=adapter.label)
+    lost = [name.name for name in found.unmapped] + [tensor.key for tensor in adapter.unread]
+    if lost:
+        raise NamesError("The adapter has tensors with no place in the model", file=adapter.label, details=lost)
+    return Found(
+        adapter,
+        {found.keys[target.name].removesuffix(".weight"): target for target in adapter.targets},
+        {found.keys[name]: replacement for name, replacement in replacements.items()},
+    )
+
+
+def _fill(layer: LoRALayer, target: Target, readers: Readers, name: str) -> None:
+    if target.delta.stack is not None:
+        raise UnsupportedError("Stacks are read into layers by their own state", tensor=target.module)
+    selected = layer.selected(target.module)
+    if target.delta.shape != (selected.out, selected.inner):
+        raise ShapeError(
+            "The adapter is for a layer of another size",
+            tensor=target.module,
+            expected=f"{selected.out} × {selected.inner}",
+            found=f"{target.delta.shape[0]} × {target.delta.shape[1]}",
+        )
+    term = target.delta.term(readers.load, 1.0)
+    for factor, found in ((layer.lora_A[name], term.a), (layer.lora_B[name], term.b)):
+        _copy(factor, found.reshape(factor.shape), target.module)
+
+
+def _copy(parameter: nn.Parameter, found: Tensor, name: str) -> None:
+    if found.shape != parameter.shape:
+        raise ShapeError("A tensor has another shape", tensor=name, expected=parameter.shape, found=found.shape)
+    parameter.copy_(found)
+
+
+def _exactly(name: str) -> str:
+    return "re:" + re.escape(name)

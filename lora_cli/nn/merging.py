@@ -1,0 +1,126 @@
+"""The exact merge of one LoRA layer, and the way back bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_cli.arithmetic.product import Term
+from lora_cli.errors import UsageError
+from lora_cli.nn import exact
+from lora_cli.nn.factors import Factors
+from lora_cli.nn.parameters import LoRAParameters
+
+
+class Merging(nn.Module):
+    """A frozen weight that can hold its active adapters, and lack what inits took off it."""
+
+    lora_A: Factors
+    lora_B: Factors
+    lora_magnitude: Factors
+    settings: dict[str, LoRAParameters]
+    active: dict[str, float]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._scales: dict[str, float] = {}
+        self._forgotten: list[exact.Forgotten] | None = None
+        self._taken: dict[str, exact.Forgotten] = {}
+
+    @property
+    def base_weight(self) -> nn.Parameter:
+        """The frozen weight that adapters change."""
+        raise NotImplementedError
+
+    @property
+    def transposed(self) -> bool:
+        """Whether that weight is stored (in × out)."""
+        return False
+
+    def _pieces(self) -> Sequence[tuple[Any, exact.Change]]:
+        """The matrices that the weight consists of, by index, each with its change."""
+        terms = tuple(Term(b.flatten(1), a.flatten(1), scale) for a, b, scale, _ in self._in_use())
+        return [(..., exact.Change(terms, self.transposed, self._magnitude()))]
+
+    @property
+    def merged(self) -> bool:
+        """Whether the frozen weight holds the adapters that were active when it was merged."""
+        return self._forgotten is not None
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Put the active adapters into the frozen weight: without DoRA the bytes that `lora-cli merge` writes.
+
+        Raises:
+            UsageError: It is merged already, or no adapter is active.
+            UnsupportedError: The weight's type takes no delta.
+            NumericError: Numbers that must not be merged.
+        """
+        self._refuse_while_merged("be merged again")
+        if not self.active:
+            raise UsageError("No adapter is active, so there is nothing to merge")
+        pieces = self._pieces()
+        done = [exact.merge(self.base_weight[index], change) for index, change in pieces]
+        for (index, _), (merged, _) in zip(pieces, done, strict=True):
+            self.base_weight.data[index] = merged
+        self._forgotten = [forgotten for _, forgotten in done]
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Give the frozen weight back bit for bit, whatever became of the adapters since.
+
+        Raises:
+            UsageError: It is not merged.
+            WrongInputError: The weight was changed since.
+        """
+        if self._forgotten is None:
+            raise UsageError("The layer is not merged, so there is nothing to take out")
+        indices = [index for index, _ in self._pieces()]
+        parts = [exact.unmerge(self.base_weight[i], f) for i, f in zip(indices, self._forgotten, strict=True)]
+        for index, part in zip(indices, parts, strict=True):
+            self.base_weight.data[index] = part
+        self._forgotten = None
+
+    # Inits that change the base
+
+    @torch.no_grad()
+    def _take_off(self, name: str) -> None:
+        """Take the product of the first factors off the weight, exactly, so that the layer gives what it gave."""
+        term = Term(self.lora_B[name].flatten(1), self.lora_A[name].flatten(1), -self._scales[name])
+        residual, self._taken[name] = exact.merge(self.base_weight, exact.Change((term,), self.transposed))
+        self.base_weight.copy_(residual)
+
+    @torch.no_grad()
+    def restore_base(self) -> None:
+        """Give the weight back what inits took off it, bit for bit. The layer then no longer gives what it gave.
+
+        Raises:
+            UsageError: The layer is merged.
+            WrongInputError: The weight was changed since.
+        """
+        self._refuse_while_merged("get back what an init took off")
+        for name in reversed(list(self._taken)):
+            self.base_weight.copy_(exact.unmerge(self.base_weight, self._taken.pop(name)))
+
+    def change_of(self, name: str) -> list[Term]:
+        """What an adapter adds to the weight as it was before all inits, as summands (out × K) by (K × in).
+
+        There are two for an init that took the first factors' product off the weight: that is added back.
+        """
+        term = Term(self.lora_B[name].flatten(1), self.lora_A[name].flatten(1), self.settings[name].scale.times())
+        return [term, *(self._taken[name].change.terms if name in self._taken else ())]
+
+    def _in_use(self) -> Iterator[tuple[Tensor, Tensor, float, str]]:
+        """A, B and scale of each active adapter."""
+        for name in self.active:
+            yield self.lora_A[name], self.lora_B[name], self._scales[name], name
+
+    def _magnitude(self) -> Tensor | None:
+        return next((self.lora_magnitude[name] for name in self.active if self.settings[name].dora), None)
+
+    def _refuse_while_merged(self, what: str) -> None:
+        if self.merged:
+            raise UsageError(f"A merged layer cannot {what}", hint="unmerge it first")

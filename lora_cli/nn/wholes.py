@@ -1,0 +1,93 @@
+"""Parameters that are trained whole beside the adapters: biases, and modules that are saved with the adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from lora_cli.adapters.patterns import compile_user_pattern
+from lora_cli.errors import NamesError, UsageError
+from lora_cli.nn.config import Bias
+from lora_cli.nn.layer import LoRALayer
+
+
+class Wholes:
+    """Parameters that are trained whole, by their plain names, and what they were before."""
+
+    def __init__(self) -> None:
+        self.parameters: dict[str, nn.Parameter] = {}
+        self._before: dict[str, Tensor] = {}
+
+    def train(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Let parameters ask for gradients, and keep what they are.
+
+        Args:
+            parameters: By their names in a plain checkpoint.
+        """
+        for name, parameter in parameters.items():
+            if name not in self.parameters:
+                self.parameters[name] = parameter
+                self._before[name] = parameter.detach().cpu().clone()
+            parameter.requires_grad_(True)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Give back what the parameters were, and forget them."""
+        for name, parameter in self.parameters.items():
+            parameter.copy_(self._before[name])
+        self.parameters.clear()
+        self._before.clear()
+
+    @contextmanager
+    def swapped(self) -> Iterator[None]:
+        """Compute with what the parameters were for a while."""
+        trained = {name: parameter.data for name, parameter in self.parameters.items()}
+        for name, parameter in self.parameters.items():
+            parameter.data = self._before[name].to(parameter.device)
+        try:
+            yield
+        finally:
+            for name, data in trained.items():
+                self.parameters[name].data = data
+
+
+def biases(model: nn.Module, which: Bias, layers: Mapping[str, LoRALayer]) -> dict[str, nn.Parameter]:
+    """The biases that are trained, by their names in the injected model.
+
+    Args:
+        model: The injected model.
+        which: `none`, `all`, or those of the LoRA layers.
+        layers: The LoRA layers.
+    """
+    if which == "none":
+        return {}
+    own = {id(p) for layer in layers.values() for p in layer.base.parameters()}
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if name.endswith("bias") and (which == "all" or id(parameter) in own)
+    }
+
+
+def saved_modules(model: nn.Module, patterns: Sequence[str], targets: Collection[str]) -> dict[str, nn.Parameter]:
+    """The parameters of modules that are trained whole, by their names.
+
+    Raises:
+        NamesError: A pattern that matches no module with parameters.
+        UsageError: A module that gets factors as well.
+    """
+    found: dict[str, nn.Parameter] = {}
+    for pattern in patterns:
+        compiled = compile_user_pattern(pattern)
+        modules = {name: module for name, module in model.named_modules() if name and compiled.match(name)}
+        doubly = sorted({name for name in modules for target in targets if f"{target}.".startswith(f"{name}.")})
+        if doubly:
+            raise UsageError("A module cannot be trained whole and get factors", found=", ".join(doubly))
+        parameters = {f"{name}.{key}": p for name, module in modules.items() for key, p in module.named_parameters()}
+        if not parameters:
+            raise NamesError("A pattern matches no module with parameters", tensor="modules_to_save", found=pattern)
+        found |= parameters
+    return found
