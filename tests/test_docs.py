@@ -41,6 +41,17 @@ def test_the_python_snippet_runs(demo: Path) -> None:
     subprocess.run([sys.executable, "-c", snippet], cwd=demo, env=env, check=True)
 
 
+def test_the_training_guide_runs(tmp_path: Path) -> None:
+    guide = (ROOT / "docs" / "training.md").read_text("utf-8")
+    snippets = "\n".join(re.findall(r"```python\n(.*?)```", guide, re.DOTALL))
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", snippets], cwd=tmp_path, env=env, check=True, capture_output=True, text=True
+    )
+    (promised,) = re.findall(r"^# (Initial Parameters.*)$", guide, re.MULTILINE)
+    assert done.stdout.strip() == promised
+
+
 def test_the_console_example_is_what_the_program_prints(
     demo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -16,14 +16,18 @@ from lora_cli.surgery.plan import MERGEABLE
 
 PACKAGE = Path(lora_cli.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
-FLOORS = ("arithmetic", "checkpoint", "adapters", "surgery", "cli")
+FLOORS = {"arithmetic": 0, "checkpoint": 1, "adapters": 2, "surgery": 3, "cli": 4, "nn": 4}
 """From the ground up; files that stand on no floor may be imported from all."""
 
 
 def floor_of(module: str) -> int:
-    """Position of the floor that `lora_cli.x.y` is on; -1 for the ground."""
-    parts = module.split(".")
-    return FLOORS.index(parts[1]) if len(parts) > 1 and parts[1] in FLOORS else -1
+    """The floor that `lora_cli.x.y` is on; -1 for the ground."""
+    return FLOORS.get(room_of(module), -1)
+
+
+def room_of(module: str) -> str:
+    """The room that `lora_cli.x.y` is in: x."""
+    return module.split(".")[1] if "." in module else ""
 
 
 def imports_of(file: Path) -> list[str]:
@@ -44,8 +48,15 @@ def test_a_room_imports_only_from_floors_below_or_its_own(file: Path) -> None:
 
 
 @pytest.mark.parametrize("file", FILES, ids=name_of)
+def test_rooms_of_one_floor_do_not_know_each_other(file: Path) -> None:
+    own = room_of(name_of(file))
+    beside = {room for room, floor in FLOORS.items() if floor == FLOORS.get(own) and room != own}
+    assert not [name for name in imports_of(file) if name.startswith("lora_cli") and room_of(name) in beside]
+
+
+@pytest.mark.parametrize("file", FILES, ids=name_of)
 def test_only_the_command_line_prints(file: Path) -> None:
-    if floor_of(name_of(file)) == FLOORS.index("cli"):
+    if room_of(name_of(file)) == "cli":
         return
     names = imports_of(file)
     assert (
@@ -67,7 +78,7 @@ def test_floors_below_the_engine_load_without_torch() -> None:
             node for node in ast.parse(file.read_text("utf-8")).body if isinstance(node, ast.Import | ast.ImportFrom)
         ]
         names = [getattr(node, "module", None) or node.names[0].name for node in top]
-        if floor_of(name_of(file)) in (1, 2, 4) or file.parent == PACKAGE:
+        if room_of(name_of(file)) in ("checkpoint", "adapters", "cli") or file.parent == PACKAGE:
             assert not [name for name in names if name.split(".")[0] in ("torch", "transformers")], file
 
 

@@ -52,10 +52,11 @@ def _exact_scale(alpha: float, rank: int, weight: float, *, rslora: bool) -> flo
 
 
 class Delta(Protocol):
-    """The change of one target, before a base is known.
+    """The change of one target, before a base is known (the kinds are in `deltas`).
 
     Kinds that are sums of low-rank terms implement exactly this; the engine stacks the terms of all adapters on one
-    target into one exact product. `shape` is (out, in) in the sense of the module, not of how a base stores it.
+    target into one exact product. `shape` is (out, in) in the sense of the module, not of how a base stores it. A
+    target may be a stack of such matrices: then there is a product for each of them.
     """
 
     @property
@@ -70,12 +71,27 @@ class Delta(Protocol):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(out, in) of the change."""
+        """(out, in) of the change, or of each change of a stack."""
+        ...
+
+    @property
+    def stack(self) -> int | None:
+        """How many matrices the target is a stack of; None for a single one."""
+        ...
+
+    @property
+    def stored(self) -> Mapping[bool, tuple[int, ...]]:
+        """Shapes under which a base may store the target: with its matrices (out × in), and transposed."""
+        ...
+
+    @property
+    def magnitude(self) -> StoredTensor | None:
+        """For DoRA (Liu et al. 2024), the length that each output's row of base and change together gets."""
         ...
 
     @property
     def rank(self) -> int:
-        """Columns that the change takes up in the stacked product."""
+        """Columns that the change takes up in the exact product."""
         ...
 
     @property
@@ -83,78 +99,9 @@ class Delta(Protocol):
         """The stored tensors that it is made of."""
         ...
 
-    def term(self, load: Load, weight: float) -> Term:
-        """Read the factors and return them with their scale."""
+    def term(self, load: Load, weight: float, index: int = 0) -> Term:
+        """Read the factors, of a stack those of matrix `index`, and return them with their scale."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class LowRank:
-    """LoRA on a matrix: ΔW = scale · B·A with A (rank × in) and B (out × rank) (Hu et al. 2021).
-
-    `swapped` says that the file stores A as (in × rank) and B as (rank × out).
-    """
-
-    a: StoredTensor
-    b: StoredTensor
-    scale: Scale
-    swapped: bool = False
-    kind: str = "lora"
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in) of the change."""
-        return (self.b.shape[1], self.a.shape[0]) if self.swapped else (self.b.shape[0], self.a.shape[1])
-
-    @property
-    def rank(self) -> int:
-        """Rank as the factors have it."""
-        return self.a.shape[1] if self.swapped else self.a.shape[0]
-
-    @property
-    def tensors(self) -> tuple[StoredTensor, ...]:
-        """A and B."""
-        return (self.a, self.b)
-
-    def term(self, load: Load, weight: float) -> Term:
-        """Read the factors and return them with their scale."""
-        from lora_cli.arithmetic.product import Term
-
-        a, b = load(self.a), load(self.b)
-        if self.swapped:
-            a, b = a.T, b.T
-        return Term(b, a, self.scale.times(weight))
-
-
-@dataclass(frozen=True, slots=True)
-class LowRankBias:
-    """The bias of a LoRA B factor: Δbias = scale · b, a product of rank one with a single column."""
-
-    b: StoredTensor
-    scale: Scale
-    kind: str = "lora-bias"
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out, 1)."""
-        return (self.b.shape[0], 1)
-
-    @property
-    def rank(self) -> int:
-        """Always one."""
-        return 1
-
-    @property
-    def tensors(self) -> tuple[StoredTensor, ...]:
-        """The bias of B."""
-        return (self.b,)
-
-    def term(self, load: Load, weight: float) -> Term:
-        """Read the vector and return it as a product with one."""
-        from lora_cli.arithmetic.product import Term
-
-        b = load(self.b).reshape(-1, 1)
-        return Term(b, b.new_ones((1, 1)), self.scale.times(weight))
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,19 +109,19 @@ class Target:
     """One tensor that the adapter changes by a delta.
 
     Attributes:
-        module: Name of the module in the adapter's spelling.
-        parameter: Which of its parameters, `weight` or `bias`.
+        module: Name of the module in the adapter's spelling; empty for that of the whole model.
+        parameter: Which of its parameters, mostly `weight`.
         delta: The change.
     """
 
     module: str
-    parameter: Literal["weight", "bias"]
+    parameter: str
     delta: Delta
 
     @property
     def name(self) -> str:
         """Full name of the parameter in the adapter's spelling."""
-        return f"{self.module}.{self.parameter}"
+        return f"{self.module}.{self.parameter}" if self.module else self.parameter
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,7 +179,9 @@ class Adapter:
 
     @property
     def kind(self) -> str:
-        """What a person would call it: LoRA or rsLoRA."""
+        """What a person would call it: LoRA, rsLoRA or DoRA."""
+        if any(target.delta.magnitude for target in self.targets):
+            return "DoRA"
         return "rsLoRA" if any(target.delta.scale.rslora for target in self.targets) else "LoRA"
 
     @property

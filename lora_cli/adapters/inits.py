@@ -1,13 +1,15 @@
 """How the factors of a new adapter begin: A by one of three rules, B zero, the same bytes on every machine.
 
-    kaiming      uniform on (-1/√in, 1/√in): He et al. 2015 with a = √5, what torch.nn.Linear and PEFT begin with
+    kaiming      uniform on (-1/√in, 1/√in): He et al. 2015 with a = √5, what torch.nn.Linear and PEFT begin with; a
+                 lookup takes one entry of an embedding, so there it is (-1/√rank, 1/√rank), for the layer behind A
     gaussian     normal with mean 0 and a given standard deviation (Hu et al. 2021)
     orthogonal   orthonormal rows (columns where the rank is larger than the input): Saxe et al. 2014
 
 Random bits are the raw stream of Philox4x64-10 (Salmon et al. 2011), a counter under a key; NumPy promises that this
 stream never changes. The key is the SHA-256 of the seed and the tensor's name, so no factor depends on which others
-were made before it. Everything after that is +, -, ×, / and square root in float64, which IEEE 754 fixes to the last
-bit. The logarithm and the sums are written out below, because those of libraries differ between machines.
+were made before it; the name is `MODULE.lora_A.weight` for every kind of module and every layout. Everything after
+that is +, -, ×, / and square root in float64, which IEEE 754 fixes to the last bit. The logarithm and the sums are
+written out below, because those of libraries differ between machines.
 """
 
 from __future__ import annotations
@@ -48,18 +50,20 @@ class FreshTensor:
     Attributes:
         key: Its name, which with the seed decides its numbers.
         dtype: Storage type: F32, BF16 or F16.
-        shape: (rank, in) for A, (out, rank) for B.
+        shape: (rank, in) for A, (out, rank) for B; those of a convolution go on with its kernel, or with ones.
         rule: One of `INITS`, or `ZEROS`.
         seed: The user's seed.
         std: Standard deviation of `gaussian`.
+        table: It is A of an embedding.
     """
 
     key: str
     dtype: DType
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     rule: str
     seed: int = 0
     std: float = GAUSSIAN_STD
+    table: bool = False
 
     def __str__(self) -> str:
         """Describe the rule for a person."""
@@ -87,29 +91,43 @@ class FreshTensor:
         if self.rule == ZEROS:
             return lambda begin, end: np.zeros(end - begin)
         if self.rule == "orthogonal":
-            whole = orthogonal(self.key, *self.shape, seed=self.seed).reshape(-1)
+            whole = orthogonal(self.key, self.shape[0], self._inner, seed=self.seed).reshape(-1)
             return lambda begin, end: whole[begin:end]
         if self.rule == "gaussian":
             return lambda begin, end: normals(self.key, begin, end, seed=self.seed) * self.std
         check_rule(self.rule)
-        bound = 1.0 / math.sqrt(self.shape[1])
+        bound = 1.0 / math.sqrt(self.shape[0] if self.table else self._inner)
         return lambda begin, end: uniforms(self.key, begin, end, seed=self.seed) * bound
 
+    @property
+    def _inner(self) -> int:
+        """Numbers that each row of A is multiplied with."""
+        return math.prod(self.shape[1:])
 
-def draw(rule: str, key: str, shape: tuple[int, int], *, seed: int = 0, std: float = GAUSSIAN_STD) -> Floats:
+
+def draw(
+    rule: str,
+    key: str,
+    shape: tuple[int, ...],
+    *,
+    seed: int = 0,
+    std: float = GAUSSIAN_STD,
+    table: bool = False,
+) -> Floats:
     """Return a whole factor in float64, before it is rounded to a storage type.
 
     Args:
         rule: One of `INITS`.
         key: Name of the factor, such as `model.layers.0.self_attn.q_proj.lora_A.weight`.
-        shape: (rank, in).
+        shape: (rank, in), or (rank, in / groups, kernel…) of a convolution.
         seed: Any whole number.
         std: Standard deviation of `gaussian`.
+        table: It is A of an embedding.
 
     Raises:
         UsageError: No such rule.
     """
-    fresh = FreshTensor(key, DTYPES["F64"], shape, rule, seed, std)
+    fresh = FreshTensor(key, DTYPES["F64"], shape, rule, seed, std, table)
     return fresh._maker()(0, math.prod(shape)).reshape(shape)
 
 

@@ -1,24 +1,41 @@
 """Which way round a base stores a matrix: (out × in) as torch's Linear does, or (in × out) as GPT-2's Conv1D.
 
-Shapes decide. Where the base is square they cannot; then, in this order: what the user said, what the architecture in
+Some kinds of delta are stored in one way alone. Of the others shapes decide. Where the base is square they cannot;
+then, in this order: the names of embeddings, which are stored (in × out), what the user said, what the architecture in
 the base's config says, how the adapter's other matrices lie, what the adapter's config claims.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import lru_cache
 from importlib import resources
 from typing import Any, Literal
 
-from lora_cli.adapters.adapter import Adapter, Target
+from lora_cli.adapters.adapter import Adapter, Delta, Target
+from lora_cli.adapters.modules import is_embedding
 
 Orientation = Literal["ba", "ab"]
 
 
-def fits(delta: tuple[int, int], base: tuple[int, ...]) -> set[bool]:
-    """The values of `transposed` with which a delta of (out, in) has the base's shape."""
-    return {transposed for transposed, shape in ((False, delta), (True, delta[::-1])) if shape == base}
+def fits(delta: Delta, base: tuple[int, ...]) -> set[bool]:
+    """The values of `transposed` with which a delta has the base's shape."""
+    return {transposed for transposed, shape in delta.stored.items() if shape == base}
+
+
+def is_table(adapter: Adapter, key: str) -> bool:
+    """Whether a matrix is an embedding's by its name in the base, where the adapter's format does not say it."""
+    return adapter.orientation is None and is_embedding(key.removesuffix(".weight"))
+
+
+def bears_witness(adapter: Adapter, key: str, transposed: bool, keys: Collection[str]) -> bool:
+    """Whether how a matrix lies says how others of the base do.
+
+    What lies (in × out) may be an embedding, as all of them lie, and then says nothing of linear layers. It is none if
+    the config tells embeddings apart, if it has a bias, or if it is a bare matrix that no layer has given a name.
+    """
+    module = key.removesuffix(".weight")
+    return not transposed or adapter.transposed_hint is not None or module == key or f"{module}.bias" in keys
 
 
 def by_architecture(target: Target, key: str, base_config: Mapping[str, Any]) -> bool | None:

@@ -146,6 +146,47 @@ class Unwrap:
 
 
 @dataclass(frozen=True)
+class Parametrize:
+    """A parameter moves to where `torch.nn.utils.parametrize` keeps it: `X.P` → `X.parametrizations.P.original`."""
+
+    parameters: frozenset[str]
+
+    def __call__(self, name: str) -> str | None:
+        if name not in self.parameters:
+            return None
+        module, dot, parameter = name.rpartition(".")
+        return f"{module}{dot}parametrizations.{parameter}.original"
+
+    @property
+    def inverse(self) -> Mapper:
+        return Unparametrize(self.parameters)
+
+    def __str__(self) -> str:
+        return f"X.P → X.parametrizations.P.original for {len(self.parameters)} parameters"
+
+
+@dataclass(frozen=True)
+class Unparametrize:
+    """The inverse of `Parametrize`."""
+
+    parameters: frozenset[str]
+
+    def __call__(self, name: str) -> str | None:
+        parts = name.split(".")
+        if len(parts) < 3 or (parts[-3], parts[-1]) != ("parametrizations", "original"):
+            return None
+        plain = ".".join([*parts[:-3], parts[-2]])
+        return plain if plain in self.parameters else None
+
+    @property
+    def inverse(self) -> Mapper:
+        return Parametrize(self.parameters)
+
+    def __str__(self) -> str:
+        return f"X.parametrizations.P.original → X.P for {len(self.parameters)} parameters"
+
+
+@dataclass(frozen=True)
 class Chain:
     """One mapper after the other; a name that one of them does not concern is outside."""
 

@@ -23,6 +23,7 @@ UNDERSTOOD = {
     "modules_to_save": "modules that are in the file whole",
     "init_lora_weights": "how the factors began; some inits changed the base",
     "task_type": "which head the fine-tune may have added",
+    "use_dora": "lengths are learned apart from directions; the magnitudes are in the file",
 }
 
 NEUTRAL = {
@@ -57,7 +58,6 @@ REFUSED = {
     "target_parameters": "LoRA on expert parameters is not supported",
     "trainable_token_indices": "single trained token rows are not supported",
     "use_bdlora": "block-diagonal factors are not supported",
-    "use_dora": "DoRA is not supported",
     "use_qalora": "QA-LoRA pools its inputs; no merged weight of full precision does that",
 }
 
@@ -168,6 +168,7 @@ _TYPES: Mapping[str, tuple[str, Callable[[object], bool]]] = {
     "rank_pattern": ("an object of whole numbers", _maps_to(_is_rank)),
     "alpha_pattern": ("an object of numbers", _maps_to(_is_number)),
     "modules_to_save": ("a list", lambda value: value is None or isinstance(value, list)),
+    "use_dora": ("true or false", _is_flag),
     "use_rslora": ("true or false", _is_flag),
     "fan_in_fan_out": ("true or false", _is_flag),
 }

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from lora_cli.adapters.adapter import Scale
-from lora_cli.adapters.targets import added_heads
+from lora_cli.adapters.targets import Selected, added_heads
 from lora_cli.errors import UnsupportedError
 
 TASKS = (
@@ -39,7 +39,7 @@ def adapter_config(
         scale: Alpha and rank, and what alpha is divided by.
         task: What `task_type` gives.
         fan_in_fan_out: The base stores its matrices as (in × out).
-        init: How A was made. PEFT's value for it is a name only: the factors are in the file.
+        init: How the factors began.
         base_id: The base as `owner/name` or `owner/name@revision`, where it came from the Hub.
     """
     name, _, revision = (base_id or "").partition("@")
@@ -51,6 +51,8 @@ def adapter_config(
         "exclude_modules": None,
         "fan_in_fan_out": fan_in_fan_out,
         "inference_mode": True,
+        # A name only, for the factors are in the file; but of inits that change the base PEFT and `merge` would hold it
+        # against this one, which is the residual: what the factors took has been taken off it.
         "init_lora_weights": init if init == "gaussian" else True,
         "layers_pattern": None,
         "layers_to_transform": None,
@@ -66,6 +68,12 @@ def adapter_config(
         "use_dora": False,
         "use_rslora": scale.rslora,
     }
+
+
+def peft_keys(module: Selected) -> tuple[str, str]:
+    """Names of A and B in a PEFT file, without the prefix: those of embeddings are parameters, not modules."""
+    infix, end = ("lora_embedding_", "") if module.kind == "embedding" else ("lora_", ".weight")
+    return f"{module.module}.{infix}A{end}", f"{module.module}.{infix}B{end}"
 
 
 def rendered(config: Mapping[str, Any]) -> bytes:

@@ -1,51 +1,43 @@
-"""Which modules of a checkpoint a new adapter is for: presets and patterns, against names and shapes in headers."""
+"""Which modules an adapter is for: presets, patterns and tests, against the modules of a file or of a live model."""
 
 from __future__ import annotations
 
+import math
+import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from importlib import resources
-from typing import Any, Literal
 
-import yaml
-
+from lora_cli.adapters.modules import Kind, Module, describe, parents_of_experts, table
 from lora_cli.adapters.orientation import stored_transposed
 from lora_cli.adapters.patterns import compile_user_pattern, matches_any
 from lora_cli.adapters.resolve import nearest
-from lora_cli.checkpoint.checkpoint import Checkpoint, StoredTensor
+from lora_cli.checkpoint.checkpoint import Checkpoint
 from lora_cli.checkpoint.quantised import Quantised
 from lora_cli.errors import NamesError, UnsupportedError, UsageError
 
 ALL_LINEAR = "all-linear"
 """The preset that needs no list: every matrix but embeddings, heads, routers and experts."""
 
-FLOATING = ("BF16", "F16", "F32", "F64", "F8_E4M3", "F8_E5M2")
-"""Storage types that can take a delta, as `surgery.placing.MERGEABLE` has them."""
+Target = str | re.Pattern[str] | Callable[[Module], bool]
+"""A preset, a glob on dotted names, `re:` with a regular expression; a compiled expression that is to match the whole
+name of a module; or a function that says of a module whether it is meant."""
 
-Role = Literal["linear", "head", "router", "expert"]
-
+_Test = Callable[[Module], bool]
 _PACKED = (".qweight", ".weight_packed")
 
 
-@dataclass(frozen=True, slots=True)
-class Module:
-    """A module of a checkpoint that has a weight.
+@dataclass(frozen=True)
+class Chosen:
+    """The modules that targets mean.
 
     Attributes:
-        name: Its name.
-        weight: The weight.
-        role: What it is in the model; presets take linear ones only.
-        refusal: Why it cannot take an adapter, or None.
-        quantised: How its numbers are quantised, or None.
+        modules: In the order in which they were given.
+        notes: What was left out, for people.
     """
 
-    name: str
-    weight: StoredTensor
-    role: Role
-    refusal: str | None
-    quantised: str | None
+    modules: tuple[Module, ...]
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,27 +47,34 @@ class Selected:
     Attributes:
         module: Its name.
         key: The key of its weight.
-        out: Numbers that it gives.
-        inner: Numbers that it takes.
-        transposed: Its weight is stored (in × out).
+        kind: What it computes.
+        shape: The shape of the weight as it is stored.
+        out: Rows of the matrix that the factors multiply to: numbers that the module gives.
+        inner: Columns of that matrix: numbers that a linear module takes, entries of an embedding, and for a
+            convolution in / groups times the size of its kernel.
+        transposed: A linear module's weight is stored (in × out).
     """
 
     module: str
     key: str
+    kind: Kind
+    shape: tuple[int, ...]
     out: int
     inner: int
     transposed: bool
 
     @staticmethod
-    def of(module: str, weight: StoredTensor, transposed: bool) -> Selected:
+    def of(module: Module, transposed: bool = False) -> Selected:
         """Read `out` and `inner` off the stored shape."""
-        rows, columns = weight.shape
-        return Selected(module, weight.key, *((columns, rows) if transposed else (rows, columns)), transposed)
+        first, rest = module.shape[0], math.prod(module.shape[1:])
+        turned = transposed or module.kind == "embedding"
+        out, inner = (rest, first) if turned else (first, rest)
+        return Selected(module.name, module.key, module.kind, module.shape, out, inner, transposed)
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The modules that get an adapter.
+    """The modules of a checkpoint that get an adapter.
 
     Attributes:
         modules: In the order of the checkpoint.
@@ -86,147 +85,163 @@ class Selection:
     notes: tuple[str, ...]
 
 
+def factor_shapes(selected: Selected, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the shapes of A and B as PEFT stores them.
+
+        linear      (rank, in)                       (out, rank)
+        embedding   (rank, entries)                  (dim, rank)
+        conv        (rank, in / groups, kernel…)     (out, rank, 1…)
+
+    Raises:
+        UnsupportedError: A module of another kind.
+    """
+    if selected.kind in ("linear", "embedding"):
+        return (rank, selected.inner), (selected.out, rank)
+    if selected.kind == "conv":
+        return (rank, *selected.shape[1:]), (selected.out, rank, *(1 for _ in selected.shape[2:]))
+    raise UnsupportedError("One pair of factors is not for a module of this kind", tensor=selected.module)
+
+
 def presets() -> tuple[str, ...]:
     """Names of all presets."""
-    return (ALL_LINEAR, *_table()["presets"])
+    return (ALL_LINEAR, *table()["presets"])
 
 
 def added_heads() -> tuple[str, ...]:
     """Ends of names that modules have in heads which a fine-tune may add to a backbone."""
-    return tuple(_table()["added_heads"])
+    return tuple(table()["added_heads"])
 
 
-def select(checkpoint: Checkpoint, targets: Sequence[str], exclude: Sequence[str] = ()) -> Selection:
-    """Find the modules that patterns mean.
-
-    Args:
-        checkpoint: The base.
-        targets: Presets, globs on dotted names, or `re:` with a regular expression.
-        exclude: The same, for modules to leave out.
+def select(checkpoint: Checkpoint, targets: Sequence[Target], exclude: Sequence[Target] = ()) -> Selection:
+    """Find the modules of a checkpoint that targets mean; see `choose`.
 
     Raises:
-        NamesError: A pattern matches nothing, or nothing is left.
-        UnsupportedError: A pattern means embeddings only, or quantised weights.
         ShapeError: The base says two things of how a matrix is stored.
-        UsageError: No pattern, or a broken one.
+        LoraCliError: As `choose`.
     """
-    if not targets:
-        raise UsageError("No targets given", hint=f"name modules, or one of {', '.join(presets())}")
-    modules = modules_of(checkpoint)
-    wanted = _hits(targets, modules, checkpoint.label)
-    unwanted = {module.name for hits in _hits(exclude, modules, checkpoint.label).values() for module in hits}
-    kept = {pattern: [m for m in hits if m.name not in unwanted] for pattern, hits in wanted.items()}
-    _refuse(kept, checkpoint.label)
-    names = {module.name for hits in kept.values() for module in hits if module.refusal is None}
-    if not names:
-        raise NamesError("The exclusions leave no module", file=checkpoint.label, found=", ".join(exclude))
-    weights = {module.name: module.weight for module in modules if module.name in names}
-    transposed = stored_transposed(checkpoint, weights)
-    selected = (Selected.of(name, weight, transposed[name]) for name, weight in weights.items())
-    return Selection(tuple(selected), tuple(_notes(targets, modules, names | unwanted)))
+    chosen = choose(modules_of(checkpoint), targets, exclude, label=checkpoint.label)
+    matrices = {m.name: checkpoint.tensors[m.key] for m in chosen.modules if m.kind == "linear"}
+    transposed = stored_transposed(checkpoint, matrices)
+    return Selection(tuple(Selected.of(m, transposed.get(m.name, False)) for m in chosen.modules), chosen.notes)
 
 
 def modules_of(checkpoint: Checkpoint) -> list[Module]:
-    """Every module that has a weight, in the order of the checkpoint."""
+    """Every module that has a weight, in the order of the checkpoint.
+
+    A weight of three to five dimensions is a convolution's, unless its name says that it is a stack of experts.
+    """
     keys = checkpoint.tensors
-    parents = {".".join(parts[:at]) for parts in map(_parts, keys) for at, part in enumerate(parts) if part in _EXPERTS}
+    beside_experts = parents_of_experts(keys)
     quantised = Quantised(checkpoint)
     modules = []
     for key, tensor in keys.items():
         ending = next((ending for ending in (".weight", *_PACKED) if key.endswith(ending)), None)
         if ending is None:
             continue
-        name = key.removesuffix(ending)
         reason = f"{key} is packed" if ending in _PACKED else quantised(key)
-        modules.append(Module(name, tensor, _role(name, parents), _refusal(name, tensor, reason is not None), reason))
+        name = key.removesuffix(ending)
+        modules.append(
+            describe(name, key, tensor.shape, tensor.dtype.name, quantised=reason, beside_experts=beside_experts)
+        )
     return modules
 
 
-_EXPERTS = {"experts"}
+def choose(
+    modules: Sequence[Module], targets: Sequence[Target], exclude: Sequence[Target] = (), *, label: str
+) -> Chosen:
+    """Find the modules that targets mean.
+
+    Args:
+        modules: All modules, as `describe` makes them.
+        targets: What to take. Presets take linear modules that are no heads, routers or experts; a pattern takes what
+            it names, whichever kind and role that has.
+        exclude: The same, for modules to leave out.
+        label: What the model is called, for messages.
+
+    Raises:
+        NamesError: A target matches nothing, or nothing is left.
+        UnsupportedError: A target means nothing but modules that cannot take an adapter, or quantised weights.
+        UsageError: No target, or a broken pattern.
+    """
+    if not targets:
+        raise UsageError("No targets given", hint=f"name modules, or one of {', '.join(presets())}")
+    wanted = _hits(targets, modules, label)
+    unwanted = {module.name for hits in _hits(exclude, modules, label) for module in hits}
+    kept = [[module for module in hits if module.name not in unwanted] for hits in wanted]
+    _refuse(kept, label)
+    names = {module.name for hits in kept for module in hits if module.refusal is None}
+    if not names:
+        raise NamesError("The exclusions leave no module", file=label, found=", ".join(map(target_words, exclude)))
+    taken = tuple(module for module in modules if module.name in names)
+    return Chosen(taken, tuple(_notes(targets, modules, names | unwanted)))
 
 
-def _parts(name: str) -> list[str]:
-    return name.split(".")
+def target_words(target: Target) -> str:
+    """A target as a person would name it."""
+    if isinstance(target, str):
+        return target
+    if isinstance(target, re.Pattern):
+        return f"compiled {target.pattern}"
+    return f"function {getattr(target, '__qualname__', type(target).__qualname__)}"
 
 
-def _role(name: str, parents: set[str]) -> Role:
-    parts, table = _parts(name), _table()
-    if _EXPERTS & set(parts[:-1]):
-        return "expert"
-    if any(part in table["routers"] and ".".join(parts[:at]) in parents for at, part in enumerate(parts)):
-        return "router"
-    return "head" if _ends_in(name, table["heads"]) or name in table["top_heads"] else "linear"
-
-
-def _ends_in(name: str, endings: Iterable[str]) -> bool:
-    parts = _parts(name)
-    return not {".".join(parts[-count:]) for count in (1, 2, 3)}.isdisjoint(endings)
-
-
-def _refusal(name: str, tensor: StoredTensor, is_quantised: bool) -> str | None:
-    if _ends_in(name, _table()["embeddings"]):
-        return "an embedding; LoRA on lookup tables is not supported"
-    if len(tensor.shape) != 2 or 0 in tensor.shape:
-        return f"shape {list(tensor.shape)}; an adapter needs a matrix"
-    # A quantised matrix is refused as such: the type that it is packed in says nothing to a person.
-    plain = is_quantised or tensor.dtype.name in FLOATING
-    return None if plain else f"storage type {tensor.dtype.name} takes no delta"
-
-
-# Patterns
-
-
-def _hits(patterns: Sequence[str], modules: Sequence[Module], label: str) -> dict[str, list[Module]]:
-    """The modules that each pattern matches; every pattern must match something."""
-    found = {}
-    for pattern in patterns:
-        test = _test(pattern)
-        found[pattern] = [module for module in modules if test(module)]
-    lost = [pattern for pattern, hits in found.items() if not hits]
+def _hits(targets: Sequence[Target], modules: Sequence[Module], label: str) -> list[list[Module]]:
+    """The modules that each target matches; every one must match something."""
+    tests = [_test(target) for target in targets]
+    found = [[module for module in modules if test(module)] for test in tests]
+    lost = [target for target, hits in zip(targets, found, strict=True) if not hits]
     if lost:
         raise NamesError(
             f"{len(lost)} target patterns match no module",
             file=label,
-            details=[_lost_words(pattern, modules) for pattern in lost],
+            details=[_lost_words(target, modules) for target in lost],
             hint="patterns are globs on module names (* within a part, ** across dots), or regular expressions "
             "after re:",
         )
     return found
 
 
-def _lost_words(pattern: str, modules: Sequence[Module]) -> str:
-    if pattern in presets():
-        roles = Counter(m.role for m in modules if _named(pattern)(m) and m.role != "linear" and m.refusal is None)
+def _lost_words(target: Target, modules: Sequence[Module]) -> str:
+    words = target_words(target)
+    if _is_preset(target):
+        roles = Counter(m.role for m in modules if _named(target)(m) and _is_special(m))
         found = ", ".join(f"{count} of kind {role}" for role, count in roles.items())
-        return f"{pattern} (no preset takes what matches: {found})" if found else pattern
-    close = nearest(pattern, [module.name for module in modules])
-    return f"{pattern} (nearest: {', '.join(close)})" if close else pattern
+        return f"{words} (no preset takes what matches: {found})" if found else words
+    close = nearest(target, [module.name for module in modules]) if isinstance(target, str) else ()
+    return f"{words} (nearest: {', '.join(close)})" if close else words
 
 
-def _test(pattern: str) -> Callable[[Module], bool]:
-    """What a preset or pattern says of a module. Presets pass over what is not plainly linear."""
-    named = _named(pattern)
-    if pattern in presets():
-        return lambda module: _is_plain(module) and named(module)
-    return named
+def _is_preset(target: Target) -> bool:
+    return isinstance(target, str) and target in presets()
 
 
-def _named(pattern: str) -> Callable[[Module], bool]:
-    """What a preset or pattern says of a module's name alone."""
-    if pattern == ALL_LINEAR:
+def _test(target: Target) -> _Test:
+    """What a target says of a module. Presets pass over what is not plainly linear."""
+    named = _named(target)
+    return (lambda module: module.ordinary and named(module)) if _is_preset(target) else named
+
+
+def _named(target: Target) -> _Test:
+    """What a target says of a module, whatever the module is in the model."""
+    if isinstance(target, re.Pattern):
+        return lambda module: target.fullmatch(module.name) is not None
+    if not isinstance(target, str):
+        return target
+    if target == ALL_LINEAR:
         return lambda module: True
-    compiled = [compile_user_pattern(text) for text in _table()["presets"].get(pattern, (pattern,))]
+    compiled = [compile_user_pattern(text) for text in table()["presets"].get(target, (target,))]
     # Keys are what `inspect` shows, so the name of the weight does as well.
     return lambda module: matches_any(compiled, module.name) or matches_any(compiled, f"{module.name}.weight")
 
 
-def _is_plain(module: Module) -> bool:
-    return module.role == "linear" and module.refusal is None
+def _is_special(module: Module) -> bool:
+    """Whether it is a matrix that could take an adapter, and that presets leave for what it is in the model."""
+    return module.kind == "linear" and module.role != "plain" and module.refusal is None
 
 
-def _refuse(kept: Mapping[str, Sequence[Module]], label: str) -> None:
-    """Refuse quantised modules, and patterns that mean nothing but modules that cannot take an adapter."""
-    chosen = [module for hits in kept.values() for module in hits if module.refusal is None]
+def _refuse(kept: Sequence[Sequence[Module]], label: str) -> None:
+    """Refuse quantised modules, and targets that mean nothing but modules that cannot take an adapter."""
+    chosen = [module for hits in kept for module in hits if module.refusal is None]
     packed = {module.name: module.quantised for module in chosen if module.quantised}
     if packed:
         raise UnsupportedError(
@@ -236,10 +251,7 @@ def _refuse(kept: Mapping[str, Sequence[Module]], label: str) -> None:
             hint="make the adapter for the 16-bit checkpoint that this one was made from",
         )
     refused = {
-        module.name: module.refusal
-        for hits in kept.values()
-        if all(module.refusal for module in hits)
-        for module in hits
+        module.name: module.refusal for hits in kept if all(module.refusal for module in hits) for module in hits
     }
     if refused:
         raise UnsupportedError(
@@ -250,13 +262,12 @@ def _refuse(kept: Mapping[str, Sequence[Module]], label: str) -> None:
         )
 
 
-def _notes(targets: Sequence[str], modules: Sequence[Module], settled: set[str]) -> list[str]:
+def _notes(targets: Sequence[Target], modules: Sequence[Module], settled: set[str]) -> list[str]:
     """What was passed over: presets never take heads, routers and experts, and patterns may match too much."""
     left = [module for module in modules if module.name not in settled]
-    by_preset = [_named(pattern) for pattern in targets if pattern in presets()]
-    by_name = [_named(pattern) for pattern in targets if pattern not in presets()]
-    special = [module for module in left if module.role != "linear" and module.refusal is None]
-    roles = Counter(module.role for module in special if any(named(module) for named in by_preset))
+    by_preset = [_named(target) for target in targets if _is_preset(target)]
+    by_name = [_named(target) for target in targets if not _is_preset(target)]
+    roles = Counter(m.role for m in left if _is_special(m) and any(named(m) for named in by_preset))
     reasons = Counter(module.refusal for module in left if module.refusal and any(named(module) for named in by_name))
     return [
         *(
@@ -265,10 +276,3 @@ def _notes(targets: Sequence[str], modules: Sequence[Module], settled: set[str])
         ),
         *(f"left out: {count} that a pattern matches: {why}" for why, count in reasons.items()),
     ]
-
-
-@lru_cache(maxsize=1)
-def _table() -> Mapping[str, Any]:
-    text = (resources.files("lora_cli") / "data" / "targets.yaml").read_text("utf-8")
-    table: Mapping[str, Any] = yaml.safe_load(text)
-    return table

@@ -169,6 +169,11 @@ class Scratch:
                 file.copy(readers[process], at, offset, length)
                 offset += length
 
+    def read(self, span: Span) -> bytes:
+        """Return the bytes of a span that any process has added."""
+        with look_at(self._path(span.process)).open() as reader:
+            return reader.read(span.at, span.length)
+
     def abandon(self) -> None:
         """Close and take away the files of all processes, which must have ended."""
         if self._file is not None:

@@ -36,6 +36,7 @@ class Staging:
         self._may_replace = may_replace
         self._files: list[StagedFile] = []
         self._scratches: list[Scratch] = []
+        self.published = False
         check_target(target, folder=folder, may_replace=may_replace)
         self.place = target.parent / f".{target.name}.lora-cli-{secrets.token_hex(6)}"
 
@@ -102,10 +103,22 @@ class Staging:
                 self._publish_folder()
             else:
                 self._publish_files()
+            self.published = True
             done()
             for name in outdated:
                 (self.target.parent / name).unlink(missing_ok=True)
             sync_folder(self.target.parent)
+
+    def withdraw(self) -> None:
+        """Take back what was published, because what belongs to it could not be; what it replaced is gone."""
+        if not self.published:
+            return
+        self.published = False
+        if self.folder:
+            self.target.rename(self.place)  # which goes when `opened` ends
+            return
+        for file in self._files:
+            (self.target.parent / file.name).unlink(missing_ok=True)
 
     def _publish_folder(self) -> None:
         for path in {self.place, *(file.path.parent for file in self._files)}:
@@ -154,6 +167,17 @@ class Staging:
             if error.errno not in NOT_POSSIBLE_HERE:
                 raise
             staged.rename(target)
+
+
+@contextlib.contextmanager
+def together(first: Staging, second: Staging) -> Iterator[None]:
+    """Have two outputs published that make sense only together: if the second is not, the first is taken back."""
+    try:
+        yield
+    except BaseException:
+        if not second.published:
+            first.withdraw()
+        raise
 
 
 def check_target(target: Path, *, folder: bool, may_replace: Callable[[], bool]) -> None:

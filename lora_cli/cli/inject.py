@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from lora_cli.surgery.inject import InjectResult
+    from lora_cli.surgery.residual import Residual
 
 _INIT = "How the factors begin"
 
@@ -53,9 +54,26 @@ def inject(
         ),
     ] = None,
     init: Annotated[
-        Literal["kaiming", "gaussian", "orthogonal"] | None,
-        typer.Option("--init", help="How A begins; B is zero.", show_default="kaiming", rich_help_panel=_INIT),
+        str | None,
+        typer.Option(
+            "--init",
+            metavar="INIT",
+            help="kaiming, gaussian or orthogonal for A, with B zero; or both from the weights: pissa, pissa_niter_N "
+            "(quick), olora.",
+            show_default="kaiming",
+            rich_help_panel=_INIT,
+        ),
     ] = None,
+    base_out: Annotated[
+        str,
+        typer.Option(
+            "--base-out",
+            metavar="RESIDUAL",
+            help="What pissa and olora leave of the base: the checkpoint to train and merge with.",
+            show_default=False,
+            rich_help_panel=_INIT,
+        ),
+    ] = "",
     std: Annotated[
         float | None,
         typer.Option("--std", metavar="STD", help="Spread of gaussian.", show_default="0.01", rich_help_panel=_INIT),
@@ -81,6 +99,9 @@ def inject(
     """Make a fresh adapter for a checkpoint.
 
     Merged as it is, it changes nothing: B is zero. One seed gives the same bytes on every machine.
+
+    pissa and olora take the factors from the weights and write what is left of these to --base-out. Each thread has
+    one weight in float64 in memory, pissa some eight times as much.
     """
     from lora_cli.cli.planned import DryRun, dry_run
     from lora_cli.surgery import inject as surgery
@@ -101,15 +122,19 @@ def inject(
     options = settle_options(Path(config) if config else None, given)
     budget = opt.memory_bytes(memory)
     if dry:
-        plan = surgery.prepare(base, options, progress=output.progress()).plan().for_output(Path(out))
+        injection = surgery.prepare(base, options, progress=output.progress())
+        plan = injection.plan().for_output(Path(out))
+        left = surgery.residual_base(injection, Path(out), base_out)
         if out:
-            surgery.check_injection_output(plan, Path(out), options, force=force)
-        planned = DryRun(plan, out, threads, budget)
+            surgery.check_injection_output(plan, Path(out), left, options, force=force)
+        residual = DryRun(left.planned(plan), base_out, threads, budget) if left else None
+        planned = DryRun(plan, out, threads, budget, residual=residual)
         output.result(planned, "plan", lambda: dry_run(planned))
         return
     result = surgery.inject(
         base,
         out,
+        base_out=base_out,
         **options.arguments(),
         force=force,
         threads=threads,
@@ -132,6 +157,13 @@ def view(result: InjectResult) -> Iterator[RenderableType]:
             ("rank", f"{result.rank}, alpha {number(result.alpha)}"),
             ("trainable", f"{result.parameters:,} parameters, {result.trainable_fraction:.2%} of all"),
             ("written", f"{size(result.bytes_written)} in {count(len(result.files), 'file')}"),
+            *([("base", _residual_words(result.residual))] if result.residual else []),
             ("took", f"{duration(result.seconds)}, peak memory {size(result.peak_rss_bytes)}"),
         ]
     )
+
+
+def _residual_words(residual: Residual) -> str:
+    """Where the changed base is, and that it is the one that counts."""
+    written = f"{size(residual.bytes_written)} in {count(len(residual.files), 'file')}"
+    return f"train and merge with {residual.out}, not with the original ({written})"

@@ -35,10 +35,20 @@ class DryRun:
         threads: As the user said.
         memory: As the user said.
         undo: Whether an undo file would be written, and if so, whether with the factors in it.
+        residual: The base that would be written besides, for an adapter whose factors are taken from it.
     """
 
-    def __init__(self, plan: Plan, out: str, threads: int | None, memory: int | None, undo: Undo | None = None) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        out: str,
+        threads: int | None,
+        memory: int | None,
+        undo: Undo | None = None,
+        residual: DryRun | None = None,
+    ) -> None:
         self.plan = plan
+        self.residual = residual
         self.out = out
         budget = settle_budget(plan, memory=memory, threads=threads or default_threads(), blocks=undo is not None)
         self.threads = budget.threads
@@ -64,6 +74,7 @@ class DryRun:
             "undo_bytes": self.undo_bytes,
             "free_disk_bytes": self.free,
             "fits": self.fits,
+            **({"residual": self.residual.as_dict()} if self.residual else {}),
         }
 
 
@@ -103,6 +114,14 @@ def _few(names: Sequence[str]) -> str:
 
 def dry_run(planned: DryRun) -> Iterator[RenderableType]:
     """The whole plan, tensor by tensor, and what it needs."""
+    yield from _drawn(planned)
+    if planned.residual:
+        yield line()
+        yield from _drawn(planned.residual)
+    yield line("nothing was written", style="dim")
+
+
+def _drawn(planned: DryRun) -> Iterator[RenderableType]:
     plan = planned.plan
     yield from summary(plan)
     needs = [
@@ -130,7 +149,6 @@ def dry_run(planned: DryRun) -> Iterator[RenderableType]:
     yield grid(("tensor", "edit", "shape", "type", "scale"), rows[:ROWS])
     if len(rows) > ROWS:
         yield line(f"… and {len(rows) - ROWS:,} more (--json lists all)", style="dim")
-    yield line("nothing was written", style="dim")
 
 
 def use_words(use: AdapterUse) -> str:

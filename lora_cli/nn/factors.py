@@ -15,6 +15,8 @@ DEFAULT = "default"
 class Factors(nn.Module):
     """Tensors by adapter: that of `default` is at `weight`, as wrapped checkpoints have it, others at `NAME.weight`."""
 
+    weight: nn.Parameter
+
     def put(self, name: str, tensor: Tensor) -> None:
         """Store the tensor of an adapter as a parameter.
 

@@ -160,6 +160,11 @@ class LoRALayer(Merging):
         described = describe(module, key, self.base_weight.shape, None, kind=self.kind)
         return Selected.of(described, self.transposed and self.kind == "linear")
 
+    def matrix(self) -> Tensor:
+        """The frozen weight as one matrix, (out × in), in float64."""
+        matrix = self.base_weight.detach().to(torch.float64).flatten(1)
+        return matrix.T if self.transposed else matrix
+
     def add_adapter(self, name: str, parameters: LoRAParameters, *, start: Start | None = None) -> None:
         """Put an adapter beside the layer and use it. It changes nothing yet, since the product of its factors is zero.
 
@@ -176,10 +181,15 @@ class LoRALayer(Merging):
         for factors, tensor in self._fresh(parameters, start):
             factors.put(name, tensor)
         self.settings[name] = parameters
-        self.dropout[name] = nn.Dropout(parameters.dropout)
+        # At 0 torch's layer would still draw a mask.
+        self.dropout[name] = nn.Dropout(parameters.dropout) if parameters.dropout else nn.Identity()
         self._use(self.active | {name: 1.0})
         if start.principal:
-            self._take_off(name)
+            try:
+                self._take_off(name)
+            except BaseException:
+                self.remove_adapter(name)
+                raise
 
     def reset_parameters(self, name: str = DEFAULT, start: Start | None = None) -> None:
         """Begin an adapter anew, in place: A drawn, B zero, and with DoRA the magnitudes of the frozen weight.
@@ -343,6 +353,7 @@ class LoRALayer(Merging):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "base" or name.startswith("__"):  # how the frozen layer is copied is not how this one is
+            # How the frozen layer is copied is not how this one is, and a property that fails is not one of its.
+            if name == "base" or name.startswith("__") or hasattr(type(self), name):
                 raise
             return getattr(self.base, name)

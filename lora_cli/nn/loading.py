@@ -55,6 +55,7 @@ class Found:
             rank=common[0],
             alpha=common[1],
             targets=(lambda module: module.name in names,),
+            dora=any(target.delta.magnitude is not None for target in self.targets.values()),
             rslora=any(scale.rslora for scale in scales.values()),
             dropout=float(said.get("lora_dropout") or 0.0) if dropout is None else dropout,
             rank_pattern={_exactly(name): rank for name, (rank, _) in numbers.items() if rank != common[0]},
@@ -132,6 +133,8 @@ def _fill(layer: LoRALayer, target: Target, readers: Readers, name: str) -> None
     term = target.delta.term(readers.load, 1.0)
     for factor, found in ((layer.lora_A[name], term.a), (layer.lora_B[name], term.b)):
         _copy(factor, found.reshape(factor.shape), target.module)
+    if target.delta.magnitude is not None:
+        _copy(layer.lora_magnitude[name], readers.load(target.delta.magnitude).reshape(-1), target.module)
 
 
 def _copy(parameter: nn.Parameter, found: Tensor, name: str) -> None:

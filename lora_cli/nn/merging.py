@@ -94,6 +94,11 @@ class Merging(nn.Module):
         self.base_weight.copy_(residual)
 
     @torch.no_grad()
+    def _give_back(self, name: str) -> None:
+        """Undo `_take_off`."""
+        self.base_weight.copy_(exact.unmerge(self.base_weight, self._taken[name]))
+        del self._taken[name]
+
     def restore_base(self) -> None:
         """Give the weight back what inits took off it, bit for bit. The layer then no longer gives what it gave.
 
@@ -103,7 +108,7 @@ class Merging(nn.Module):
         """
         self._refuse_while_merged("get back what an init took off")
         for name in reversed(list(self._taken)):
-            self.base_weight.copy_(exact.unmerge(self.base_weight, self._taken.pop(name)))
+            self._give_back(name)
 
     def change_of(self, name: str) -> list[Term]:
         """What an adapter adds to the weight as it was before all inits, as summands (out × K) by (K × in).

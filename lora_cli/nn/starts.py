@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lora_cli.adapters.fresh import FreshOptions
 from lora_cli.adapters.inits import GAUSSIAN_STD, INITS, draw, stored
 from lora_cli.checkpoint.dtypes import DTYPES
+from lora_cli.surgery.principal import take_from
 
 if TYPE_CHECKING:
     from lora_cli.nn.layer import LoRALayer
@@ -20,10 +22,10 @@ _STORAGE = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """A rule for A, with all that decides its numbers; B is zero.
+    """A rule for the factors, with all that decides their numbers.
 
     Attributes:
-        rule: One of `adapters.inits.INITS`.
+        rule: One of `adapters.inits.INITS` for A, with B zero; or one of `adapters.fresh.PRINCIPAL`.
         module: Name of the module in its model.
         seed: Any whole number.
         std: Standard deviation of `gaussian`.
@@ -52,16 +54,28 @@ class Start:
             ShapeError: A rank larger than a side of the weight, for a rule that takes them from it.
         """
         a_shape, b_shape = layer.shapes(parameters.rank)
-        return layer.first_factor(self, a_shape, dtype), torch.zeros(b_shape, dtype=dtype)
+        if not self.principal:
+            return layer.first_factor(self, a_shape, dtype), torch.zeros(b_shape, dtype=dtype)
+        scale = parameters.scale
+        options = FreshOptions(
+            rank=parameters.rank, alpha=scale.alpha, rslora=scale.rslora, init=self.rule, seed=self.seed
+        )
+        a, b = take_from(layer.matrix().cpu(), self.module, options)
+        return _rounded(a, dtype).view(a_shape), _rounded(b, dtype).view(b_shape)
 
-    def first_factor(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Draw A.
+    def first_factor(self, shape: tuple[int, ...], dtype: torch.dtype, *, table: bool = False) -> Tensor:
+        """Draw A, of an embedding or of another layer.
 
         Raises:
             UsageError: No such rule.
         """
         key = f"{self.module}.lora_A.weight" if self.module else "lora_A.weight"
-        values = draw(self.rule, key, shape, seed=self.seed, std=self.std)
-        if dtype not in _STORAGE:
-            return torch.from_numpy(values).to(dtype)
-        return torch.from_numpy(stored(values.reshape(-1), DTYPES[_STORAGE[dtype]])).view(dtype).view(shape)
+        return _rounded(torch.from_numpy(draw(self.rule, key, shape, seed=self.seed, std=self.std, table=table)), dtype)
+
+
+def _rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round float64 numbers once, as files have them: torch rounds to 16 bits twice."""
+    if dtype not in _STORAGE:
+        return values.to(dtype)
+    data = stored(values.contiguous().numpy().reshape(-1), DTYPES[_STORAGE[dtype]])
+    return torch.from_numpy(data).view(dtype).view(values.shape)

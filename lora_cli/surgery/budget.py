@@ -84,6 +84,9 @@ def _width(edit: Edit) -> int:
 
 
 def _factor_bytes(edit: Edit) -> int:
-    """Bytes that the factors of one tensor take at their height: as stored, in float64, and on their grids; or made."""
+    """Bytes that the factors of one tensor take at their height: as stored, in float64, and on their grids; or made.
+
+    Of a stack it is those of one matrix: they are prepared one after the other.
+    """
     elements = sum(term.delta.rank * sum(term.delta.shape) for term in edit.terms)
     return elements * 8 * 5 + (edit.fresh.working_bytes if edit.fresh is not None else 0)

@@ -109,7 +109,7 @@ class Comparison:
         """Compare deltas."""
         pairs = []
         for key in self._match(a, b):
-            if a[key].shape == b[key].shape:
+            if (a[key].shape, a[key].stack) == (b[key].shape, b[key].stack):
                 pairs.append((key, a[key], b[key]))
             else:
                 before, after = (str(list(side[key].shape)) for side in (a, b))

@@ -145,10 +145,11 @@ def _chosen(named: Mapping[str, T], pattern: re.Pattern[str]) -> dict[str, T]:
 
 
 def _tensors(side: Checkpoint | Adapter) -> Mapping[str, StoredTensor]:
-    """Every tensor that is compared as it is stored; of an adapter all that is not part of a delta."""
+    """Every tensor that is compared as it is stored; of an adapter all that is no factor of a delta."""
     if isinstance(side, Checkpoint):
         return side.tensors
-    rest = (*side.unread, *(tensor for tensor, _ in side.skipped))
+    magnitudes = (target.delta.magnitude for target in side.targets)
+    rest = (*side.unread, *(tensor for tensor, _ in side.skipped), *(found for found in magnitudes if found))
     return {r.name: r.tensor for r in side.replacements} | {tensor.key: tensor for tensor in rest}
 
 

@@ -168,25 +168,51 @@ def _stored_bytes(delta: Delta) -> int:
     return sum(tensor.nbytes for tensor in delta.tensors)
 
 
+class _Apart(NamedTuple):
+    """Two matrices that differ: singular values of the difference, its largest |element|, and what is no difference."""
+
+    values: Tensor
+    largest: float
+    tiny: float
+    edge: float
+
+
 def _delta_distance(one: Delta, other: Delta) -> DeltaDistance | None:
-    """Compare two deltas of one shape; None where they are the same as far as float64 can tell."""
+    """Compare two deltas of one shape; None where they are the same as far as float64 can tell.
+
+    Stacks are compared as if their matrices lay along a diagonal: the directions are those of all of them.
+    """
+    indices = range(one.stack or 1)
     with open_readers() as readers:
-        a, b = one.term(readers.load, 1.0), other.term(readers.load, 1.0)
+        try:
+            terms = ((one.term(readers.load, 1.0, index), other.term(readers.load, 1.0, index)) for index in indices)
+            parts = [part for a, b in terms if (part := _apart(a, b)) is not None]
+        except NumericError:
+            return DeltaDistance(math.inf, math.inf, None)
+        if not parts:
+            return None
+        values = torch.cat([part.values for part in parts]).sort(descending=True).values
+        norm, tiny = float(torch.linalg.vector_norm(values)), sum(part.tiny for part in parts)
+        if norm <= tiny:
+            return None
+        reference = math.hypot(*(frobenius_norm([one.term(readers.load, 1.0, index)]) for index in indices))
+    return DeltaDistance(
+        largest=max(part.largest for part in parts),
+        relative_norm=norm / reference if reference else math.inf,
+        spectrum=look_above(values, max(tiny, *(part.edge for part in parts))),
+    )
+
+
+def _apart(a: Term, b: Term) -> _Apart | None:
+    """How far two terms are apart; None where they have the same bits."""
     if a.scale == b.scale and _same_bits(a.b, b.b) and _same_bits(a.a, b.a):
         return None
     difference = [b, Term(a.b, a.a, -a.scale)]
-    try:
-        values = singular_values(difference)
-    except NumericError:
-        return DeltaDistance(math.inf, math.inf, None)
-    norm, tiny = float(torch.linalg.vector_norm(values)), _TINY * (_size(a) + _size(b))
-    if norm <= tiny:
-        return None
-    reference = frobenius_norm([a])
-    return DeltaDistance(
-        largest=largest_magnitude(difference),
-        relative_norm=norm / reference if reference else math.inf,
-        spectrum=look_above(values, max(tiny, SAFETY * product_edge(difference))),
+    return _Apart(
+        singular_values(difference),
+        largest_magnitude(difference),
+        _TINY * (_size(a) + _size(b)),
+        SAFETY * product_edge(difference),
     )
 
 

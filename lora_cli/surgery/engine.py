@@ -21,6 +21,7 @@ from lora_cli.errors import LoraCliError, MalformedFileError, NumericError
 from lora_cli.surgery.budget import BLOCK_ELEMENTS, TILE_COLUMNS, TILE_ELEMENTS
 from lora_cli.surgery.plan import MERGEABLE, Edit
 from lora_cli.surgery.readers import Readers, open_readers, raw_bytes, torch_dtype
+from lora_cli.surgery.runs import Run, runs
 from lora_cli.surgery.undo.codecs import LENGTHS, decode
 
 
@@ -55,7 +56,7 @@ class Workshop:
         self._output = torch.empty(strip_bytes, dtype=torch.uint8)
         self._deltas = torch.empty(0, dtype=torch.uint8)
         self._kernels: dict[torch.dtype, TileKernel] = {}
-        self._prepared: tuple[Edit, ExactProduct] | None = None
+        self._prepared: tuple[Edit, int, ExactProduct] | None = None
 
     def pieces(self, edit: Edit, begin: int, end: int) -> Pieces:
         """Yield the output of rows `begin` to `end` of a tensor, piece by piece.
@@ -96,10 +97,10 @@ class Workshop:
     def _changed(self, edit: Edit, begin: int, end: int, readers: Readers) -> Iterator[Piece]:
         """Add or subtract deltas: block by block these, and then tile by tile, all of it while it is in the cache."""
         stored, out = torch_dtype(edit.source.dtype), torch_dtype(edit.dtype)
-        kernel, reader, product = self.kernel(stored, out), readers.of(edit.source), self._product(edit, readers)
+        kernel, reader = self.kernel(stored, out), readers.of(edit.source)
         step = kernel.merge if edit.operation == "add" else kernel.subtract
         for block in self._blocks(edit, begin, end):
-            deltas = self._delta(edit, product, block, kernel)
+            deltas = self._delta(edit, readers, block, kernel)
             for first in range(0, block.elements, TILE_ELEMENTS):
                 last = min(first + TILE_ELEMENTS, block.elements)
                 source, result = _typed(self._input, stored, last - first), _typed(self._output, out, last - first)
@@ -123,11 +124,10 @@ class Workshop:
         assert edit.forgotten is not None  # noqa: S101 (who calls has looked)
         stored, out = torch_dtype(edit.source.dtype), torch_dtype(edit.dtype)
         kernel, reader, streams = self.kernel(stored, out), readers.of(edit.source), _streams(edit, begin, readers)
-        product = self._product(edit, readers) if edit.terms else None
         for block in self._blocks(edit, begin, end):
             source = _typed(self._input, stored, block.elements)
             reader.read_into(edit.source.offset + block.offset * stored.itemsize, raw_bytes(source))
-            delta = None if product is None else self._delta(edit, product, block, kernel)
+            delta = self._delta(edit, readers, block, kernel) if edit.terms else None
             result = _typed(self._output, out, block.elements)
             yield Piece(block.offset, source, decode(edit.forgotten.how, source, delta, _next(streams), result), delta)
         _check_ended(streams)
@@ -156,27 +156,29 @@ class Workshop:
         for row in range(begin, end, height):
             yield _Block(row * columns, slice(row, min(row + height, end)), slice(0, columns))
 
-    def _delta(self, edit: Edit, product: ExactProduct, block: _Block, kernel: TileKernel) -> torch.Tensor:
+    def _delta(self, edit: Edit, readers: Readers, block: _Block, kernel: TileKernel) -> torch.Tensor:
         """The flat deltas of a block, in strips narrow enough for the columns of A to stay in the cache."""
         nbytes = block.elements * kernel.work.itemsize
         if self._deltas.numel() < nbytes:
             self._deltas = torch.empty(nbytes, dtype=torch.uint8)
         delta = _typed(self._deltas, kernel.work, block.elements)
-        matrix = delta.view(block.shape)
         transposed = edit.terms[0].transposed
-        for down, across in _tiles(block.shape):
-            rows, columns = _moved(down, block.rows.start), _moved(across, block.columns.start)
-            kernel.delta(kernel.product(product, rows, columns, transposed=transposed), out=matrix[down, across])
+        for run in _runs(edit, block):
+            product = self._product(edit, run.number, readers)
+            matrix = delta[run.place].view(run.shape)
+            for down, across in _tiles(run.shape):
+                rows, columns = _moved(down, run.rows.start), _moved(across, run.columns.start)
+                kernel.delta(kernel.product(product, rows, columns, transposed=transposed), out=matrix[down, across])
         return delta
 
-    def _product(self, edit: Edit, readers: Readers) -> ExactProduct:
-        """The product of a tensor, kept for its next cut: preparing wide factors takes as long as a cut."""
-        if self._prepared is None or self._prepared[0] is not edit:
+    def _product(self, edit: Edit, index: int, readers: Readers) -> ExactProduct:
+        """The product of a matrix, kept for its next block and cut: preparing wide factors takes as long as a cut."""
+        if self._prepared is None or self._prepared[0] is not edit or self._prepared[1] != index:
             self._prepared = None  # never two of them in memory
             work = work_dtype(torch_dtype(edit.source.dtype), torch_dtype(edit.dtype))
-            terms = [term.delta.term(readers.load, term.weight) for term in edit.terms]
-            self._prepared = edit, prepare(terms, slices=slices_for(work))
-        return self._prepared[1]
+            terms = [term.delta.term(readers.load, term.weight, index) for term in edit.terms]
+            self._prepared = edit, index, prepare(terms, slices=slices_for(work))
+        return self._prepared[2]
 
     def kernel(self, *storages: torch.dtype) -> TileKernel:
         """The tile kernel for these storage types."""
@@ -240,6 +242,14 @@ def _check_finite(tensor: torch.Tensor) -> None:
     broken = int((~torch.isfinite(wide)).sum())
     if broken:
         raise NumericError("The adapter's tensor holds NaN or infinity", found=f"{broken} values in one piece")
+
+
+def _runs(edit: Edit, block: _Block) -> Iterator[Run]:
+    """The block itself, or of a stack its parts in each matrix."""
+    if edit.terms[0].delta.stack is None:
+        yield Run(slice(0, block.elements), 0, block.rows, block.columns)
+        return
+    yield from runs(block.offset, block.elements, edit.terms[0].matrices, block.elements)
 
 
 def _tiles(shape: Sequence[int]) -> Iterator[tuple[slice, slice]]:

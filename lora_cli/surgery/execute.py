@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from lora_cli.checkpoint.sidefiles import SideFile
@@ -48,6 +49,38 @@ def execute(
         DiskFullError: No space, before or during the work.
         WriteError: Anything else that kept a file from being written.
     """
+    staged = staging_of(
+        plan,
+        out,
+        budget,
+        taps=taps,
+        see_copies=see_copies,
+        closing=closing,
+        may_replace=may_replace,
+        progress=progress,
+    )
+    with staged as staging:
+        written = staging.bytes_written
+        publish(staging, lambda: progress.published(str(out)))
+    return written
+
+
+@contextlib.contextmanager
+def staging_of(
+    plan: Plan,
+    out: Path,
+    budget: Budget,
+    *,
+    taps: Callable[[Staging], Sequence[Tap]] = lambda _: (),
+    see_copies: bool = False,
+    closing: Closing = lambda _: (),
+    may_replace: Callable[[], bool] = lambda: False,
+    progress: Progress = SILENT,
+) -> Iterator[Staging]:
+    """Write what the plan says beside `out`, complete and not yet published; leaving takes away what was not.
+
+    Arguments and errors are those of `execute`.
+    """
     folder = out.suffix != ".safetensors"
     check_apart(out, plan.inputs)
     # What is recorded is gathered first, and then copied together.
@@ -60,7 +93,10 @@ def execute(
         smalls = sorted(plan.side_files, key=lambda side: side.name.endswith(".index.json"))
         for side in [*smalls, *closing(staging)]:
             staging.write_small(side.name, side.read())
-        written = staging.bytes_written
-        outdated = [] if folder else set(ours_beside(out)).difference(staging.names)
-        staging.publish(lambda: progress.published(str(out)), outdated)
-    return written
+        yield staging
+
+
+def publish(staging: Staging, done: Callable[[], None] = lambda: None) -> None:
+    """Put a complete output in its place; see `Staging.publish`."""
+    outdated = [] if staging.folder else set(ours_beside(staging.target)).difference(staging.names)
+    staging.publish(done, outdated)

@@ -7,20 +7,21 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from lora_cli.adapters.target_files import expand
 from lora_cli.adapters.targets import ALL_LINEAR, Selected, select
-from lora_cli.adapters.wrapped import WRAP_FILE, refuse_other_factors
-from lora_cli.checkpoint.sidefiles import SideFile
-from lora_cli.errors import UsageError
+from lora_cli.adapters.wrapped import refuse_other_factors
+from lora_cli.checkpoint.checkpoint import Checkpoint
+from lora_cli.checkpoint.tied import tie_of
+from lora_cli.errors import UnsupportedError, UsageError
 from lora_cli.progress import SILENT, Progress
-from lora_cli.surgery.budget import settle_budget
 from lora_cli.surgery.inject_options import InjectOptions, Layout
+from lora_cli.surgery.injecting import Writing, wrap_name
 from lora_cli.surgery.injection import Injection
-from lora_cli.surgery.merge import check_output, output_names, output_path, output_sizes
+from lora_cli.surgery.merge import check_output, output_path
 from lora_cli.surgery.plan import Plan
-from lora_cli.surgery.receipt import make_receipt, written_by_us
+from lora_cli.surgery.principal import check_sides
+from lora_cli.surgery.residual import Residual, ResidualBase
 from lora_cli.surgery.results import Reference, measured, open_base
 from lora_cli.surgery.workers import default_threads
 
@@ -32,7 +33,7 @@ class InjectedModule:
     Attributes:
         key: The base key of its weight.
         rank: Rank of its factors.
-        shape: (out, in) of the change that they make.
+        shape: (out, in) of the matrix that they multiply to; see `adapters.targets.Selected`.
     """
 
     key: str
@@ -58,6 +59,7 @@ class InjectResult:
         bytes_written: Bytes of all output files.
         seconds: Wall time.
         peak_rss_bytes: Most memory that one process had: this one, or any that it has waited for.
+        residual: The changed base that belongs to the adapter; None for inits that leave the base as it is.
     """
 
     out: str
@@ -73,6 +75,7 @@ class InjectResult:
     bytes_written: int
     seconds: float
     peak_rss_bytes: int
+    residual: Residual | None = None
 
 
 def inject(
@@ -80,6 +83,7 @@ def inject(
     out: Reference,
     *,
     rank: int,
+    base_out: Reference = "",
     alpha: float | None = None,
     targets: Sequence[str] = (ALL_LINEAR,),
     exclude: Sequence[str] = (),
@@ -99,22 +103,29 @@ def inject(
 
     The bytes are the same on every machine, whatever `threads` and `memory` are.
 
+    The inits `pissa`, `pissa_niter_N` and `olora` take the factors from the base's weights (see
+    `arithmetic.principal`), one weight in float64 at a time in each worker. What is left of the base goes to
+    `base_out`: train and merge the adapter with that. Merging it at once gives the base again to within one unit in the
+    last place of the larger of a weight and what is left of it. These factors may differ between machines, the rest
+    follows from them exactly.
+
     Args:
         base: A `.safetensors` file, a folder, or a Hub id.
         out: A folder that is absent or empty; for the layout `wrapped` and a base of one file also a `.safetensors`
             file.
         rank: Rows of A and columns of B.
+        base_out: Where what is left of the base is written; needed for inits that change it, and for them alone.
         alpha: Numerator of the scale; the rank unless given.
         targets: Presets (`all-linear`, `attention`, `mlp`), globs on dotted names, `re:` with a regular expression, or
             YAML files of these.
         exclude: Presets and patterns of modules to leave out.
-        init: `kaiming`, `gaussian` or `orthogonal`, for A; B is zero.
+        init: `kaiming`, `gaussian` or `orthogonal`, for A, with B zero; or `pissa`, `pissa_niter_N` or `olora`.
         std: Standard deviation of `gaussian`.
         layout: `adapter` for a PEFT folder, `wrapped` for the whole checkpoint with factors beside its weights.
         rslora: Divide alpha by the square root of the rank instead of the rank.
         dtype: `fp32`, `bf16` or `fp16`, for the factors.
         seed: Decides the numbers of A, together with the names of the modules.
-        force: Replace `out` where a receipt says that lora-cli wrote all of it.
+        force: Replace outputs where a receipt says that lora-cli wrote all of them.
         threads: Units of work at once; all cores by default.
         memory: Bytes that buffers and factors may take; 256 MiB, or what one tensor needs, unless given.
         progress: Hears of every step.
@@ -123,7 +134,7 @@ def inject(
     Raises:
         UsageError: Options that make no sense.
         NamesError: Patterns that match nothing.
-        UnsupportedError: A quantised base, embeddings as targets, or a base that has factors already.
+        UnsupportedError: A quantised base, tied weights as targets, or a base that has factors already.
         LoraCliError: Anything else that does not fit; see the error classes.
     """
     options = InjectOptions(
@@ -142,22 +153,13 @@ def inject(
         injection = prepare(base, options, progress=progress)
         target = output_path(out)
         made = injection.plan().for_output(target)
-        check_injection_output(made, target, options, force=force)
+        left = residual_base(injection, target, base_out)
+        check_injection_output(made, target, left, options, force=force)
         if on_plan:
             on_plan(made)
-        extras = _extra_files(injection, made, target)
-        # torch is loaded only here, after the plan is on the screen.
-        from lora_cli.surgery.execute import execute
-
-        written = execute(
-            made,
-            target,
-            settle_budget(made, memory=memory, threads=threads or default_threads()),
-            closing=lambda _: extras,
-            may_replace=written_by_us(target) if force else lambda: False,
-            progress=progress,
-        )
-    parameters = sum(rank * (module.out + module.inner) for module in injection.modules)
+        how = Writing(injection, made, target, left, force, threads or default_threads(), memory, progress)
+        written, residual = how.write()
+    parameters = sum(math.prod(fresh.shape) for m in injection.modules for fresh in injection.factors(m))
     base_parameters = sum(math.prod(tensor.shape) for tensor in injection.base.tensors.values())
     return InjectResult(
         out=str(out),
@@ -167,13 +169,33 @@ def inject(
         modules=tuple(InjectedModule(m.key, rank, (m.out, m.inner)) for m in injection.modules),
         parameters=parameters,
         trainable_fraction=parameters / (parameters + base_parameters),
-        files=(*output_names(made, target), *(extra.name for extra in extras)),
+        files=how.names,
         left_out=made.left_out,
         warnings=made.warnings,
         bytes_written=written,
         seconds=run.seconds,
         peak_rss_bytes=run.peak_rss_bytes,
+        residual=residual,
     )
+
+
+def residual_base(injection: Injection, target: Path, base_out: Reference) -> ResidualBase | None:
+    """What is left of the base of an injection, where its init changes it.
+
+    Raises:
+        UsageError: No place for it, or a place that nothing will be written to.
+    """
+    init, principal = injection.options.init, injection.options.principal
+    if principal and not str(base_out):
+        raise UsageError(
+            f"The init {init} changes the base, and nothing says where the changed one goes",
+            hint="say where with --base-out RESIDUAL",
+        )
+    if str(base_out) and not principal:
+        raise UsageError(
+            f"The init {init} leaves the base as it is", found=f"--base-out {base_out}", hint="leave out --base-out"
+        )
+    return ResidualBase(injection, target, Path(base_out)) if principal else None
 
 
 def prepare(base: Reference, options: InjectOptions, *, progress: Progress = SILENT) -> Injection:
@@ -186,8 +208,11 @@ def prepare(base: Reference, options: InjectOptions, *, progress: Progress = SIL
     checkpoint = open_base(base, progress)
     refuse_other_factors(checkpoint, ())
     selection = select(checkpoint, wanted, unwanted)
+    _refuse_ties(checkpoint, selection.modules)
     for note in selection.notes:
         progress.note(note)
+    if options.principal:
+        check_sides(selection.modules, options.rank, checkpoint.label)
     for warning in _warnings(selection.modules, options):
         progress.warn(warning)
     # A local path wins when it exists; what was opened otherwise came from the Hub.
@@ -196,7 +221,22 @@ def prepare(base: Reference, options: InjectOptions, *, progress: Progress = SIL
     return Injection(checkpoint, selection.modules, settled, checkpoint.label if from_hub else None)
 
 
-def check_injection_output(made: Plan, target: Path, options: InjectOptions, *, force: bool) -> None:
+def _refuse_ties(checkpoint: Checkpoint, modules: Sequence[Selected]) -> None:
+    """Refuse what no merge could take: a change of one of two tensors that the model holds as one."""
+    ties = {module.module: tie_of(checkpoint, module.key, checkpoint.tensors) for module in modules}
+    details = [f"{name}: {tie} in this model" for name, tie in ties.items() if tie]
+    if details:
+        raise UnsupportedError(
+            "An adapter changes only one of two tied tensors",
+            file=checkpoint.label,
+            details=details,
+            hint="leave them out with --exclude",
+        )
+
+
+def check_injection_output(
+    made: Plan, target: Path, left: ResidualBase | None, options: InjectOptions, *, force: bool
+) -> None:
     """Refuse an output that cannot be written, before any work.
 
     Raises:
@@ -205,7 +245,9 @@ def check_injection_output(made: Plan, target: Path, options: InjectOptions, *, 
     """
     if options.layout == "adapter" and target.suffix == ".safetensors":
         raise UsageError("A PEFT adapter is a folder", file=target, hint="name a folder with -o")
-    check_output(made, target, force=force, beside=[_wrap_name(target)])
+    check_output(made, target, force=force, beside=[wrap_name(target)])
+    if left is not None:
+        left.check(made, force=force)
 
 
 def _warnings(modules: Sequence[Selected], options: InjectOptions) -> list[str]:
@@ -223,28 +265,3 @@ def _warnings(modules: Sequence[Selected], options: InjectOptions) -> list[str]:
             f"{experts} targets are single experts, which transformers 5 holds fused: PEFT may not find them there"
         )
     return warnings
-
-
-def _extra_files(injection: Injection, made: Plan, target: Path) -> list[SideFile]:
-    """The wrap's description and the receipt, which come last."""
-    extras = []
-    if injection.options.layout == "wrapped":
-        data = injection.wrap_file()
-        extras.append(SideFile(_wrap_name(target), None, len(data), data))
-    sizes = {**output_sizes(made, target), **{extra.name: extra.size for extra in extras}}
-    return [*extras, make_receipt(target, "inject", _receipt_content(injection), sizes)]
-
-
-def _wrap_name(target: Path) -> str:
-    return f"{target.stem}.{WRAP_FILE}" if target.suffix == ".safetensors" else WRAP_FILE
-
-
-def _receipt_content(injection: Injection) -> dict[str, Any]:
-    options = {name: list(v) if isinstance(v, tuple) else v for name, v in injection.options.arguments().items()}
-    options["alpha"] = injection.options.scale.alpha
-    options["std"] = injection.options.width if injection.options.init == "gaussian" else None
-    return {
-        "base": {"label": injection.base.label},
-        "options": options,
-        "modules": [module.module for module in injection.modules],
-    }

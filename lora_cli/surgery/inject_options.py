@@ -7,74 +7,40 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from lora_cli.adapters.adapter import Scale
-from lora_cli.adapters.inits import GAUSSIAN_STD, check_rule
-from lora_cli.adapters.peft_config import LARGEST
+from lora_cli.adapters.fresh import FreshOptions, check
 from lora_cli.adapters.target_files import patterns, read_mapping
 from lora_cli.adapters.targets import ALL_LINEAR
-from lora_cli.checkpoint.dtypes import DTYPES, DType
 from lora_cli.errors import MalformedFileError, UsageError
 
 Layout = Literal["adapter", "wrapped"]
 
-FACTOR_DTYPES: Mapping[str, str] = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class InjectOptions:
-    """What a user says about a fresh adapter.
+@dataclass(frozen=True, kw_only=True)
+class InjectOptions(FreshOptions):
+    """What a user says about a fresh adapter in files.
 
     Attributes:
-        rank: Rows of A and columns of B.
-        alpha: Numerator of the scale; the rank unless given.
         targets: Presets, patterns, and YAML files of patterns.
         exclude: Presets and patterns of modules to leave out.
-        init: How A begins; B is zero.
-        std: Standard deviation of the init `gaussian`.
         layout: A PEFT folder, or the whole checkpoint with factors beside its weights.
-        rslora: Divide alpha by the square root of the rank.
-        dtype: Storage type of the factors: a key of `FACTOR_DTYPES`.
-        seed: Decides the numbers of A, together with the names of the modules.
 
     Raises:
         UsageError: A value that makes no sense; names the option.
     """
 
-    rank: int
-    alpha: float | None = None
     targets: tuple[str, ...] = (ALL_LINEAR,)
     exclude: tuple[str, ...] = ()
-    init: str = "kaiming"
-    std: float | None = None
     layout: Layout = "adapter"
-    rslora: bool = False
-    dtype: str = "fp32"
-    seed: int = 0
 
     def __post_init__(self) -> None:
-        check_rule(self.init)
-        _check(self.rank > 0, "rank", "a whole number over 0", self.rank)
-        _check(_positive(self.alpha), "alpha", "a number over 0", self.alpha)
-        _check(_positive(self.std), "std", "a number over 0", self.std)
-        _check(self.std is None or self.init == "gaussian", "std", "only with --init gaussian", self.std)
-        _check(self.layout in get_args(Layout), "layout", " or ".join(get_args(Layout)), self.layout)
-        _check(self.dtype in FACTOR_DTYPES, "dtype", ", ".join(FACTOR_DTYPES), self.dtype)
-
-    @property
-    def scale(self) -> Scale:
-        """What the product of the factors is multiplied by."""
-        alpha = float(self.rank if self.alpha is None else self.alpha)
-        return Scale(alpha, self.rank, self.rslora, "--alpha / --rank" if self.alpha is not None else "alpha = rank")
-
-    @property
-    def storage(self) -> DType:
-        """Storage type of the factors."""
-        return DTYPES[FACTOR_DTYPES[self.dtype]]
-
-    @property
-    def width(self) -> float:
-        """Standard deviation of the init `gaussian`."""
-        return GAUSSIAN_STD if self.std is None else self.std
+        """Check what was said."""
+        super().__post_init__()
+        for name in ("targets", "exclude"):
+            patterns_only = all(isinstance(item, str) for item in getattr(self, name))
+            check(patterns_only, name, "patterns: the receipt of an output lists them", getattr(self, name))
+        check(self.layout in get_args(Layout), "layout", " or ".join(get_args(Layout)), self.layout)
+        alone = not self.principal or self.layout == "adapter"
+        check(alone, "layout", f"adapter, for the init {self.init} writes the changed base apart", self.layout)
 
     def arguments(self) -> dict[str, Any]:
         """The options as keyword arguments of `inject`."""
@@ -132,12 +98,3 @@ _TYPES: Mapping[str, tuple[str, tuple[type, ...]]] = {
     "dtype": ("text", (str,)),
     "seed": ("a whole number", (int,)),
 }
-
-
-def _positive(value: float | None) -> bool:
-    return value is None or 0 < value < LARGEST  # NaN is not
-
-
-def _check(right: bool, option: str, expected: str, found: object) -> None:
-    if not right:
-        raise UsageError(f"--{option} makes no sense", tensor=option, expected=expected, found=found)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lora_cli.adapters.formats.peft import PREFIX
 from lora_cli.adapters.inits import ZEROS, FreshTensor
 from lora_cli.adapters.names import Wrap, colliding
-from lora_cli.adapters.peft_writer import adapter_config, is_bare, rendered, target_names, task_type
+from lora_cli.adapters.peft_writer import adapter_config, is_bare, peft_keys, rendered, target_names, task_type
 from lora_cli.adapters.source import CONFIG_FILE
-from lora_cli.adapters.targets import Selected
+from lora_cli.adapters.targets import Selected, factor_shapes
 from lora_cli.adapters.wrapped import WRAP_SCHEMA
 from lora_cli.checkpoint.checkpoint import ADAPTER_FILE, Checkpoint, Shard, StoredTensor
 from lora_cli.checkpoint.header import Header, render_header
@@ -20,6 +20,7 @@ from lora_cli.checkpoint.sidefiles import SideFile, side_files
 from lora_cli.errors import NamesError
 from lora_cli.surgery.inject_options import InjectOptions
 from lora_cli.surgery.plan import Edit, Operation, OutputFile, Plan
+from lora_cli.surgery.principal import FRESH_KEYS, Taken, TakenTensor
 
 _Row = tuple[str, Operation, StoredTensor | FreshTensor]
 
@@ -33,12 +34,14 @@ class Injection:
         modules: The modules that get factors.
         options: What the user said.
         base_id: The base's id on the Hub, with its revision; None for a local one.
+        taken: Factors that are taken from the base's weights, once they are computed.
     """
 
     base: Checkpoint
     modules: tuple[Selected, ...]
     options: InjectOptions
     base_id: str | None = None
+    taken: Taken = field(default_factory=Taken)
 
     def plan(self) -> Plan:
         """Lay out the output.
@@ -48,7 +51,7 @@ class Injection:
         """
         if self.options.layout == "adapter":
             files: tuple[OutputFile, ...] = (self._adapter_file(),)
-            data = rendered(self._adapter_config())
+            data = rendered(self.adapter_config())
             return self._plan(files, [SideFile(CONFIG_FILE, None, len(data), data)], [])
         wrap = Wrap(frozenset(module.module for module in self.modules))
         self._check_names(wrap)
@@ -72,26 +75,51 @@ class Injection:
         )
 
     def factors(self, module: Selected) -> tuple[FreshTensor, FreshTensor]:
-        """A and B of one module. Their numbers depend on the module's name and the seed, not on the layout."""
+        """A and B of one module. Their numbers depend on the module's name and the seed, not on the layout.
+
+        A is drawn and B is zero for every kind of module. PEFT begins with the other one on embeddings: the product is
+        zero either way, and the gradient reaches the one that is zero first.
+        """
         options = self.options
-        a, b = (f"{module.module}.lora_{side}.weight" for side in "AB")
+        a, b = (form.format(module.module) for form in FRESH_KEYS)
+        shapes = factor_shapes(module, options.rank)
+        if options.principal:
+            return self._taken(a, module, shapes[0]), self._taken(b, module, shapes[1])
         return (
-            FreshTensor(a, options.storage, (options.rank, module.inner), options.init, options.seed, options.width),
-            FreshTensor(b, options.storage, (module.out, options.rank), ZEROS),
+            FreshTensor(
+                a, options.storage, shapes[0], options.init, options.seed, options.width, module.kind == "embedding"
+            ),
+            FreshTensor(b, options.storage, shapes[1], ZEROS),
+        )
+
+    def _taken(self, key: str, module: Selected, shape: tuple[int, ...]) -> TakenTensor:
+        options = self.options
+        return TakenTensor(
+            key,
+            options.storage,
+            shape,
+            options.init,
+            options.seed,
+            matrix=(module.out, module.inner),
+            options=options,
+            taken=self.taken,
         )
 
     # A PEFT folder
 
     def _adapter_file(self) -> OutputFile:
-        factors = [fresh for module in self.modules for fresh in self.factors(module)]
+        factors = [
+            (f"{PREFIX}{key}", fresh)
+            for module in self.modules
+            for key, fresh in zip(peft_keys(module), self.factors(module), strict=True)
+        ]
         # In the order in which the safetensors library writes tensors of one type.
-        rows: list[_Row] = sorted(
-            ((f"{PREFIX}{fresh.key}", "append", fresh) for fresh in factors), key=lambda row: row[0]
-        )
+        rows: list[_Row] = [(key, "append", fresh) for key, fresh in sorted(factors, key=lambda row: row[0])]
         header = _header(rows, {"format": "pt"})
         return OutputFile(ADAPTER_FILE, header, _edits(rows, header), None)
 
-    def _adapter_config(self) -> dict[str, Any]:
+    def adapter_config(self) -> dict[str, Any]:
+        """What `adapter_config.json` says."""
         modules = [module.module for module in self.modules]
         config = self.base.config
         return adapter_config(
@@ -100,12 +128,13 @@ class Injection:
             task=task_type(config),
             fan_in_fan_out=self.transposed,
             init=self.options.init,
-            base_id=self.base_id,
+            # Who loads what this names beside the factors must not get the base that they were taken from.
+            base_id=None if self.options.principal else self.base_id,
         )
 
     @property
     def transposed(self) -> bool:
-        """Whether the base stores matrices of these modules as (in × out)."""
+        """Whether the base stores matrices of these linear modules as (in × out)."""
         return any(module.transposed for module in self.modules)
 
     # A wrapped checkpoint

@@ -158,13 +158,22 @@ def is_adapter(path: Path) -> bool:
     if path.suffix != ".safetensors" or not path.exists():
         return False
     # A file is an adapter when its tensors are factors; a wrapped checkpoint holds base weights as well.
-    names = [info.name.split(".") for info in open_shard(path).header.tensors]
-    factors = sum(not _FACTOR_PARTS.isdisjoint(name[-3:]) for name in names)
-    wrapped = any(name[-2:] in (["base", "weight"], ["base_layer", "weight"]) for name in names)
-    return factors > 0 and 2 * factors >= len(names) and not wrapped
+    keys = {info.name for info in open_shard(path).header.tensors}
+    names = [key.split(".") for key in keys]
+    factors = [name for name in names if not _FACTOR_PARTS.isdisjoint(name[-3:])]
+    wrapped = any(
+        name[-2:] in (["base", "weight"], ["base_layer", "weight"]) or name[-1] == "original" for name in names
+    )
+    if not factors or wrapped:
+        return False
+    # All that was trained may be in the file, and be more than the factors; but not the weights that these are for.
+    modules = [name[: name.index(part)] for name in factors for part in name if part.startswith("lora_")]
+    alone = bool(modules) and keys.isdisjoint(".".join([*module, "weight"]) for module in modules)
+    return alone or 2 * len(factors) >= len(names)
 
 
 _FACTOR_PARTS = {"lora_A", "lora_B", "A", "B", "lora_a", "lora_b", "lora_down", "lora_up"}
+_FACTOR_PARTS |= {"lora_embedding_A", "lora_embedding_B"}
 """Last parts of names that only factors have."""
 
 
@@ -261,7 +270,7 @@ def _inspect_checkpoint(place: Location) -> InspectResult:
         tied=_tied(checkpoint),
         quantised=method(checkpoint) or ("by the tensors beside the weights" if quantised else None),
         quantised_tensors=quantised,
-        wrapped=tuple(wrapped_modules(checkpoint)),
+        wrapped=wrapped_modules(checkpoint),
         receipt=receipt,
         undo=undo_summary(place.path),
         warnings=checkpoint.warnings,

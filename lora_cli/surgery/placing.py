@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from lora_cli.adapters.adapter import Adapter, Replacement, Target
-from lora_cli.adapters.layout import Orientation, by_architecture, fits, settle_square
+from lora_cli.adapters.layout import Orientation, bears_witness, by_architecture, fits, is_table, settle_square
 from lora_cli.adapters.names import Identity, Mapper
 from lora_cli.adapters.resolve import Resolution, parse_maps, resolve, tied_to
 from lora_cli.adapters.source import ReadOptions
-from lora_cli.adapters.wrapped import Wrapped, refuse_other_factors, unwrap
+from lora_cli.adapters.wrapped import Wrapped, unwrap
 from lora_cli.checkpoint.checkpoint import Checkpoint, StoredTensor
 from lora_cli.checkpoint.quantised import Quantised
 from lora_cli.checkpoint.tied import tie_of
@@ -62,7 +62,7 @@ class Placement:
     Raises:
         NamesError: Adapter tensors without a base tensor, or with two.
         ShapeError: Shapes that do not fit.
-        UnsupportedError: Quantised targets, or storage types that cannot take a delta.
+        UnsupportedError: Quantised targets, storage types that cannot take a delta, or factors that would be lost.
         UsageError: No adapter, or weights that do not match the adapters.
     """
 
@@ -72,7 +72,6 @@ class Placement:
         wrapped = unwrap(base, options.read)
         self.mapper: Mapper = wrapped.mapper if wrapped else Identity()
         self.carried = wrapped.carried if wrapped else frozenset[str]()
-        refuse_other_factors(base, self.carried)
         self.adapters = _all_adapters(wrapped, adapters)
         self.weights = _weights(options.weights, self.adapters)
         self.tensors = {
@@ -193,13 +192,22 @@ class Placement:
 
     def _place_targets(self, position: int, adapter: Adapter, weight: float, found: Resolution) -> None:
         placed = [(target, key) for target in adapter.targets if (key := found.keys.get(target.name)) is not None]
-        choices = [fits(target.delta.shape, self._matrix_shape(target, key)) for target, key in placed]
-        others = {next(iter(fit)) for fit in choices if len(fit) == 1}
+        choices = [fits(target.delta, self.tensors[key].shape) for target, key in placed]
+        lying = [
+            (key, next(iter(fit)))
+            for (target, key), fit in zip(placed, choices, strict=True)
+            if len(fit) == 1 and len(target.delta.stored) > 1
+        ]
+        others = {fit for key, fit in lying if bears_witness(adapter, key, fit, self.tensors)}
         for (target, key), fit in zip(placed, choices, strict=True):
             transposed = self._transposed(target, key, fit, adapter, others)
             if transposed is None:
                 continue
             terms = self.terms[key]
+            if terms and terms[0].delta.stack != target.delta.stack:
+                words = f"{key}: one adapter changes a stack of matrices, another one a convolution"
+                self._problems.append((ShapeError, words))
+                continue
             if terms and any(term.transposed != transposed for term in terms):
                 words = f"{key}: square, and two adapters read it in two ways; give --orientation ba or ab"
                 self._problems.append((ShapeError, words))
@@ -209,30 +217,28 @@ class Placement:
             for tensor in target.delta.tensors:
                 self._enter(adapter, tensor, "applied", key)
 
-    def _matrix_shape(self, target: Target, key: str) -> tuple[int, ...]:
-        shape = self.tensors[key].shape
-        return (*shape, 1) if target.parameter == "bias" else shape
-
     def _transposed(
         self, target: Target, key: str, choices: set[bool], adapter: Adapter, others: set[bool]
     ) -> bool | None:
         base, said = self.tensors[key], self.options.orientation
-        if target.parameter == "bias" and False in choices:
-            return False
         if not choices:
             self._problems.append((ShapeError, _shape_words(target, base, adapter)))
             return None
+        if len(target.delta.stored) == 1:
+            return next(iter(choices))
         told = by_architecture(target, key, self.base.config)
         if len(choices) == 1:
             fit = next(iter(choices))
             against = "the architecture" if told is not None and fit != told else None
-            if fit and told is None and not adapter.transposed_hint:
+            if fit and told is None and adapter.transposed_hint is False:
                 against = "fan_in_fan_out"
             if against and said is None and adapter.orientation is not None:
                 words = f"{_shape_words(target, base, adapter)}, which fits only against {against}; see --orientation"
                 self._problems.append((ShapeError, words))
                 return None
             return fit
+        if is_table(adapter, key):
+            return True
         settled = settle_square(adapter, told, others, said)
         if settled is None:
             words = f"{key}: square, so nothing says if it is stored out × in or in × out; give --orientation ba or ab"
@@ -247,6 +253,8 @@ class Placement:
             if factor.dtype.name not in MERGEABLE:
                 words = f"{factor.key}: storage type {factor.dtype.name} of a factor"
                 self._problems.append((UnsupportedError, words))
+        if target.delta.magnitude is not None:
+            self._problems.append((UnsupportedError, f"{key}: DoRA, which cannot be merged into files yet"))
         self._check_plain(key)
 
     def _check_plain(self, key: str) -> None:
@@ -261,8 +269,9 @@ class Placement:
 
     def _place_replacement(self, adapter: Adapter, replacement: Replacement, weight: float, key: str | None) -> None:
         tensor = replacement.tensor
-        if weight == 0:
-            self._enter(adapter, tensor, "ignored", key, "weight 0")
+        copied = weight not in (0, 1) and key is not None and _same_bytes(self.tensors[key], tensor)
+        if weight == 0 or copied:
+            self._enter(adapter, tensor, "ignored", key, "the base's own tensor" if copied else "weight 0")
             return
         if weight != 1:
             words = f"{replacement.name}: a whole tensor ({replacement.reason}) cannot be taken at weight {weight:g}"
@@ -283,7 +292,7 @@ class Placement:
             rows = (
                 f"{adapter.label} has shape {list(tensor.shape)}, {self.base.label} has {list(self.tensors[key].shape)}"
             )
-            self._problems.append((ShapeError, f"{key}: {rows}{_vocabulary_hint(tensor, self.tensors[key])}"))
+            self._problems.append((ShapeError, f"{key}: {rows}{_vocabulary_hint(tensor.shape[0], self.tensors[key])}"))
             return
         stored = self.tensors[key].dtype
         if tensor.dtype != stored and not {tensor.dtype.name, stored.name} <= set(MERGEABLE):
@@ -349,18 +358,21 @@ def _same_bytes(one: StoredTensor, other: StoredTensor) -> bool:
 
 
 def _shape_words(target: Target, base: StoredTensor, adapter: Adapter) -> str:
-    out, inner = target.delta.shape
+    shape = next(iter(target.delta.stored.values()))
     factors = ", ".join(f"{tensor.key} {list(tensor.shape)}" for tensor in target.delta.tensors)
-    words = f"{base.key}: {list(base.shape)} in the base, the delta is ({out} × {inner}) from {factors}"
-    return words + _vocabulary_hint(target.delta.tensors[-1], base)
+    size = " × ".join(map(str, shape)) if len(shape) > 1 else f"{shape[0]} × 1"
+    words = f"{base.key}: {list(base.shape)} in the base, the delta is ({size}) from {factors}"
+    return words + _vocabulary_hint(shape[0], base)
 
 
-def _vocabulary_hint(tensor: StoredTensor, base: StoredTensor) -> str:
+def _vocabulary_hint(rows: int, base: StoredTensor) -> str:
     parts = base.key.split(".")
     if not {"embed_tokens", "lm_head", "wte", "word_embeddings", "shared", "embed_out"} & set(parts):
         return ""
-    rows = f"{tensor.shape[0]} rows in the adapter, {base.shape[0]} in the base"
-    return f"; the vocabulary differs ({rows}): take the base that the adapter was trained on"
+    return (
+        f"; the vocabulary differs ({rows} rows in the adapter, {base.shape[0]} in the base): take the base that the "
+        "adapter was trained on"
+    )
 
 
 def _hint(details: Sequence[str]) -> str | None:

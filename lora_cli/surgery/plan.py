@@ -47,6 +47,19 @@ class Contribution:
     weight: float
     transposed: bool
 
+    @property
+    def matrices(self) -> tuple[int, int, int]:
+        """(matrices, rows, columns) as which the delta sees the stored tensor."""
+        rows, columns = self.delta.shape[::-1] if self.transposed else self.delta.shape
+        return self.delta.stack or 1, rows, columns
+
+    def covers(self, shape: tuple[int, ...]) -> bool:
+        """Whether a tensor of this shape is what the delta changes, whole."""
+        count, rows, columns = self.matrices
+        if self.delta.stack is not None:
+            return shape == (count, rows, columns)
+        return bool(shape) and shape[0] == rows and math.prod(shape[1:]) == columns
+
 
 @dataclass(frozen=True, slots=True)
 class Forgotten:
@@ -120,7 +133,7 @@ class Edit:
 
     @property
     def matrix(self) -> tuple[int, int]:
-        """(rows, columns) as which the engine sees the tensor."""
+        """(rows, columns) as which blocks and units cut the tensor."""
         rows = self.shape[0] if self.shape else 1
         return rows, math.prod(self.shape) // rows if rows else 0
 

@@ -9,7 +9,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_cli.adapters.names import Chain, First, Identity, Mapper, Prefix, Subtree, Table, Unwrap, Wrap, colliding
+from lora_cli.adapters.names import (
+    Chain,
+    First,
+    Identity,
+    Mapper,
+    Parametrize,
+    Prefix,
+    Subtree,
+    Table,
+    Unparametrize,
+    Unwrap,
+    Wrap,
+    colliding,
+)
 
 # Few words, so that names meet one another and the mappers' own parts.
 WORDS = ("a", "b", "model", "base", "base_layer", "weight", "bias", "q", "ab")
@@ -17,7 +30,8 @@ parts = st.sampled_from(WORDS)
 names = st.lists(parts, min_size=1, max_size=5).map(".".join)
 SOME = ("a", "b", "a.b", "model.q", "base", "a.base")
 some_modules = st.sampled_from(SOME)
-tails = st.sampled_from([".weight", ".bias", ".base.weight", ".base_layer.bias", ".base.base.weight", ""])
+TAILS = (".weight", ".bias", ".base.weight", ".base_layer.bias", ".base.base.weight", "")
+tails = st.sampled_from([*TAILS, ".parametrizations.weight.original", ".parametrizations.weight.0.A"])
 any_name = (
     names
     | st.builds(str.__add__, some_modules, tails)
@@ -27,6 +41,7 @@ any_name = (
 prefixes = st.just("") | names.map("{}.".format)
 modules = st.just(frozenset(SOME)) | st.frozensets(some_modules | names, max_size=5)
 children = st.sampled_from(["base", "base_layer"])
+parameters = modules.map(lambda found: frozenset(f"{name}.weight" for name in found) | {"weight", "."})
 
 
 def _table(pairs: list[tuple[str, str]]) -> Table:
@@ -44,6 +59,8 @@ LEAVES: dict[str, st.SearchStrategy[Mapper]] = {
     "table": st.lists(st.tuples(any_name, any_name), max_size=6).map(_table),
     "wrap": st.builds(Wrap, modules, children),
     "unwrap": st.builds(Unwrap, modules, children),
+    "parametrize": st.builds(Parametrize, parameters),
+    "unparametrize": st.builds(Unparametrize, parameters),
 }
 leaves: st.SearchStrategy[Mapper] = st.one_of(*LEAVES.values())
 mappers: st.SearchStrategy[Mapper] = st.recursive(
@@ -135,6 +152,13 @@ EXAMPLES: list[tuple[Mapper, str, str | None]] = [
     (Wrap(frozenset({"m.q"})), "m.q.lora_A.weight", None),
     (Wrap(frozenset({"m.q"})), "m.k.weight", None),
     (Wrap(frozenset({"m.q"}), "base_layer"), "m.q.weight", "m.q.base_layer.weight"),
+    (Parametrize(frozenset({"m.q.weight"})), "m.q.weight", "m.q.parametrizations.weight.original"),
+    (Parametrize(frozenset({"m.q.weight"})), "m.q.bias", None),
+    (Parametrize(frozenset({"weight"})), "weight", "parametrizations.weight.original"),
+    (Unparametrize(frozenset({"m.q.weight"})), "m.q.parametrizations.weight.original", "m.q.weight"),
+    (Unparametrize(frozenset({"m.q.weight"})), "m.q.parametrizations.weight.original0", None),
+    (Unparametrize(frozenset({"m.q.weight"})), "m.q.parametrizations.bias.original", None),
+    (Unparametrize(frozenset({"m.q.weight"})), "m.q.parametrizations.weight.0.original", None),
     (Unwrap(frozenset({"m.q"})), "m.q.base.weight", "m.q.weight"),
     (Unwrap(frozenset({"m.q"})), "m.q.base_layer.weight", None),
     (Unwrap(frozenset({"m.q"})), "m.k.base.weight", None),
@@ -187,6 +211,8 @@ def test_a_table_cannot_make_one_name_of_two() -> None:
         (lambda: First((Prefix("a.", "b."), Prefix("c.", "d."))), "a.* → b.*; c.* → d.*"),
         (lambda: Chain(()), "as they are"),
         (lambda: Wrap(frozenset("ab")), "X.weight → X.base.weight for 2 modules"),
+        (lambda: Parametrize(frozenset("ab")), "X.P → X.parametrizations.P.original for 2 parameters"),
+        (lambda: Unparametrize(frozenset("ab")), "X.parametrizations.P.original → X.P for 2 parameters"),
         (lambda: Unwrap(frozenset("ab")), "X.base.weight → X.weight for 2 modules"),
         (lambda: Table({"a": "b"}), "1 names by table"),
     ],

@@ -86,15 +86,15 @@ def test_a_refused_field_is_refused_when_set(field: str) -> None:
 
 
 def test_unknown_fields_are_refused_all_at_once() -> None:
-    config = PLAIN | {"new_trick": 0.5, "zero": 0, "use_dora": True, "harmless": None, "empty": []}
+    config = PLAIN | {"new_trick": 0.5, "zero": 0, "use_qalora": True, "harmless": None, "empty": []}
     with pytest.raises(UnsupportedError) as caught:
         check_fields(config, file="c")
-    assert [line.split(" ")[0] for line in caught.value.details] == ["new_trick", "use_dora"]
+    assert [line.split(" ")[0] for line in caught.value.details] == ["new_trick", "use_qalora"]
     assert "unknown" in caught.value.details[0]
     with pytest.raises(UnsupportedError) as caught:
         check_fields(config, file="c", ignore=["new_trick"])
-    assert [line.split(" ")[0] for line in caught.value.details] == ["use_dora"]
-    assert check_fields(config, file="c", ignore=["use_dora", "new_trick"]) == ("new_trick", "use_dora")
+    assert [line.split(" ")[0] for line in caught.value.details] == ["use_qalora"]
+    assert check_fields(config, file="c", ignore=["use_qalora", "new_trick"]) == ("new_trick", "use_qalora")
 
 
 @pytest.mark.parametrize("tuner", ["LOHA", "LOKR", "IA3", "ADALORA", "lora", "", None, 3, ["LORA"]])

@@ -72,7 +72,7 @@ def test_other_names_are_no_factors(tmp_path: Path, name: str) -> None:
     tensors = pair("m.k.A", "m.k.B") | {name: numbers(RANK, IN)}
     adapter = opened(tmp_path, tensors)
     assert [target.module for target in adapter.targets] == ["m.k"]
-    assert [tensor.key for tensor in adapter.unread] == [name]
+    assert [replacement.name for replacement in adapter.replacements] == [name]
 
 
 @pytest.mark.parametrize(("twice", "other"), [("m.q.A", "m.q.lora_A.weight"), ("m.q.lora_B", "base_model.model.m.q.B")])

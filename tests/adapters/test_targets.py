@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from lora_cli.adapters import targets
+from lora_cli.adapters import modules, targets
 from lora_cli.adapters.adapter import Scale
 from lora_cli.adapters.peft_writer import adapter_config, is_bare, target_names, task_type
 from lora_cli.adapters.target_files import expand
@@ -239,11 +239,8 @@ def test_a_pattern_may_take_the_head_that_presets_leave(tmp_path: Path) -> None:
 def test_what_matches_too_much_is_noted(tmp_path: Path) -> None:
     """`**` means what it can mean; what it passes over is said."""
     selection = select(checkpoint(tmp_path, LLAMA), ["**"])
-    assert len(selection.modules) == 15
-    assert selection.notes == (
-        "left out: 1 that a pattern matches: an embedding; LoRA on lookup tables is not supported",
-        "left out: 3 that a pattern matches: shape [8]; an adapter needs a matrix",
-    )
+    assert len(selection.modules) == 16
+    assert selection.notes == ("left out: 3 that a pattern matches: shape [8]; an adapter needs a matrix",)
 
 
 # Refusals
@@ -259,24 +256,42 @@ def test_a_pattern_that_matches_nothing_names_what_is_near(tmp_path: Path) -> No
     assert caught.value.details[1].startswith("re:nothing")
 
 
-def test_embeddings_and_vectors_are_refused(tmp_path: Path) -> None:
-    base = checkpoint(tmp_path, LLAMA)
+def test_vectors_and_scalars_are_refused(tmp_path: Path) -> None:
+    base = checkpoint(tmp_path, {**LLAMA, "odd.weight": (2,) * 6, "empty.weight": (4, 0), "no.embed_in.weight": (3,)})
     with pytest.raises(UnsupportedError) as caught:
-        select(base, ["q_proj", "embed_tokens", "norm"])
+        select(base, ["q_proj", "norm", "odd", "empty", "embed_in"])
     assert caught.value.exit_code == 12
     assert caught.value.details == (
-        "model.embed_tokens: an embedding; LoRA on lookup tables is not supported",
         "model.norm: shape [8]; an adapter needs a matrix",
+        "odd: shape [2, 2, 2, 2, 2, 2]; an adapter needs a convolution of 1 to 3 dimensions",
+        "empty: shape [4, 0]; an adapter needs a matrix",
+        "no.embed_in: shape [3]; an adapter needs a table",
     )
 
 
-def test_convolutions_and_integers_are_refused(tmp_path: Path) -> None:
+def test_integers_are_refused(tmp_path: Path) -> None:
     base = checkpoint(tmp_path, {**VIT, "x.weight": (4, 4)}, dtypes={"x.weight": np.int32})
-    for pattern, reason in (("projection", "shape [8, 3, 2, 2]"), ("x", "storage type I32 takes no delta")):
+    with pytest.raises(UnsupportedError) as caught:
+        select(base, ["x"])
+    assert caught.value.details == ("x: storage type I32 takes no delta",)
+    assert "x" not in names(base, ["all-linear"])
+
+
+def test_stacks_of_experts_are_refused_where_a_convolution_would_not_be(tmp_path: Path) -> None:
+    """A weight of three dimensions does not say what it is; its name does."""
+    shapes = {
+        "a.mlp.experts.up.weight": (2, 4, 4),
+        "b.input_linear.weight": (2, 4, 4),
+        "shared_mlp.input_linear.weight": (4, 4),
+        "c.conv1.weight": (2, 4, 4),
+    }
+    base = checkpoint(tmp_path, shapes)
+    for pattern in ("experts.up", "b.input_linear"):
         with pytest.raises(UnsupportedError) as caught:
             select(base, [pattern])
-        assert reason in caught.value.details[0]
-    assert "x" not in names(base, ["all-linear"])
+        assert caught.value.details[0].endswith("shape [2, 4, 4]; an adapter needs a matrix")
+    assert names(base, ["conv1"]) == ["c.conv1"]
+    assert names(base, ["all-linear"]) == ["shared_mlp.input_linear"]
 
 
 def test_quantised_bases_are_refused(tmp_path: Path) -> None:
@@ -315,7 +330,7 @@ def test_broken_and_missing_patterns(tmp_path: Path) -> None:
 
 
 def test_the_storage_types_are_those_that_a_merge_takes() -> None:
-    assert targets.FLOATING == MERGEABLE
+    assert modules.FLOATING == MERGEABLE
 
 
 # Which way round

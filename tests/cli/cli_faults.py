@@ -183,7 +183,8 @@ TABLE: dict[tuple[int, str], dict[str, tuple[Arguments, str]]] = {
         "climbing index": (spoiled(climbing), "index.json|../x.safetensors"),
     },
     (12, "unsupported"): {
-        "DoRA": (files(use_dora=True), "use_dora = True|DoRA|--ignore-field"),
+        "DoRA": (files(use_dora=True), "adapter_config.json|DoRA|magnitudes"),
+        "QA-LoRA": (files(use_qalora=True), "use_qalora = True|QA-LoRA|--ignore-field"),
         "unknown field": (files(new_trick=3), "new_trick = 3|unknown|--ignore-field"),
         "another tuner": (files(peft_type="IA3"), "IA3|LORA"),
         "quantised": (files(base_config=FP8), "quantised|fp8|16-bit"),

@@ -19,6 +19,7 @@ PLAN_FIELDS = "operation base tensors ledger adapters files bytes_to_read bytes_
 DIFF_FIELDS = "same only_in_a only_in_b changed unchanged"
 VERIFY_FIELDS = "verified max_ulp tensors different"
 INPUTS = "--base {base} --adapter {adapter}"
+TAKEN = "inject {base} -o {out} --rank 2 --base-out {out}-base"
 UNMERGE = "unmerge {merged} {adapter} --approximate"
 UNMERGE_FIELDS = "out exact files tensors undecided"
 
@@ -61,6 +62,8 @@ COMMANDS = {
     "diff adapters": Command("diff {adapter} {adapter}", "diff", DIFF_FIELDS),
     "inject": Command("inject {base} -o {out} --rank 2", "inject", "out"),
     "inject wrapped": Command("inject {base} --rank 2 -o {out} --layout wrapped", "inject", "out", shards=True),
+    "inject olora": Command(f"{TAKEN} --init olora", "inject", "out residual", shards=True),
+    "inject dry": Command(f"{TAKEN} --init pissa_niter_2 --dry-run", "plan", f"{PLAN_FIELDS} residual"),
     "unmerge": Command(f"{UNMERGE} -o {{out}}", "unmerge", UNMERGE_FIELDS, shards=True, plan=True),
     "unmerge dry": Command(f"{UNMERGE} --dry-run", "plan", PLAN_FIELDS),
 }  # fmt: skip
@@ -134,6 +137,7 @@ def test_flags_mean_the_same_before_and_after(call: Call, world: World, tmp_path
             "peak_rss_bytes",
             "out",
             "free_disk_bytes",
+            "residual",
             "files" if "{out}.safe" in command.line else "",
         )
         found.append({key: value for key, value in document.items() if key not in hidden})

@@ -232,9 +232,7 @@ def test_a_config_is_checked_when_it_is_made(fields: dict[str, Any], named: str)
 
 
 def test_patterns_give_other_ranks_and_alphas() -> None:
-    config = LoRAConfig(
-        rank=2, alpha=4, targets="all-linear", rank_pattern={"layers.1.*": 3, "q_proj": 5}, alpha_pattern={"up_proj": 1}
-    )
+    config = LoRAConfig(rank=2, alpha=4, rank_pattern={"layers.1.*": 3, "q_proj": 5}, alpha_pattern={"up_proj": 1})
     layers = inject(Net(), config).layers
     found = {
         name: (layer.settings["default"].rank, layer.settings["default"].scale.times())

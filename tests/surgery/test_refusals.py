@@ -106,6 +106,19 @@ def head(stored: torch.Tensor, rows: int = 20, **beside: torch.Tensor) -> Spoil:
     return both(base(tensors), adds({HEAD: torch.ones(rows, 8)}, modules_to_save=["lm_head"]))
 
 
+TABLE = "model.embed_tokens.lora_embedding"
+
+
+def table(entries: int, dim: int) -> dict[str, torch.Tensor]:
+    """Factors for the embedding as PEFT writes them."""
+    return {f"{TABLE}_A": torch.ones(2, entries), f"{TABLE}_B": torch.ones(dim, 2)}
+
+
+def kernels(a: tuple[int, ...], b: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    """Factors of more than two dimensions in place of a matrix's."""
+    return {f"{Q}.lora_A.weight": torch.ones(a), f"{Q}.lora_B.weight": torch.ones(b)}
+
+
 NAN = {f"{UP}.lora_A.weight": torch.tensor([[1.0] * 7 + [torch.nan]] * 2)}
 SQUARES = base({"x.weight": torch.ones(5, 5), "y.weight": torch.ones(4, 5)}, model_type=None)
 TWO_WAYS = both(SQUARES, adds(lora("x", 5, 5)), second(lora("x", 5, 5) | lora("y", 5, 4)))
@@ -137,17 +150,23 @@ ROWS: list[tuple[str, str, str, Spoil]] = [
     ("complex factors", "Unsupported", "C64 of a factor", adds({f"{Q}.lora_A.weight": torch.ones(2, 8) * 1j})),
     ("too large", "Numeric", "float16", both(adds(lora(UP, 16, 8, 4e4)), said(dtype="fp16"))),
     ("too large, no target", "Numeric", HEAD, both(base({HEAD: torch.full((4,), 1e6)}), said(dtype="fp16"))),
-    ("weight of a head", "Unsupported", "weight 0.5", both(head(torch.ones(20, 8)), said(weights=(0.5,)))),
+    ("weight of a head", "Unsupported", "weight 0.5", both(head(torch.zeros(20, 8)), said(weights=(0.5,)))),
     ("fp8 blocks", "Unsupported", "scale_inv", base({f"{Q}.weight": FP8, f"{Q}.weight_scale_inv": torch.ones(1)})),
     ("GPTQ", "Unsupported", "gptq", base(quantization_config={"quant_method": "gptq", "bits": 4})),
     ("bitsandbytes", "Unsupported", "SCB", base({f"{Q}.weight": FP8.view(torch.int8), f"{Q}.SCB": torch.ones(12)})),
     ("int8", "Unsupported", "I8", base({f"{Q}.weight": FP8.view(torch.int8)})),
     ("head of fp8 blocks", "Unsupported", HEAD, head(FP8, 12, weight_scale_inv=torch.ones(1, 1))),
     ("head of int8", "Unsupported", HEAD, head(FP8.view(torch.int8), 12)),
-    ("DoRA", "Unsupported", "DoRA", adds(use_dora=True)),
-    ("DoRA by name", "Unsupported", "DoRA", adds({f"{Q}.lora_magnitude_vector": torch.ones(12)})),
-    ("embedding", "Unsupported", "embeddings", adds({"model.embed_tokens.lora_embedding_A": torch.ones(2, 20)})),
-    ("convolution", "Unsupported", "convolutions", adds({"c.lora_A.weight": torch.ones(2, 8, 3, 3)})),
+    ("DoRA", "Unsupported", "DoRA", adds({f"{Q}.lora_magnitude_vector": torch.ones(12)}, use_dora=True)),
+    ("DoRA without a word", "Unsupported", "DoRA", adds({f"{Q}.lora_magnitude_vector": torch.ones(12)})),
+    ("DoRA in words alone", "Unsupported", "lacks magnitudes", adds(use_dora=True)),
+    ("magnitudes", "Shape", "[8] for 12 outputs", adds({f"{Q}.lora_magnitude_vector": torch.ones(8)})),
+    ("half an embedding", "Names", "lora_embedding_A has no B", adds({f"{TABLE}_A": torch.ones(2, 20)})),
+    ("vocabulary of an embedding", "Shape", "24 rows in the adapter, 20 in", adds(table(24, 8))),
+    ("embedding the other way round", "Shape", "delta is (8 × 20)", adds(table(8, 20))),
+    ("no convolution", "Shape", "delta is (12 × 8 × 3)", adds(kernels((2, 8, 3), (12, 2, 1)))),
+    ("convolution in groups", "Shape", "2 groups", adds(kernels((2, 8, 3, 3), (12, 1, 1, 1)))),
+    ("stack of experts", "Unsupported", "expert stacks", adds(kernels((3, 2, 8), (3, 12, 2)))),
     ("tokens", "Unsupported", "token rows", adds(trainable_token_indices=[1])),
     ("expert parameters", "Unsupported", "expert", adds(target_parameters=["experts.gate_up_proj"])),
     ("another tuner", "Unsupported", "LOHA", adds(peft_type="LOHA")),
@@ -193,6 +212,7 @@ ACCEPTED: dict[str, Spoil] = {
     "names that are allowed": both(adds(lora("m.yy", 12, 8)), said(allow_unmapped=True)),
     "a square that is said": both(plain(lora("x", 5, 5), alpha="1"), said(orientation="ab")),
     "a quantised model's own exceptions": base(quantization_config={"ignore": ["self_attn", "up_proj"]}),
+    "the base's own head at any weight": both(head(torch.ones(20, 8)), said(weights=(0.5,))),
     "the same head twice": both(head(torch.ones(20, 8)), second({HEAD: torch.ones(20, 8)})),
 }
 

@@ -5,6 +5,7 @@ It takes minutes for a megabyte, and is there so that the page and the program c
 
 from __future__ import annotations
 
+import math
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -47,10 +48,12 @@ def restore(said: Document, parts: Parts, merged: Parts, dtype: str, find: Find)
     deltas = [Fraction(0)] * len(patterns)
     work = reference.working(NAMES[dtype], NAMES[there])
     if said.get("terms"):
-        terms = [term_of(term, find) for term in said["terms"]]
-        product = reference.product([term for term, _ in terms], 1 if work == "float32" else 2)
-        product = [list(row) for row in zip(*product, strict=True)] if terms[0][1] else product
-        deltas = [rounded(value, work) for row in product for value in row]
+        deltas = []
+        for terms in zip(*(terms_of(term, find) for term in said["terms"]), strict=True):
+            product = reference.product(terms, 1 if work == "float32" else 2)
+            transposed = said["terms"][0].get("transposed", False)
+            product = turned(product) if transposed else product
+            deltas += [rounded(value, work) for row in product for value in row]
     else:
         largest = FORMATS[NAMES[there]].largest_pattern
         sign = FORMATS[NAMES[there]].sign
@@ -113,17 +116,37 @@ def from_residual(stream: bytes, dtype: str, candidate: bytes | None) -> bytes:
     return found
 
 
-def term_of(said: Mapping[str, Any], find: Find) -> tuple[Term, bool]:
-    """One term, and whether it is of the transposed matrix."""
-    matrices = []
-    for name in said["tensors"]:
-        dtype, shape, data = find(said["adapter"], name)
-        values = [decode(pattern, NAMES[dtype]) for pattern in patterns_in(data, dtype)]
-        columns = shape[1] if len(shape) == 2 else 1
-        matrix = [values[at : at + columns] for at in range(0, len(values), columns)]
-        matrices.append([list(row) for row in zip(*matrix, strict=True)] if said.get("swapped") else matrix)
-    a, b = matrices if said["kind"] == "lora" else ([[Fraction(1)]], matrices[0])
-    return Term(b, a, said["scale"]), said.get("transposed", False)
+def terms_of(said: Mapping[str, Any], find: Find) -> list[Term]:
+    """One term, or of a stack one for each of its matrices."""
+    found = [find(said["adapter"], name) for name in said["tensors"]]
+    values = [[decode(pattern, NAMES[dtype]) for pattern in patterns_in(data, dtype)] for dtype, _, data in found]
+    shapes = [shape for _, shape, _ in found]
+    if said["kind"] == "lora-stack":
+        stacks = [rows_of(one, shape[2]) for one, shape in zip(values, shapes, strict=True)]
+        inner, rank = shapes[0][1:]
+        parts = range(shapes[0][0])
+        a, b = [
+            [stack[at * high : (at + 1) * high] for at in parts]
+            for stack, high in zip(stacks, (inner, rank), strict=True)
+        ]
+        return [Term(turned(right), turned(left), said["scale"]) for left, right in zip(a, b, strict=True)]
+    matrices = [rows_of(one, math.prod(shape[1:])) for one, shape in zip(values, shapes, strict=True)]
+    if said["kind"] == "lora-bias":
+        return [Term(matrices[0], [[Fraction(1)]], said["scale"])]
+    left, right = matrices[1], matrices[0]
+    if said.get("swapped"):
+        left, right = turned(left), right if said["kind"] == "lora-conv" else turned(right)
+    return [Term(left, right, said["scale"])]
+
+
+def rows_of(values: list[Fraction], columns: int) -> list[list[Fraction]]:
+    """A matrix, row by row."""
+    return [values[at : at + columns] for at in range(0, len(values), columns)]
+
+
+def turned(matrix: list[list[Fraction]]) -> list[list[Fraction]]:
+    """Its transpose."""
+    return [list(row) for row in zip(*matrix, strict=True)]
 
 
 class Preimages:

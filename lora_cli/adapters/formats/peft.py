@@ -1,19 +1,23 @@
 """PEFT folders: `adapter_config.json` beside `adapter_model.safetensors` (huggingface/peft, `utils/save_and_load.py`).
 
 Keys are `base_model.model.<module>.lora_A.weight` (rank × in), `.lora_B.weight` (out × rank), `.lora_B.bias` (out), and
-whole tensors without infix. The scale is alpha/r, or alpha/√r for rsLoRA (Kalajdzievski 2023), with alpha and r taken
-from the first matching entry of `alpha_pattern` and `rank_pattern`.
+whole tensors without infix. Of a convolution both are kernels, (rank, in, k…) and (out, rank, 1…); of an embedding they
+are `.lora_embedding_A` (rank × entries) and `.lora_embedding_B` (dim × rank). DoRA has `.lora_magnitude_vector` (out)
+besides. The scale is alpha/r, or alpha/√r for rsLoRA (Kalajdzievski 2023), with alpha and r taken from the first
+matching entry of `alpha_pattern` and `rank_pattern`.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-from lora_cli.adapters.adapter import Adapter, LowRank, LowRankBias, Replacement, Scale, Target
+from lora_cli.adapters.adapter import Adapter, Delta, Replacement, Scale, Target
+from lora_cli.adapters.deltas import LowRank, LowRankBias, LowRankKernel, is_kernel_pair
 from lora_cli.adapters.formats.pairs import Pair, check_pairs
 from lora_cli.adapters.patterns import PeftPatterns
 from lora_cli.adapters.peft_config import check_fields
@@ -28,13 +32,12 @@ PREFIX = "base_model.model."
 _FACTOR = re.compile(
     r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.(?P<parameter>weight|bias)", re.DOTALL
 )
+_TABLE = re.compile(r"(?P<module>.+)\.lora_embedding_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?", re.DOTALL)
+_MAGNITUDE = re.compile(r"(?P<module>.+)\.lora_magnitude_vector(?:\.default)?(?:\.weight)?", re.DOTALL)
 _SAVED = re.compile(r"(?P<module>.+)\.modules_to_save\.(?P<adapter>[^.]+)\.(?P<parameter>[^.]+)", re.DOTALL)
 _BASE_LAYER = re.compile(r"(?P<module>.+)\.base_layer\.(?P<parameter>weight|bias)", re.DOTALL)
 _ORIGINAL = re.compile(r".+\.original_module\.[^.]+")
 _UNSUPPORTED = {
-    "lora_embedding_A": "LoRA on embeddings is not supported",
-    "lora_embedding_B": "LoRA on embeddings is not supported",
-    "lora_magnitude_vector": "DoRA is not supported",
     "trainable_tokens_delta": "single trained token rows are not supported",
     "lora_diag": "KaSA is not supported",
 }
@@ -66,10 +69,17 @@ def read(source: AdapterSource, options: ReadOptions) -> Adapter:
     found = _sort(source, config)
     pairs, biases = found.pairs, found.biases
     check_pairs(pairs, source.shard.name)
+    _refuse_stacks(pairs, source.shard.name)
     numbers, rslora = _Numbers(config), bool(config.get("use_rslora"))
     scales = {module: _scale(module, numbers, options, rslora=rslora) for module in pairs}
     _check_ranks(pairs, numbers)
-    targets = [Target(module, "weight", LowRank(*pair.both, scales[module])) for module, pair in pairs.items()]
+    targets = [
+        Target(
+            module, "weight", _delta(pair, scales[module], found.magnitudes.get(module), table=module in found.tables)
+        )
+        for module, pair in pairs.items()
+    ]
+    _check_magnitudes(targets, config)
     targets += [
         Target(module, "bias", LowRankBias(b, scales[module])) for module, b in biases.items() if module in pairs
     ]
@@ -81,10 +91,10 @@ def read(source: AdapterSource, options: ReadOptions) -> Adapter:
         evidence=detect(source) or "",
         targets=tuple(targets),
         replacements=tuple(found.replacements),
-        unread=(*found.unread, *(b for module, b in biases.items() if module not in pairs)),
+        unread=(*found.unread, *(t for more in (biases, found.magnitudes) for m, t in more.items() if m not in pairs)),
         skipped=tuple(found.skipped),
         config=config,
-        transposed_hint=fan if isinstance(fan, bool) else None,
+        transposed_hint=fan is True,  # as PEFT takes it where the config does not say
         orientation="ba",
         ignored_fields=ignored,
         stored=len(source.tensors),
@@ -107,7 +117,9 @@ class _Found:
     """The tensors of a file by what they are."""
 
     pairs: dict[str, Pair] = field(default_factory=dict)
+    tables: set[str] = field(default_factory=set)
     biases: dict[str, StoredTensor] = field(default_factory=dict)
+    magnitudes: dict[str, StoredTensor] = field(default_factory=dict)
     replacements: list[Replacement] = field(default_factory=list)
     skipped: list[tuple[StoredTensor, str]] = field(default_factory=list)
     unread: list[StoredTensor] = field(default_factory=list)
@@ -129,6 +141,14 @@ def _sort(source: AdapterSource, config: Mapping[str, Any]) -> _Found:
                 found.biases[module] = tensor
             else:
                 found.unread.append(tensor)
+        elif match := _TABLE.fullmatch(name):
+            module, side, adapter = match.groups()
+            adapter_names.add(adapter or "default")
+            _refuse_several(adapter_names, source)
+            found.pairs.setdefault(module, Pair()).put(side, tensor)
+            found.tables.add(module)
+        elif (match := _MAGNITUDE.fullmatch(name)) and match["module"] not in found.magnitudes:
+            found.magnitudes[match["module"]] = tensor
         elif _ORIGINAL.fullmatch(name):
             found.skipped.append((tensor, "a copy of the base's own tensor"))
         else:
@@ -152,8 +172,6 @@ def _refuse_unsupported(name: str, tensor: StoredTensor, source: AdapterSource) 
     reason = next(_UNSUPPORTED[part] for part in parts if part in _UNSUPPORTED) if refused else None
     if ".base_layer.lora_" in name:
         reason = "nested LoRA (several expert parameters of one module) is not supported"
-    elif not refused and len(tensor.shape) > 2 and ("lora_A" in parts or "lora_B" in parts):
-        reason = "LoRA on convolutions and expert stacks is not supported"
     if reason:
         raise UnsupportedError(reason, file=source.shard.name, tensor=tensor.key, found=f"shape {list(tensor.shape)}")
 
@@ -219,15 +237,56 @@ def _scale(module: str, numbers: _Numbers, options: ReadOptions, *, rslora: bool
     return Scale(float(alpha), int(rank), rslora, f"{alpha_source} / {root}{rank_source}")
 
 
+def _delta(pair: Pair, scale: Scale, magnitude: StoredTensor | None, *, table: bool) -> Delta:
+    a, b = pair.both
+    if len(a.shape) > 2:
+        return LowRankKernel(a, b, scale, magnitude=magnitude)
+    return LowRank(a, b, scale, kind="lora-embedding" if table else "lora", magnitude=magnitude)
+
+
+def _check_magnitudes(targets: Iterable[Target], config: Mapping[str, Any]) -> None:
+    """Each output has one magnitude; of a convolution they are in the shape of what it gives."""
+    found = [(target, target.delta.magnitude) for target in targets]
+    lost = [target.module for target, magnitude in found if magnitude is None and config.get("use_dora")]
+    if lost:
+        raise UnsupportedError("The config says DoRA, and the file lacks magnitudes", file=CONFIG_FILE, details=lost)
+    wrong = [
+        f"{target.module}: {list(magnitude.shape)} for {target.delta.shape[0]} outputs"
+        for target, magnitude in found
+        if magnitude is not None and math.prod(magnitude.shape) != target.delta.shape[0]
+    ]
+    if wrong:
+        raise ShapeError("There is not one magnitude for each output", file=CONFIG_FILE, details=wrong)
+
+
+def _refuse_stacks(pairs: Mapping[str, Pair], file: str) -> None:
+    """Refuse factors of three dimensions that are no kernels: a convolution's B ends in ones."""
+    stacks = [
+        f"{module}: A is {list(a.shape)}, B is {list(b.shape)}"
+        for module, (a, b) in ((module, pair.both) for module, pair in pairs.items())
+        if max(len(a.shape), len(b.shape)) > 2 and not (len(a.shape) == len(b.shape) and set(b.shape[2:]) <= {1})
+    ]
+    if stacks:
+        raise UnsupportedError("LoRA on expert stacks is not supported", file=file, details=stacks)
+
+
 def _check_ranks(pairs: Mapping[str, Pair], numbers: _Numbers) -> None:
     wrong = []
     for module, pair in pairs.items():
-        a, b = pair.both
-        if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1] or 0 in a.shape + b.shape:
-            wrong.append(f"{module}: A is {list(a.shape)}, B is {list(b.shape)}")
+        a, b = (tensor.shape for tensor in pair.both)
+        matrices = len(a) == len(b) == 2 and a[0] == b[1] and 0 not in a + b
+        if not matrices and not is_kernel_pair(a, b):
+            wrong.append(f"{module}: A is {list(a)}, B is {list(b)}{_groups_words(a, b)}")
             continue
         said = numbers.rank(module)
-        if said is not None and said[0] != a.shape[0]:
-            wrong.append(f"{module}: the factors have rank {a.shape[0]}, {said[1]} says {said[0]}")
+        if said is not None and said[0] != a[0]:
+            wrong.append(f"{module}: the factors have rank {a[0]}, {said[1]} says {said[0]}")
     if wrong:
         raise ShapeError("Ranks do not agree", file=CONFIG_FILE, details=wrong)
+
+
+def _groups_words(a: tuple[int, ...], b: tuple[int, ...]) -> str:
+    """Words for a convolution with groups, where PEFT's A sees all inputs, and each group of B only a part of A's."""
+    if len(a) > 2 and b[1] and a[0] > b[1] and a[0] % b[1] == 0:
+        return f"; a convolution in {a[0] // b[1]} groups, whose factors no kernel in groups is the product of"
+    return ""

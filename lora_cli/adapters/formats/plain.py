@@ -1,8 +1,10 @@
 """Plain safetensors files of factors: pairs `X.lora_A[.weight]`/`X.lora_B[.weight]`, or `X.A`/`X.B`.
 
-Both layouts occur in the wild: A (rank × in) with B (out × rank), and A (in × rank) with B (rank × out). Which one it
-is, the base's shapes decide later. The scale comes from a config beside the file, from header metadata, or from the
-user; it is never assumed.
+Both layouts occur in the wild: A (rank × in) with B (out × rank), and A (in × rank) with B (rank × out). The shapes of
+the factors say which one it is, and those of the base how the matrix is stored. Of a convolution A is a kernel of
+`rank` outputs, and B a kernel of size 1 or a matrix. Tensors that are no factors are parameters that were trained
+whole, as LoRA libraries save them beside the factors: the base's own names decide what they are. The scale comes from a
+config beside the file, from header metadata, or from the user; it is never assumed.
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from lora_cli.adapters.adapter import Adapter, LowRank, Scale, Target
+from lora_cli.adapters.adapter import Adapter, Delta, Replacement, Scale, Target
+from lora_cli.adapters.deltas import LowRank, LowRankKernel, is_kernel_pair
 from lora_cli.adapters.formats.pairs import Pair, check_pairs
 from lora_cli.adapters.peft_config import refuse_set_fields
 from lora_cli.adapters.source import CONFIG_FILE, AdapterSource, ReadOptions
@@ -20,7 +23,10 @@ from lora_cli.errors import MalformedFileError, MissingScaleError, ShapeError
 
 NAME = "plain"
 
-_FACTOR = re.compile(r"(?P<module>.+)\.(?:lora_)?(?P<side>[AB])(?:\.(?:default|weight|default\.weight))?", re.DOTALL)
+_FACTOR = re.compile(
+    r"(?P<module>.+)\.(?:lora_(?P<table>embedding_)?)?(?P<side>[AB])(?:\.(?:default|weight|default\.weight))?",
+    re.DOTALL,
+)
 _PREFIX = "base_model.model."
 _ALPHA_NAMES = ("lora_alpha", "alpha")
 _SCALE_NAMES = ("scale", "scaling")
@@ -44,24 +50,27 @@ def read(source: AdapterSource, options: ReadOptions) -> Adapter:
     """
     ignored = refuse_set_fields(source.config or {}, _KNOWN_FIELDS, file=CONFIG_FILE, ignore=options.ignore_fields)
     pairs: dict[str, Pair] = {}
-    unread = []
+    tables: set[str] = set()
+    replacements = []
     for key, tensor in source.tensors.items():
         match = _FACTOR.fullmatch(key)
-        if match:
-            pairs.setdefault(match["module"].removeprefix(_PREFIX), Pair()).put(match["side"], tensor)
-        else:
-            unread.append(tensor)
+        if match is None:
+            replacements.append(Replacement(key.removeprefix(_PREFIX), tensor, "in the file whole"))
+            continue
+        module = match["module"].removeprefix(_PREFIX)
+        pairs.setdefault(module, Pair()).put(match["side"], tensor)
+        if match["table"]:
+            tables.add(module)
     check_pairs(pairs, source.shard.name)
     targets = []
     wrong = []
     for module, pair in pairs.items():
-        swapped = _swapped(pair)
-        if swapped is None:
+        delta = _delta(pair, source, options, table=module in tables)
+        if delta is None:
             a, b = pair.both
             wrong.append(f"{module}: A is {list(a.shape)}, B is {list(b.shape)}")
             continue
-        rank = pair.both[0].shape[1 if swapped else 0]
-        targets.append(Target(module, "weight", LowRank(*pair.both, _scale(rank, source, options), swapped)))
+        targets.append(Target(module, "weight", delta))
     if wrong:
         raise ShapeError("Factors share no rank", file=source.shard.name, details=wrong)
     return Adapter(
@@ -70,11 +79,28 @@ def read(source: AdapterSource, options: ReadOptions) -> Adapter:
         format=NAME,
         evidence=detect(source) or "",
         targets=tuple(targets),
-        unread=tuple(unread),
+        replacements=tuple(replacements),
         config=source.config or {},
         ignored_fields=ignored,
         stored=len(source.tensors),
     )
+
+
+def _delta(pair: Pair, source: AdapterSource, options: ReadOptions, *, table: bool) -> Delta | None:
+    """The change that a pair makes; None where the factors share no rank."""
+    a, b = pair.both
+    if len(a.shape) > 2:
+        # Where both sides of a matrix B are as long as the rank, it is (rank × out): no library is known to write
+        # (out × rank) beside a kernel A, and where the sides differ they say themselves which is which.
+        swapped = len(b.shape) == 2 and b.shape[0] == a.shape[0]
+        if not is_kernel_pair(a.shape, b.shape[::-1] if swapped else b.shape):
+            return None
+        return LowRankKernel(a, b, _scale(a.shape[0], source, options), swapped)
+    turned = _swapped(pair)
+    if turned is None:
+        return None
+    scale = _scale(a.shape[1 if turned else 0], source, options)
+    return LowRank(a, b, scale, turned, "lora-embedding" if table else "lora")
 
 
 def _swapped(pair: Pair) -> bool | None:

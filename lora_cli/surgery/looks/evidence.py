@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -28,6 +28,7 @@ from lora_cli.surgery.compare import Part, parts
 from lora_cli.surgery.engine import Piece, Workshop
 from lora_cli.surgery.plan import Edit
 from lora_cli.surgery.readers import Readers, open_readers, raw_bytes, torch_dtype
+from lora_cli.surgery.runs import runs
 from lora_cli.surgery.workers import run_units
 
 AGREES = 50
@@ -166,37 +167,40 @@ class _Bench:
             enough=math.prod(edit.shape) // AGREES,
         )
         with open_readers() as readers:
-            products = [*_products(edit, readers)]
+            products = _Products(edit, readers)
             reader = readers.of(candidate)
             for piece in self._workshop.pieces(edit, part.begin, part.end):
                 found = self._found[: piece.result.nbytes].view(piece.result.dtype)
                 reader.read_into(candidate.offset + piece.offset * found.itemsize, raw_bytes(found))
-                for run, down, across in _runs(piece.offset, found.numel(), edit.matrix[1], longest):
-                    here = rows[:, : run.stop - run.start]
-                    for row, product in zip(here, products, strict=False):
-                        shape = (down.stop - down.start, across.stop - across.start)
-                        product.tile(down, across, transposed=edit.terms[0].transposed, out=row.view(shape))
-                    _see(evidence, here, asked, Piece(0, piece.source[run], piece.result[run]), found[run])
+                for run in runs(piece.offset, found.numel(), edit.terms[0].matrices, longest):
+                    here = rows[:, : run.place.stop - run.place.start]
+                    for row, product in zip(here, products.of(run.number), strict=False):
+                        transposed = edit.terms[0].transposed
+                        product.tile(run.rows, run.columns, transposed=transposed, out=row.view(run.shape))
+                    at = run.place
+                    _see(evidence, here, asked, Piece(0, piece.source[at], piece.result[at]), found[at])
         return evidence
 
 
-def _products(edit: Edit, readers: Readers) -> Iterator[ExactProduct]:
-    """The delta of each adapter alone, at the user's weight; at 1 where that is 0, so that it has a direction."""
-    slices = slices_for(work_dtype(torch_dtype(edit.source.dtype), torch_dtype(edit.dtype)))
-    for term in edit.terms:
-        yield prepare([term.delta.term(readers.load, term.weight or 1.0)], slices=slices)
+class _Products:
+    """The delta of each adapter alone, at the user's weight; at 1 where that is 0, so that it has a direction.
 
+    Of a stack those of one matrix at a time.
+    """
 
-def _runs(offset: int, elements: int, columns: int, longest: int) -> Iterator[tuple[slice, slice, slice]]:
-    """Cut a piece into runs that are tiles: whole rows or a part of one; yields their place in it, rows and columns."""
-    at = 0
-    while at < elements:
-        row, column = divmod(offset + at, columns)
-        whole = min(longest, elements - at) // columns if column == 0 else 0
-        count = whole * columns or min(longest, elements - at, columns - column)
-        across = slice(0, columns) if whole else slice(column, column + count)
-        yield slice(at, at + count), slice(row, row + max(1, whole)), across
-        at += count
+    def __init__(self, edit: Edit, readers: Readers) -> None:
+        self._edit = edit
+        self._readers = readers
+        self._slices = slices_for(work_dtype(torch_dtype(edit.source.dtype), torch_dtype(edit.dtype)))
+        self._prepared: tuple[int, list[ExactProduct]] = (-1, [])
+
+    def of(self, index: int) -> list[ExactProduct]:
+        """Those of one matrix of the stack; the last ones are kept."""
+        if self._prepared[0] != index:
+            load = self._readers.load
+            terms = [term.delta.term(load, term.weight or 1.0, index) for term in self._edit.terms]
+            self._prepared = index, [prepare([term], slices=self._slices) for term in terms]
+        return self._prepared[1]
 
 
 def _see(evidence: Evidence, rows: Tensor, asked: tuple[float, ...], piece: Piece, found: Tensor) -> None:

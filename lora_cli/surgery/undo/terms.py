@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
-from lora_cli.adapters.adapter import Delta, LowRank, LowRankBias, Scale
+from lora_cli.adapters.adapter import Delta, Scale
+from lora_cli.adapters.deltas import LowRank, LowRankBias, LowRankKernel, LowRankStack, is_kernel_pair, is_stack_pair
 from lora_cli.checkpoint.checkpoint import StoredTensor
 from lora_cli.checkpoint.manifest import TermRecord
 from lora_cli.errors import MalformedFileError, UnsupportedError
@@ -22,7 +23,7 @@ def record(term: Contribution) -> TermRecord:
         adapter=term.adapter,
         tensors=tuple(tensor.key for tensor in delta.tensors),
         scale=delta.scale.times(term.weight),
-        swapped=isinstance(delta, LowRank) and delta.swapped,
+        swapped=isinstance(delta, LowRank | LowRankKernel) and delta.swapped,
         transposed=term.transposed,
     )
 
@@ -45,19 +46,53 @@ def recall(said: TermRecord, key: str, find: Find) -> Contribution:
 
 def _delta(said: TermRecord, tensors: list[StoredTensor], key: str) -> Delta:
     scale = Scale(said.scale, None, rslora=False, source="undo file")
-    shapes = [tensor.shape for tensor in tensors]
-    numbers = all(tensor.dtype.name in MERGEABLE for tensor in tensors)
-    if said.kind == "lora" and numbers and list(map(len, shapes)) == [2, 2]:
-        if shapes[0][said.swapped] == shapes[1][not said.swapped]:
-            return LowRank(tensors[0], tensors[1], scale, said.swapped)
-    elif said.kind == "lora-bias" and numbers and list(map(len, shapes)) == [1]:
-        return LowRankBias(tensors[0], scale)
-    if said.kind not in ("lora", "lora-bias"):
+    if said.kind not in _KINDS:
         raise UnsupportedError(
             "The undo file has a kind of delta that is not known here",
             tensor=key,
             found=said.kind,
             hint="update lora-cli",
         )
-    found = ", ".join(f"{tensor.dtype.name} {list(tensor.shape)}" for tensor in tensors)
-    raise MalformedFileError("The undo file is damaged", tensor=key, expected=f"factors of {said.kind}", found=found)
+    delta = None
+    if all(tensor.dtype.name in MERGEABLE for tensor in tensors):
+        delta = _KINDS[said.kind](said, tensors, scale)
+    if delta is None:
+        found = ", ".join(f"{tensor.dtype.name} {list(tensor.shape)}" for tensor in tensors)
+        raise MalformedFileError(
+            "The undo file is damaged", tensor=key, expected=f"factors of {said.kind}", found=found
+        )
+    return delta
+
+
+def _matrix(said: TermRecord, tensors: Sequence[StoredTensor], scale: Scale) -> Delta | None:
+    shapes = [tensor.shape for tensor in tensors]
+    if list(map(len, shapes)) != [2, 2] or shapes[0][said.swapped] != shapes[1][not said.swapped]:
+        return None
+    return LowRank(tensors[0], tensors[1], scale, said.swapped, "lora" if said.kind == "lora" else "lora-embedding")
+
+
+def _kernel(said: TermRecord, tensors: Sequence[StoredTensor], scale: Scale) -> Delta | None:
+    if len(tensors) != 2:
+        return None
+    a, b = (tensor.shape for tensor in tensors)
+    fits = is_kernel_pair(a, b[::-1]) and len(b) == 2 if said.swapped else is_kernel_pair(a, b)
+    return LowRankKernel(tensors[0], tensors[1], scale, said.swapped) if fits else None
+
+
+def _stack(said: TermRecord, tensors: Sequence[StoredTensor], scale: Scale) -> Delta | None:
+    fits = len(tensors) == 2 and is_stack_pair(tensors[0].shape, tensors[1].shape)
+    return LowRankStack(tensors[0], tensors[1], scale) if fits else None
+
+
+def _bias(said: TermRecord, tensors: Sequence[StoredTensor], scale: Scale) -> Delta | None:
+    return LowRankBias(tensors[0], scale) if [len(tensor.shape) for tensor in tensors] == [1] else None
+
+
+_KINDS: Mapping[str, Callable[[TermRecord, Sequence[StoredTensor], Scale], Delta | None]] = {
+    "lora": _matrix,
+    "lora-embedding": _matrix,
+    "lora-conv": _kernel,
+    "lora-stack": _stack,
+    "lora-bias": _bias,
+}
+"""Kind → what makes a delta of that kind; None for factors that are none."""

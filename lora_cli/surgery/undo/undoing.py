@@ -274,7 +274,8 @@ class _Undoing:
             said.how, alike
         )
         digests = {len(said.digests), len(said.origin_digests)} == {amount}
-        fits = all(term.delta.shape == (edit.matrix[::-1] if term.transposed else edit.matrix) for term in edit.terms)
+        one_way = len({(term.delta.stack, term.transposed) for term in edit.terms}) <= 1
+        fits = one_way and all(term.covers(edit.shape) for term in edit.terms)
         terms = fits and (said.how == "preimages" or not edit.terms)
         sizes = (amount, edit.forgotten.stored.nbytes) if edit.forgotten else (0, 0)
         held = (len(said.fragments), sum(said.fragments)) == sizes and min(said.fragments, default=0) >= 0

@@ -1,0 +1,104 @@
+"""What an undo file says of each kind of delta, and what it cannot have meant."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kinds import gaussian
+from safetensors.torch import save_file
+
+from lora_cli.adapters.adapter import Delta, Scale
+from lora_cli.adapters.deltas import LowRank, LowRankBias, LowRankKernel, LowRankStack
+from lora_cli.checkpoint.checkpoint import StoredTensor, open_checkpoint
+from lora_cli.checkpoint.manifest import TermRecord
+from lora_cli.errors import MalformedFileError, UnsupportedError
+from lora_cli.surgery.plan import Contribution
+from lora_cli.surgery.undo.terms import recall, record
+
+SHAPES: dict[str, tuple[int, ...]] = {
+    "a": (2, 12), "b": (9, 2), "at": (12, 2), "bt": (2, 9), "bias": (9,),
+    "ka": (2, 4, 3), "kb": (9, 2, 1), "kc": (9, 2, 3), "kt": (1, 2, 9),
+    "sa": (3, 12, 2), "sb": (3, 2, 9), "sc": (4, 2, 9),
+}  # fmt: skip
+
+
+@pytest.fixture(name="stored")
+def stored_fixture(tmp_path: Path) -> Mapping[str, StoredTensor]:
+    tensors = {name: gaussian(at, *shape) for at, (name, shape) in enumerate(SHAPES.items())}
+    save_file(tensors | {"ids": gaussian(1, 2, 12).int()}, tmp_path / "f.safetensors")
+    return open_checkpoint(tmp_path / "f.safetensors").tensors
+
+
+def test_what_is_recorded_is_recalled(stored: Mapping[str, StoredTensor]) -> None:
+    scale = Scale(0.5, None, rslora=False, source="undo file")
+    s = stored
+    deltas: list[tuple[Delta, bool]] = [
+        (LowRank(s["a"], s["b"], scale), False),
+        (LowRank(s["at"], s["bt"], scale, True), True),
+        (LowRank(s["a"], s["b"], scale, kind="lora-embedding"), True),
+        (LowRank(s["at"], s["bt"], scale, True, "lora-embedding"), True),
+        (LowRankKernel(s["ka"], s["kb"], scale), False),
+        (LowRankKernel(s["ka"], s["b"], scale), False),
+        (LowRankKernel(s["ka"], s["bt"], scale, True), False),
+        (LowRankStack(s["sa"], s["sb"], scale), True),
+        (LowRankBias(s["bias"], scale), False),
+    ]
+    for delta, transposed in deltas:
+        found = recall(record(Contribution(3, "m", delta, 1.0, transposed)), "key", lambda number, name: s[name])
+        assert found == Contribution(3, "key", delta, 1.0, transposed)
+
+
+def said(kind: str, *tensors: str, **more: Any) -> TermRecord:
+    return TermRecord(kind, 0, tensors, 1.0, **more)
+
+
+BROKEN = [
+    said("lora", "a"),
+    said("lora", "a", "bt"),
+    said("lora", "a", "b", swapped=True),
+    said("lora", "ka", "kb"),
+    said("lora", "ids", "b"),
+    said("lora-embedding", "a", "bt"),
+    said("lora-embedding", "a", "b", "b"),
+    said("lora-conv", "ka"),
+    said("lora-conv", "ka", "kc"),
+    said("lora-conv", "ka", "bt"),
+    said("lora-conv", "ka", "kb", swapped=True),
+    said("lora-conv", "ka", "kt", swapped=True),
+    said("lora-conv", "a", "b"),
+    said("lora-stack", "sa"),
+    said("lora-stack", "sa", "sc"),
+    said("lora-stack", "ka", "kb"),
+    said("lora-bias", "b"),
+    said("lora-bias", "bias", "bias"),
+]
+
+
+@pytest.mark.parametrize("term", BROKEN, ids=lambda term: f"{term.kind} {' '.join(term.tensors)}")
+def test_factors_of_another_kind_are_damage(stored: Mapping[str, StoredTensor], term: TermRecord) -> None:
+    with pytest.raises(MalformedFileError, match="damaged"):
+        recall(term, "key", lambda number, name: stored[name])
+
+
+def test_a_kind_that_is_not_known_is_refused(stored: Mapping[str, StoredTensor]) -> None:
+    with pytest.raises(UnsupportedError, match="not known here") as caught:
+        recall(said("loha", "a", "b"), "key", lambda number, name: stored[name])
+    assert caught.value.found == "loha"
+
+
+@pytest.mark.parametrize(("delta", "transposed", "fits", "fails"), [
+    (lambda s, scale: LowRank(s["a"], s["b"], scale), False, [(9, 12), (9, 4, 3), (9, 12, 1)], [(12, 9), (108,)]),
+    (lambda s, scale: LowRank(s["a"], s["b"], scale), True, [(12, 9), (12, 3, 3)], [(9, 12), ()]),
+    (lambda s, scale: LowRankKernel(s["ka"], s["kb"], scale), False, [(9, 4, 3)], [(9, 12, 3), (4, 9, 3)]),
+    (lambda s, scale: LowRankStack(s["sa"], s["sb"], scale), True, [(3, 12, 9)], [(3, 9, 12), (36, 9), (3, 108)]),
+    (lambda s, scale: LowRankBias(s["bias"], scale), False, [(9,)], [(10,), ()]),
+])  # fmt: skip
+def test_a_delta_covers_tensors_of_its_shape(
+    stored: Mapping[str, StoredTensor], delta: Any, transposed: bool, fits: list[Any], fails: list[Any]
+) -> None:
+    term = Contribution(0, "m", delta(stored, Scale(1.0, None, False, "")), 1.0, transposed)
+    assert all(term.covers(shape) for shape in fits)
+    assert not any(term.covers(shape) for shape in fails)
