@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_cli.adapters.modules import Module
-from lora_cli.adapters.names import Chain, First, Mapper, Subtree, Wrap
+from lora_cli.adapters.names import Mapper
 from lora_cli.adapters.source import ReadOptions
 from lora_cli.adapters.targets import choose
 from lora_cli.errors import NamesError, UsageError
@@ -20,7 +20,7 @@ from lora_cli.nn.config import LoRAConfig
 from lora_cli.nn.factors import DEFAULT
 from lora_cli.nn.layer import LoRALayer
 from lora_cli.nn.loading import find
-from lora_cli.nn.modules import described, layers_of, paths_of, without_inner
+from lora_cli.nn.modules import described, layers_of, mapper_of, paths_of, without_inner
 from lora_cli.nn.saving import save_adapter
 from lora_cli.nn.wholes import Wholes, biases, saved_modules
 from lora_cli.nn.wrap import wrap
@@ -65,7 +65,11 @@ def load_adapter(
         LoraCliError: What `inject` and `Injection.load` raise.
     """
     injection = Injection(model)
-    injection.load(folder, name, options=options, dropout=dropout)
+    try:
+        injection.load(folder, name, options=options, dropout=dropout)
+    except BaseException:
+        injection.take_out()  # all parameters ask for gradients as they did
+        raise
     return injection
 
 
@@ -86,8 +90,7 @@ class Injection:
         self.layers: dict[str, LoRALayer] = {}
         self._asked = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         self._initial = _count(parameter for parameter, asks in self._asked if asks)
-        self._mapper: Mapper = Wrap(frozenset())
-        self._unmapper = self._mapper.inverse
+        self._settle_names()
         self._wholes = Wholes()
         self._untied: list[tuple[LoRALayer, nn.Parameter]] = []
 
@@ -114,11 +117,10 @@ class Injection:
         new = {layer.base: layer for module, layer in layers.items() if module not in self.layers}
         self._replace(new)
         self.layers |= layers
-        self._mapper = _mapper(self.model)
-        self._unmapper = self._mapper.inverse
+        self._settle_names()
         self.configs[name] = config
         whole |= biases(self.model, config.bias, layers)
-        self._wholes.train({self.plain_name(key): parameter for key, parameter in whole.items()})
+        self._wholes.train({self.plain_name(key): parameter for key, parameter in whole.items()}, name)
 
     def load(
         self, folder: str | Path, name: str, *, options: ReadOptions | None = None, dropout: float | None = None
@@ -137,8 +139,33 @@ class Injection:
         found = find(folder, list(self.base_state()), options or ReadOptions())
         self.add(found.config(dropout=dropout), name)
         parameters = {self.plain_name(key): parameter for key, parameter in self.model.named_parameters()}
-        self._wholes.train({key: parameters[key] for key in found.wholes})
-        found.fill(self.layers, parameters, name)
+        self._wholes.train({key: parameters[key] for key in found.wholes}, name)
+        try:
+            found.fill(self.layers, parameters, name)
+        except BaseException:
+            self.remove(name)
+            raise
+
+    def remove(self, name: str) -> None:
+        """Take one adapter out of the model, and give back what was trained whole with it.
+
+        A layer without any adapter left is in the model as it was before.
+
+        Raises:
+            NamesError: No such adapter.
+            UsageError: The model is merged.
+        """
+        self._check_known([name])
+        for layer in self.layers.values():
+            if name in layer.settings:
+                layer.remove_adapter(name)
+        bare = {module: layer for module, layer in self.layers.items() if not layer.settings}
+        self._replace({layer: layer.released() for layer in bare.values()})
+        for module in bare:
+            del self.layers[module]
+        del self.configs[name]
+        self._wholes.restore(name)
+        self._settle_names()
 
     def save(self, folder: str | Path, name: str = DEFAULT, *, base_model: str | None = None) -> None:
         """Write an adapter as a PEFT folder; see `saving.save_adapter`."""
@@ -157,7 +184,6 @@ class Injection:
                 if name in layer.settings:
                     layer.remove_adapter(name)
                 if module_name not in self.layers:
-                    layer.restore_base()
                     layer.released()
             raise
         return ready
@@ -171,9 +197,7 @@ class Injection:
             UsageError: The model is merged.
         """
         wanted = {**dict.fromkeys(names, 1.0), **weights}
-        lost = [name for name in wanted if name not in self.configs]
-        if lost:
-            raise NamesError("No such adapter", found=", ".join(lost), expected=", ".join(self.configs))
+        self._check_known(wanted)
         for layer in self.layers.values():
             layer.activate({name: weight for name, weight in wanted.items() if name in layer.settings})
 
@@ -185,6 +209,13 @@ class Injection:
                 stack.enter_context(layer.disabled())
             stack.enter_context(self._wholes.swapped())
             yield
+
+    def _check_known(self, names: Iterable[str]) -> None:
+        lost = [name for name in names if name not in self.configs]
+        if lost:
+            raise NamesError(
+                "No such adapter", found=", ".join(lost), expected=", ".join(self.configs) or "none is here"
+            )
 
     # What is trained
 
@@ -230,6 +261,10 @@ class Injection:
     def mapper(self) -> Mapper:
         """Key of a plain checkpoint → key of the injected model: X.weight → X.base.weight, biases too; others stay."""
         return self._mapper
+
+    def _settle_names(self) -> None:
+        self._mapper = mapper_of(self.model)
+        self._unmapper = self._mapper.inverse
 
     def plain_name(self, key: str) -> str:
         """The name that a parameter of the injected model has in a plain checkpoint."""
@@ -324,7 +359,8 @@ class Injection:
         if not merged:
             if is_merged:
                 self.unmerge()
-            self._wholes.restore()
+            for name in reversed(list(self.configs)):
+                self._wholes.restore(name)
             for layer in self.layers.values():
                 layer.restore_base()
         self._replace({layer: layer.released() for layer in self.layers.values()})
@@ -332,6 +368,7 @@ class Injection:
             parameter.requires_grad_(asked)
         self.layers.clear()
         self.configs.clear()
+        self._settle_names()
         return self.model
 
     def _replace(self, new: Mapping[nn.Module, nn.Module]) -> None:
@@ -340,20 +377,6 @@ class Injection:
             if module in new:
                 for path in paths:
                     self.model.set_submodule(path, new[module])
-
-
-def _mapper(model: nn.Module) -> Mapper:
-    """How parameters are named since LoRA layers took their places."""
-    found = {
-        path: module for module, paths in paths_of(model).items() if isinstance(module, LoRALayer) for path in paths
-    }
-    attention = [path for path, layer in found.items() if layer.kind == "attention"]
-    outer = Wrap(frozenset(found))
-    if not attention:
-        return outer
-    inner = Wrap(frozenset(f"{path}.out_proj" for path in attention))
-    moved = First(tuple(Subtree(f"{path}.out_proj", f"{path}.base.out_proj") for path in attention))
-    return First((Chain((inner, moved)), outer))
 
 
 def _count(parameters: Iterable[nn.Parameter]) -> int:

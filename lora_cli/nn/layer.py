@@ -227,14 +227,18 @@ class LoRALayer(Merging):
         return start.first_factor(shape, dtype)
 
     def remove_adapter(self, name: str) -> None:
-        """Take an adapter away. What an init took off the weight for it stays off; see `restore_base`.
+        """Take an adapter away, and give the weight back what its init took off it.
 
         Raises:
             NamesError: There is none of this name.
             UsageError: The layer is merged.
+            WrongInputError: Its init took something off the weight, which was changed since: by another such adapter,
+                which is to be removed first, or by hand.
         """
         self._refuse_while_merged("lose an adapter")
         self._check_known([name])
+        if name in self._taken:
+            self._give_back(name)
         for factors in (self.lora_A, self.lora_B, self.lora_magnitude):
             if name in factors:
                 factors.remove(name)

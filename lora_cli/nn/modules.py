@@ -8,6 +8,7 @@ from dataclasses import replace
 from torch import nn
 
 from lora_cli.adapters.modules import Module, describe, parents_of_experts
+from lora_cli.adapters.names import Chain, First, Mapper, Subtree, Wrap
 from lora_cli.nn.layer import LoRALayer
 from lora_cli.nn.wrap import kind_of
 
@@ -65,3 +66,17 @@ def paths_of(model: nn.Module) -> dict[nn.Module, list[str]]:
     for name, module in model.named_modules(remove_duplicate=False):
         paths.setdefault(module, []).append(name)
     return paths
+
+
+def mapper_of(model: nn.Module) -> Mapper:
+    """How parameters are named since LoRA layers took their places."""
+    found = {
+        path: module for module, paths in paths_of(model).items() if isinstance(module, LoRALayer) for path in paths
+    }
+    attention = [path for path, layer in found.items() if layer.kind == "attention"]
+    outer = Wrap(frozenset(found))
+    if not attention:
+        return outer
+    inner = Wrap(frozenset(f"{path}.out_proj" for path in attention))
+    moved = First(tuple(Subtree(f"{path}.out_proj", f"{path}.base.out_proj") for path in attention))
+    return First((Chain((inner, moved)), outer))

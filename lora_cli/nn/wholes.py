@@ -20,26 +20,30 @@ class Wholes:
     def __init__(self) -> None:
         self.parameters: dict[str, nn.Parameter] = {}
         self._before: dict[str, Tensor] = {}
+        self._of: dict[str, str] = {}
 
-    def train(self, parameters: Mapping[str, nn.Parameter]) -> None:
+    def train(self, parameters: Mapping[str, nn.Parameter], adapter: str) -> None:
         """Let parameters ask for gradients, and keep what they are.
 
         Args:
             parameters: By their names in a plain checkpoint.
+            adapter: With which adapter they are trained; the first one counts.
         """
         for name, parameter in parameters.items():
             if name not in self.parameters:
                 self.parameters[name] = parameter
                 self._before[name] = parameter.detach().cpu().clone()
+                self._of[name] = adapter
             parameter.requires_grad_(True)
 
     @torch.no_grad()
-    def restore(self) -> None:
-        """Give back what the parameters were, and forget them."""
-        for name, parameter in self.parameters.items():
-            parameter.copy_(self._before[name])
-        self.parameters.clear()
-        self._before.clear()
+    def restore(self, adapter: str) -> None:
+        """Give back what the parameters of an adapter were, freeze them, and forget them."""
+        for name in [name for name, found in self._of.items() if found == adapter]:
+            parameter = self.parameters.pop(name)
+            parameter.copy_(self._before.pop(name))
+            parameter.requires_grad_(False)
+            del self._of[name]
 
     @contextmanager
     def swapped(self) -> Iterator[None]:

@@ -477,6 +477,31 @@ def test_several_adapters_and_their_weights() -> None:
     assert same(logits_of(model), base)
 
 
+@pytest.mark.parametrize("init", ["kaiming", "pissa"])
+def test_one_adapter_of_two_is_removed(init: str) -> None:
+    model = Net()
+    before = state(model)
+    injection = stirred(inject(model, rank=2, targets=("q_proj", "attn"), init=init, name="first"))
+    after_first, logits = state(model), logits_of(model)
+    injection.add(
+        LoRAConfig(rank=2, targets=("q_proj", "conv"), init=init, bias="all", modules_to_save=("norm",)), "second"
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and ".first." not in name:
+                parameter.add_(1.0)
+    injection.remove("second")
+    assert "conv" not in injection.layers
+    assert type(model.conv) is nn.Conv1d
+    assert same(logits_of(model), logits)
+    assert same_bits(state(model), after_first)
+    injection.remove("first")
+    assert same_bits(state(model), before)
+    assert not injection.layers
+    with pytest.raises(NamesError, match="No such adapter"):
+        injection.remove("first")
+
+
 def test_predicates_see_what_a_layer_is() -> None:
     seen: list[Module] = []
 
