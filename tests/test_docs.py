@@ -35,9 +35,11 @@ def test_the_reference_and_the_schemas_are_current() -> None:
     assert done.returncode == 0, done.stdout
 
 
-def test_the_python_snippet_runs(demo: Path) -> None:
-    (snippet,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_python_snippets_run(demo: Path, number: int) -> None:
+    snippets = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(snippets) == 2
+    snippet, env = snippets[number], {**os.environ, "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", snippet], cwd=demo, env=env, check=True)
 
 
