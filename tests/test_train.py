@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -85,7 +86,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(finished: Path, tmp_pa
 
 
 def test_a_run_goes_on_only_with_its_own_settings(finished: Path, tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match=r'other settings.*"rank": 8'):
+    with pytest.raises(SystemExit, match=r"other settings.*'rank': 8"):
         pipeline.run(finished, replace(QUICK, rank=4), resume=True, after_step=never)
     with pytest.raises(SystemExit, match="no run that could go on"):
         pipeline.run(tmp_path, QUICK, resume=True, after_step=never)
@@ -100,14 +101,35 @@ def test_folders_of_others_are_left_alone(tmp_path: Path) -> None:
 
 
 def test_the_command_line_says_what_is_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    seen = []
+    seen: list[object] = []
     monkeypatch.setattr(pipeline, "run", lambda out, settings, *, resume: seen.append((out, settings, resume)))
-    pipeline.main([str(tmp_path), "--resume", "--steps", "7", "--alpha", "2.5"])
     pipeline.main([])
+    pipeline.main([str(tmp_path), "--steps", "7", "--alpha", "2.5"])
     assert seen == [
-        (tmp_path, pipeline.Settings(steps=7, alpha=2.5), True),
         (Path("train-out"), pipeline.Settings(), False),
+        (tmp_path, pipeline.Settings(steps=7, alpha=2.5), False),
     ]
+    with pytest.raises(SystemExit, match="no run that could go on"):
+        pipeline.main([str(tmp_path), "--resume"])
+
+
+def test_a_run_goes_on_with_what_it_was_started_with(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seen: list[object] = []
+    monkeypatch.setattr(pipeline, "run", lambda out, settings, *, resume: seen.append((settings, resume)))
+    pipeline.main([str(finished), "--resume"])
+    pipeline.main([str(finished), "--resume", "--rank", "2"])
+    assert seen == [(QUICK, True), (replace(QUICK, rank=2), True)]
+
+
+def test_who_stops_it_is_told_how_to_go_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "run", interrupted)
+    with pytest.raises(SystemExit, match=f"To go on: scripts/train {re.escape(str(tmp_path))} --resume"):
+        pipeline.main([str(tmp_path)])
 
 
 def test_an_adapter_that_learned_nothing_is_a_failure(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ class Factors(nn.Module):
         if name == DEFAULT:
             self.register_parameter("weight", nn.Parameter(tensor))
             return
-        if not name.isidentifier() or hasattr(self, name):
+        if not name.isidentifier() or name == "weight" or hasattr(nn.ModuleDict, name) or hasattr(self, name):
             raise UsageError("An adapter's name is a plain word that torch does not use itself", found=name)
         holder = nn.Module()
         holder.register_parameter("weight", nn.Parameter(tensor))

@@ -15,12 +15,12 @@ from lora_cli.adapters.modules import Module
 from lora_cli.adapters.names import Mapper
 from lora_cli.adapters.source import ReadOptions
 from lora_cli.adapters.targets import choose
-from lora_cli.errors import NamesError, UsageError
+from lora_cli.errors import LoraCliError, NamesError, UsageError
 from lora_cli.nn.config import LoRAConfig
 from lora_cli.nn.factors import DEFAULT
 from lora_cli.nn.layer import LoRALayer
 from lora_cli.nn.loading import find
-from lora_cli.nn.modules import described, layers_of, mapper_of, paths_of, without_inner
+from lora_cli.nn.modules import check_names, described, layers_of, mapper_of, paths_of, without_inner
 from lora_cli.nn.saving import save_adapter
 from lora_cli.nn.wholes import Wholes, biases, saved_modules
 from lora_cli.nn.wrap import wrap
@@ -179,7 +179,9 @@ class Injection:
                 there = found[module.name]
                 layer = ready[module.name] = there if isinstance(there, LoRALayer) else wrap(there)
                 layer.add_adapter(name, config.parameters_for(module.name), start=config.start_for(module.name))
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, LoraCliError):
+                error.tensor = error.tensor or module.name
             for module_name, layer in ready.items():
                 if name in layer.settings:
                     layer.remove_adapter(name)
@@ -219,10 +221,9 @@ class Injection:
 
     # What is trained
 
-    @property
-    def wholes(self) -> dict[str, nn.Parameter]:
-        """Parameters that are trained whole, by their names in a plain checkpoint."""
-        return dict(self._wholes.parameters)
+    def wholes_of(self, name: str) -> dict[str, nn.Parameter]:
+        """Parameters that are trained whole with an adapter, by their names in a plain checkpoint."""
+        return self._wholes.of(name)
 
     def parameters(self) -> list[nn.Parameter]:
         """The parameters that ask for gradients: give them to the optimizer."""
@@ -239,7 +240,7 @@ class Injection:
             NamesError: Names that are missing, or too many.
         """
         own = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        _check_names(state, own, "The state is not of this injection")
+        check_names(state, own, "The state is not of this injection")
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(state[name])
@@ -276,9 +277,12 @@ class Injection:
         Raises:
             NamesError: Tensors that are missing, or that the model does not have.
         """
-        mapper, own = self.mapper, self._base_keys()
-        renamed = {mapper(key) or key: tensor for key, tensor in state.items()}
-        _check_names(renamed, own, "The checkpoint is not one of this model")
+        renamed = {self._mapper(key) or key: tensor for key, tensor in state.items()}
+        own = self.model.state_dict(keep_vars=True)
+        # Of a tensor that has two names, such as a tied head, files mostly hold one.
+        there = {id(own[key]) for key in renamed if key in own}
+        wanted = [key for key in self._base_keys() if key in renamed or id(own[key]) not in there]
+        check_names(renamed, wanted, "The checkpoint is not one of this model")
         self.model.load_state_dict(renamed, strict=False)
 
     def base_state(self) -> dict[str, Tensor]:
@@ -302,12 +306,15 @@ class Injection:
         """Put the active adapters into the base's weights, exactly. A tied weight is untied: its twin stays as it was.
 
         Raises:
-            UsageError: The model is merged already.
+            UsageError: The model is merged already, or no adapter is in use.
             NumericError: Numbers that must not be merged. The model is then as before.
         """
+        active = [layer for layer in self.layers.values() if layer.active]
+        if not active:
+            raise UsageError("No adapter is active, so there is nothing to merge")
         done: list[LoRALayer] = []
         try:
-            for layer in self._active_layers():
+            for layer in active:
                 self._untie(layer)
                 layer.merge()
                 done.append(layer)
@@ -322,14 +329,14 @@ class Injection:
 
         Raises:
             UsageError: The model is not merged.
-            WrongInputError: Weights were changed since.
+            WrongInputError: A weight was changed since. Layers before that one are then unmerged.
         """
-        for layer in self._active_layers():
+        merged = [layer for layer in self.layers.values() if layer.merged]
+        if not merged:
+            raise UsageError("The model is not merged, so there is nothing to take out")
+        for layer in merged:
             layer.unmerge()
         self._tie()
-
-    def _active_layers(self) -> list[LoRALayer]:
-        return [layer for layer in self.layers.values() if layer.active]
 
     def _untie(self, layer: LoRALayer) -> None:
         weight = layer.base_weight
@@ -347,8 +354,9 @@ class Injection:
         """Take the LoRA layers out of the model, with what they learned put into its weights or not.
 
         Args:
-            merged: Merge first, and keep what was trained whole. Otherwise the model is bit for bit as before the
-                injection.
+            merged: Merge first, and keep what was trained whole; a tied weight that was merged stays untied, which a
+                transformers model is to be told (`config.tie_word_embeddings`). Otherwise the model is bit for bit as
+                before the injection.
 
         Returns:
             The model: plain layers, and the parameters ask for gradients as they did before.
@@ -366,6 +374,9 @@ class Injection:
         self._replace({layer: layer.released() for layer in self.layers.values()})
         for parameter, asked in self._asked:
             parameter.requires_grad_(asked)
+        for layer, twin in self._untied:
+            layer.base_weight.requires_grad_(twin.requires_grad)
+        self._untied.clear()
         self.layers.clear()
         self.configs.clear()
         self._settle_names()
@@ -381,11 +392,3 @@ class Injection:
 
 def _count(parameters: Iterable[nn.Parameter]) -> int:
     return sum(parameter.numel() for parameter in parameters)
-
-
-def _check_names(found: Iterable[str], expected: Iterable[str], message: str) -> None:
-    there, wanted = set(found), set(expected)
-    details = [f"{name} is missing" for name in sorted(wanted - there)]
-    details += [f"{name} is not known" for name in sorted(there - wanted)]
-    if details:
-        raise NamesError(message, details=details)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from torch import nn
 
 from lora_cli.adapters.modules import Module, describe, parents_of_experts
 from lora_cli.adapters.names import Chain, First, Mapper, Subtree, Wrap
+from lora_cli.errors import NamesError
 from lora_cli.nn.layer import LoRALayer
 from lora_cli.nn.wrap import kind_of
 
@@ -80,3 +81,16 @@ def mapper_of(model: nn.Module) -> Mapper:
     inner = Wrap(frozenset(f"{path}.out_proj" for path in attention))
     moved = First(tuple(Subtree(f"{path}.out_proj", f"{path}.base.out_proj") for path in attention))
     return First((Chain((inner, moved)), outer))
+
+
+def check_names(found: Iterable[str], expected: Iterable[str], message: str) -> None:
+    """Refuse names that are not those expected.
+
+    Raises:
+        NamesError: With all that are missing, or too many.
+    """
+    there, wanted = set(found), set(expected)
+    details = [f"{name} is missing" for name in sorted(wanted - there)]
+    details += [f"{name} is not known" for name in sorted(there - wanted)]
+    if details:
+        raise NamesError(message, details=details)

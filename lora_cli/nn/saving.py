@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,9 +54,10 @@ def save_adapter(
     """
     layers = _layers_with(injection, name)
     tensors: dict[str, Tensor] = {}
+    wholes = injection.wholes_of(name)
     for module, layer in layers.items():
         tensors |= {f"{PREFIX}{key}": tensor for key, tensor in _peft_tensors(module, layer, name).items()}
-    tensors |= {f"{PREFIX}{_whole_key(key, injection)}": whole for key, whole in injection.wholes.items()}
+    tensors |= {f"{PREFIX}{_whole_key(key, injection)}": whole for key, whole in wholes.items()}
     data = safetensors.torch.save({key: _own(tensor) for key, tensor in tensors.items()}, metadata={"format": "pt"})
     config = _config(injection, layers, name, base_model)
     with Staging(Path(folder), folder=True).opened() as staging:
@@ -156,17 +157,16 @@ def _config(injection: Injection, layers: Mapping[str, LoRALayer], name: str, ba
         "lora_dropout": config.dropout,
         "use_dora": config.dora,
         "bias": config.bias,
-        "modules_to_save": _saved(config, injection) or None,
+        "modules_to_save": _saved(config, injection.wholes_of(name)) or None,
         "rank_pattern": {module: rank for module, (rank, _) in others.items() if rank != common[0]},
         "alpha_pattern": {module: _plain(alpha) for module, (_, alpha) in others.items() if alpha != common[1]},
     }
 
 
-def _saved(config: LoRAConfig, injection: Injection) -> list[str]:
-    """Modules that hold what was trained whole, other than biases."""
-    if config.bias == "none":
-        return sorted({name.rpartition(".")[0] for name in injection.wholes})
-    return sorted({name.rpartition(".")[0] for name in injection.wholes if not name.endswith("bias")})
+def _saved(config: LoRAConfig, wholes: Collection[str]) -> list[str]:
+    """Modules that hold what was trained whole; biases are not told by module where the config asks for them."""
+    told = () if config.bias == "none" else ("bias",)
+    return sorted({name.rpartition(".")[0] for name in wholes if not name.endswith(told)})
 
 
 def _numbers(layer: LoRALayer, name: str) -> tuple[int, float]:

@@ -20,30 +20,35 @@ class Wholes:
     def __init__(self) -> None:
         self.parameters: dict[str, nn.Parameter] = {}
         self._before: dict[str, Tensor] = {}
-        self._of: dict[str, str] = {}
+        self._adapters: dict[str, set[str]] = {}
 
     def train(self, parameters: Mapping[str, nn.Parameter], adapter: str) -> None:
         """Let parameters ask for gradients, and keep what they are.
 
         Args:
             parameters: By their names in a plain checkpoint.
-            adapter: With which adapter they are trained; the first one counts.
+            adapter: With which adapter they are trained. There may be several.
         """
         for name, parameter in parameters.items():
             if name not in self.parameters:
                 self.parameters[name] = parameter
                 self._before[name] = parameter.detach().cpu().clone()
-                self._of[name] = adapter
+            self._adapters.setdefault(name, set()).add(adapter)
             parameter.requires_grad_(True)
+
+    def of(self, adapter: str) -> dict[str, nn.Parameter]:
+        """What is trained with an adapter."""
+        return {name: p for name, p in self.parameters.items() if adapter in self._adapters[name]}
 
     @torch.no_grad()
     def restore(self, adapter: str) -> None:
-        """Give back what the parameters of an adapter were, freeze them, and forget them."""
-        for name in [name for name, found in self._of.items() if found == adapter]:
-            parameter = self.parameters.pop(name)
-            parameter.copy_(self._before.pop(name))
-            parameter.requires_grad_(False)
-            del self._of[name]
+        """Give back what the parameters of an adapter were, and freeze them, unless another one has them too."""
+        for name in self.of(adapter):
+            self._adapters[name].discard(adapter)
+            if not self._adapters[name]:
+                parameter = self.parameters.pop(name)
+                parameter.copy_(self._before.pop(name))
+                parameter.requires_grad_(False)
 
     @contextmanager
     def swapped(self) -> Iterator[None]:

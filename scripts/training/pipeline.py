@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from corpus import Text
@@ -54,16 +55,19 @@ class Settings:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run what the command line says."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, argument_default=argparse.SUPPRESS)
     parser.add_argument("out", nargs="?", type=Path, default=Path("train-out"), metavar="OUT")
-    parser.add_argument("--resume", action="store_true", help="go on with the run that stopped in OUT")
+    parser.add_argument("--resume", action="store_true", default=False, help="go on with the run that stopped in OUT")
     for name, value in asdict(Settings()).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value, help=f"[{value}]")
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), help=f"[{value}]")
     said = vars(parser.parse_args(arguments))
     out, resume = said.pop("out"), said.pop("resume")
     # A model this small gains nothing from more threads, and sums do not depend on how many there are.
     torch.set_num_threads(1)
-    run(out, Settings(**said), resume=resume)
+    try:
+        run(out, Settings(**((settings_of(out) if resume else {}) | said)), resume=resume)
+    except KeyboardInterrupt:
+        sys.exit(f"\nStopped. To go on: scripts/train {out} --resume")
 
 
 def run(out: Path, settings: Settings, *, resume: bool, after_step: Callable[[int], None] = lambda step: None) -> None:
@@ -85,10 +89,8 @@ def prepare(out: Path, settings: Settings, *, resume: bool) -> None:
     """Make room in the folder, or see that the run in it can go on."""
     mine = out / SETTINGS
     if resume:
-        if not mine.is_file():
-            sys.exit(f"{out} holds no run that could go on")
-        if json.loads(mine.read_text("utf-8")) != asdict(settings):
-            sys.exit(f"The run in {out} has other settings: {mine.read_text('utf-8').strip()}")
+        if settings_of(out) != asdict(settings):
+            sys.exit(f"The run in {out} has other settings: {settings_of(out)}")
     elif mine.is_file():
         (out / STATE).unlink(missing_ok=True)
         remove(out, MADE)
@@ -96,6 +98,15 @@ def prepare(out: Path, settings: Settings, *, resume: bool) -> None:
         sys.exit(f"{out} holds something that this script did not make; name another folder")
     out.mkdir(parents=True, exist_ok=True)
     mine.write_text(json.dumps(asdict(settings)) + "\n", encoding="utf-8")
+
+
+def settings_of(out: Path) -> dict[str, Any]:
+    """What the run in a folder was started with."""
+    mine = out / SETTINGS
+    if not mine.is_file():
+        sys.exit(f"{out} holds no run that could go on")
+    stored: dict[str, Any] = json.loads(mine.read_text("utf-8"))
+    return stored
 
 
 def make_base(folder: Path, settings: Settings) -> None:
@@ -107,7 +118,10 @@ def make_base(folder: Path, settings: Settings) -> None:
     model, prose = Decoder(Shape(max_position_embeddings=settings.length)), Text.read("prose")
     fit(model, Whole(model), prose, settings.for_base, label="prose")
     print(f"prose, held out: loss {evaluate(model, prose, settings.length):.4f}")
-    model.save(folder)
+    making = folder.with_name("base.making")
+    shutil.rmtree(making, ignore_errors=True)
+    model.save(making)
+    making.rename(folder)
 
 
 def train_adapter(out: Path, settings: Settings, after_step: Callable[[int], None]) -> tuple[float, float, Injection]:

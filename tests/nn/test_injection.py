@@ -1,103 +1,31 @@
-"""Injection into live models: what gets an adapter, what is trained, names, merging, and the way back."""
+"""Injection into live models: what gets an adapter, what is trained, and under which names."""
 
 import copy
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from net_world import (
+    EVERYTHING,
+    LAYERS,
+    WIDTH,
+    Net,
+    ids,
+    logits_of,
+    same,
+    same_bits,
+    seeded,
+    state,
+    stirred,
+)
+from torch import nn
 
-from lora_cli.adapters.modules import Module
-from lora_cli.errors import LoraCliError, NamesError, NumericError, UnsupportedError, UsageError, WrongInputError
-from lora_cli.nn import GroupedLinear, Injection, LoRAConfig, LoRALinear, inject
+from lora_cli.errors import LoraCliError, NamesError, UnsupportedError, UsageError
+from lora_cli.nn import LoRAConfig, LoRALinear, inject
 from lora_cli.nn.layer import LoRALayer
 
-WIDTH, VOCABULARY, LAYERS = 8, 13, 3
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.attn = nn.MultiheadAttention(WIDTH, 2, batch_first=True)
-        self.q_proj = nn.Linear(WIDTH, WIDTH)
-        self.up_proj = nn.Linear(WIDTH, 12, bias=False)
-        self.down_proj = nn.Linear(12, WIDTH)
-        self.norm = nn.LayerNorm(WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.q_proj(x), x, x)[0]
-        normed: Tensor = self.norm(x + self.down_proj(self.up_proj(x).tanh()))
-        return normed
-
-
-class Net(nn.Module):
-    """A little of everything; `head` is tied to `embed_tokens` on request."""
-
-    def __init__(self, *, tied: bool = False) -> None:
-        super().__init__()
-        self.embed_tokens = nn.Embedding(VOCABULARY, WIDTH)
-        self.conv = nn.Conv1d(WIDTH, WIDTH, 3, padding=1)
-        self.layers = nn.ModuleList(Block() for _ in range(LAYERS))
-        self.experts = GroupedLinear(2, WIDTH, WIDTH)
-        self.lm_head = nn.Linear(WIDTH, VOCABULARY, bias=False)
-        if tied:
-            self.lm_head.weight = self.embed_tokens.weight
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.conv(self.embed_tokens(ids).mT).mT
-        for layer in self.layers:
-            x = layer(x)
-        rows = x.flatten(0, 1)
-        x = self.experts(rows, torch.tensor([3, len(rows) - 3])).view_as(x)
-        logits: Tensor = self.lm_head(x)
-        return logits
-
-
-EVERYTHING = ("all-linear", "embed_tokens", "conv", "layers.*.attn", "experts")
-
-
-@pytest.fixture(autouse=True)
-def seeded() -> Iterator[None]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield
-
-
-def ids() -> Tensor:
-    return torch.arange(10).view(2, 5) % VOCABULARY
-
-
-@torch.no_grad()
-def logits_of(model: nn.Module) -> Tensor:
-    """Without gradients, for which attention takes other kernels."""
-    logits: Tensor = model(ids())
-    return logits
-
-
-def same(left: Tensor, right: Tensor) -> bool:
-    """Equal but for last bits: torch's kernels for frozen weights are not those for weights that ask for gradients."""
-    return torch.allclose(left, right, rtol=0, atol=1e-6)
-
-
-def stirred(injection: Injection) -> Injection:
-    """Factors as after a training: none is zero."""
-    with torch.no_grad():
-        for parameter in injection.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.3)
-    return injection
-
-
-def same_bits(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
-    return list(left) == list(right) and all(
-        left[key].dtype == right[key].dtype and torch.equal(left[key].view(torch.uint8), right[key].view(torch.uint8))
-        for key in left
-    )
-
-
-def state(model: nn.Module) -> dict[str, Tensor]:
-    return {key: tensor.clone() for key, tensor in model.state_dict().items()}
+__all__ = ["seeded"]
 
 
 def adapted(model: nn.Module) -> list[str]:
@@ -344,172 +272,3 @@ def test_the_state_of_an_injected_model_round_trips_strictly() -> None:
     inject(other, rank=2, targets=EVERYTHING)
     assert other.load_state_dict(one.state_dict(), strict=True)
     assert same(logits_of(one), logits_of(other))
-
-
-# Merging, and the way back
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("dora", [False, True])
-def test_merged_and_back_bit_for_bit(dtype: torch.dtype, dora: bool) -> None:
-    model = Net().to(dtype)
-    injection = stirred(inject(model, rank=2, targets=EVERYTHING, dora=dora))
-    before, logits = state(model), logits_of(model)
-    injection.merge()
-    error = (logits_of(model) - logits).abs().max() / logits.abs().max()
-    assert error < (1e-5 if dtype == torch.float32 else 5e-2)
-    assert not torch.equal(state(model)["layers.0.q_proj.base.weight"], before["layers.0.q_proj.base.weight"])
-    with pytest.raises(UsageError, match="merged"):
-        injection.merge()
-    injection.unmerge()
-    assert same_bits(before, state(model))
-    with pytest.raises(UsageError, match="not merged"):
-        injection.unmerge()
-
-
-def test_a_merge_that_fails_leaves_the_model_as_it_was() -> None:
-    model = Net()
-    injection = stirred(inject(model, rank=2))
-    with torch.no_grad():
-        model.get_parameter("layers.2.down_proj.lora_B.weight")[0, 0] = torch.inf
-    before = state(model)
-    with pytest.raises(NumericError):
-        injection.merge()
-    assert same_bits(before, state(model))
-    assert not any(layer.merged for layer in injection.layers.values())
-
-
-def test_weights_that_were_changed_are_not_unmerged() -> None:
-    model = Net()
-    injection = stirred(inject(model, rank=2, targets="q_proj"))
-    injection.merge()
-    with torch.no_grad():
-        model.get_parameter("layers.1.q_proj.base.weight")[0, 0] += 1
-    with pytest.raises(WrongInputError, match="changed since the merge"):
-        injection.unmerge()
-
-
-@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
-def test_a_tied_weight_is_untied_while_it_is_merged(target: str) -> None:
-    model = Net(tied=True)
-    injection = stirred(inject(model, rank=2, targets=target))
-    weight = model.embed_tokens.weight if target == "lm_head" else model.lm_head.weight
-    logits = logits_of(model)
-    injection.merge()
-    assert torch.allclose(logits_of(model), logits, atol=1e-5)
-    injection.unmerge()
-    injection.take_out()
-    assert model.lm_head.weight is model.embed_tokens.weight is weight
-
-
-@pytest.mark.parametrize("is_merged", [False, True])
-def test_taken_out_without_a_trace(is_merged: bool) -> None:
-    model = Net()
-    model.get_parameter("conv.bias").requires_grad_(False)
-    before, logits, modules = state(model), logits_of(model), list(model.modules())
-    injection = stirred(inject(model, rank=2, targets=EVERYTHING, bias="all", modules_to_save=("norm",)))
-    if is_merged:
-        injection.merge()
-    assert injection.take_out() is model
-    assert same_bits(before, state(model))
-    assert list(model.modules()) == modules
-    assert same(logits_of(model), logits)
-    assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["conv.bias"]
-    inject(model, rank=2)  # as if nothing had been
-
-
-def test_taken_out_merged() -> None:
-    model = Net()
-    injection = stirred(inject(model, rank=2, targets=EVERYTHING, bias="lora_only"))
-    logits = logits_of(model)
-    plain = injection.take_out(merged=True)
-    assert not adapted(plain)
-    assert set(plain.state_dict()) == set(Net().state_dict())
-    assert torch.allclose(logits_of(plain), logits, atol=1e-4)
-    assert not any(parameter.data_ptr() == 0 for parameter in plain.parameters())
-
-
-def test_disabled_is_the_base() -> None:
-    model = Net()
-    expected = logits_of(model)
-    injection = stirred(inject(model, rank=2, targets=EVERYTHING, bias="all"))
-    changed = logits_of(model)
-    with injection.disabled():
-        assert same(logits_of(model), expected)
-    assert same(logits_of(model), changed)
-    assert not torch.equal(changed, expected)
-
-
-# Several adapters
-
-
-def test_several_adapters_and_their_weights() -> None:
-    model = Net()
-    base = logits_of(model)
-    injection = stirred(inject(model, rank=2, targets=("q_proj", "up_proj"), name="style"))
-    style = logits_of(model)
-    injection.add(LoRAConfig(rank=3, targets=("up_proj", "conv")), "facts")
-    assert same(logits_of(model), style)  # it begins with nothing
-    stirred(injection)
-    both = logits_of(model)
-    keys = set(model.state_dict())
-    assert {"layers.0.up_proj.lora_A.style.weight", "conv.lora_B.facts.weight"} < keys
-    injection.activate(style=1.0, facts=1.0)
-    assert same(logits_of(model), both)
-    injection.activate("facts", style=0.0)
-    only_facts = logits_of(model)
-    injection.activate("facts")
-    assert same(logits_of(model), only_facts)
-    injection.activate()
-    assert same(logits_of(model), base)
-    injection.activate(style=0.5, facts=2)
-    mixed = logits_of(model)
-    injection.merge()
-    assert torch.allclose(logits_of(model), mixed, atol=1e-5)
-    with pytest.raises(UsageError, match="merged"):
-        injection.activate("facts")
-    injection.unmerge()
-    with pytest.raises(NamesError, match="No such adapter"):
-        injection.activate("nobody")
-    with pytest.raises(NamesError, match="of this name already"):
-        injection.add(LoRAConfig(rank=2, targets=("q_proj",)), "facts")
-    injection.take_out()
-    assert same(logits_of(model), base)
-
-
-@pytest.mark.parametrize("init", ["kaiming", "pissa"])
-def test_one_adapter_of_two_is_removed(init: str) -> None:
-    model = Net()
-    before = state(model)
-    injection = stirred(inject(model, rank=2, targets=("q_proj", "attn"), init=init, name="first"))
-    after_first, logits = state(model), logits_of(model)
-    injection.add(
-        LoRAConfig(rank=2, targets=("q_proj", "conv"), init=init, bias="all", modules_to_save=("norm",)), "second"
-    )
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad and ".first." not in name:
-                parameter.add_(1.0)
-    injection.remove("second")
-    assert "conv" not in injection.layers
-    assert type(model.conv) is nn.Conv1d
-    assert same(logits_of(model), logits)
-    assert same_bits(state(model), after_first)
-    injection.remove("first")
-    assert same_bits(state(model), before)
-    assert not injection.layers
-    with pytest.raises(NamesError, match="No such adapter"):
-        injection.remove("first")
-
-
-def test_predicates_see_what_a_layer_is() -> None:
-    seen: list[Module] = []
-
-    def all_but_experts(module: Module) -> bool:
-        seen.append(module)
-        return module.kind != "grouped"
-
-    injection = inject(Net(), rank=1, targets=(all_but_experts,))
-    assert {module.kind for module in seen} == {"linear", "embedding", "conv", "grouped", "attention"}
-    assert "experts" not in injection.layers
-    assert {"lm_head", "embed_tokens", "conv", "layers.0.attn"} < set(injection.layers)
