@@ -192,7 +192,7 @@ def test_hostile_text_everywhere_else(wide: Call, world: World, tmp_path: Path, 
     typed = write_adapter(tmp_path / "typed", peft_type=name)
     lines: list[list[object]] = [
         ["merge", world.base, write_adapter(tmp_path / "field", None, **{name: name}), "-o", "out"],
-        ["merge", world.base, write_adapter(tmp_path / "value", use_dora=name), "-o", "out"],
+        ["merge", world.base, write_adapter(tmp_path / "value", use_qalora=name), "-o", "out"],
         ["merge", world.base, write_adapter(tmp_path / "pattern", rank_pattern={f"({name}": 2}), "-o", "out"],
         ["merge", world.base, typed, "-o", "out"],
         ["inspect", index],
