@@ -179,7 +179,10 @@ def _mapper(sites: Iterable[_Site]) -> Mapper:
     return Chain((First((*inner, Identity())), First((*around, Identity()))))
 
 
-_FACTOR_PARTS = {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "lora_diag"}
+_FACTOR_PARTS = {
+    *("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"),
+    *("lora_magnitude", "lora_magnitude_vector", "lora_diag"),
+}
 
 
 def refuse_other_factors(checkpoint: Checkpoint, carried: Collection[str]) -> None:

@@ -153,7 +153,7 @@ class _Bench:
         check_flush_to_zero()
         self._weight = weight
         self._transposed = change.transposed
-        self.matrix = weight.detach().cpu().reshape(weight.shape[0], -1).contiguous()
+        self.matrix = weight.detach().cpu().flatten(1).contiguous()
         work = work_dtype(weight.dtype)
         self._product = prepare(change.terms, slices=slices_for(work))
         shape = self._product.shape[::-1] if change.transposed else self._product.shape

@@ -190,7 +190,7 @@ class _ExactSum(torch.autograd.Function):
 def _sum(weight: Tensor, adapter: Adapter, alpha: float, how: Callable[..., Tensor], sign: float) -> Tensor:
     a, b = _fitting(weight, adapter)
     # The exact product works in blocks on tensors that are there, so a compiler goes around it.
-    apply = torch.compiler.disable(_ExactSum.apply)
+    apply = torch.compiler.disable(_ExactSum.apply) if torch.compiler.is_compiling() else _ExactSum.apply
     merged: Tensor = apply(weight, a, b, exact_scale(alpha, a.shape[1]), how, sign)
     return merged
 

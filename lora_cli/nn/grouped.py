@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -68,8 +68,15 @@ class GroupedLinear(nn.Module):
         return f"n_groups={self.n_groups}, in_features={self.in_features}, out_features={self.out_features}"
 
 
-def _multiply_groups(x: Tensor, stack: Tensor, x_groups: Tensor) -> Tensor:
+def multiply_groups(x: Tensor, stack: Tensor, x_groups: Tensor) -> Tensor:
     """Multiply consecutive rows by one matrix of a stack each. Arguments and errors are those of `GroupedLinear`."""
+    # Not compiled: sizes are read to split the rows by, and a graph would be made for each set of them.
+    multiply = torch.compiler.disable(_multiply) if torch.compiler.is_compiling() else _multiply
+    product: Tensor = multiply(x, stack, x_groups)
+    return product
+
+
+def _multiply(x: Tensor, stack: Tensor, x_groups: Tensor) -> Tensor:
     sizes = x_groups.tolist()
     fits = x.dim() == 2 and x_groups.shape == stack.shape[:1] and not x_groups.is_floating_point()
     if not fits or min(sizes, default=0) < 0 or sum(sizes) != x.shape[0]:
@@ -79,10 +86,6 @@ def _multiply_groups(x: Tensor, stack: Tensor, x_groups: Tensor) -> Tensor:
             found=f"{tuple(x.shape)} with {str(sizes)[:80]}",
         )
     return torch.cat([rows @ matrix for rows, matrix in zip(x.split(sizes), stack, strict=True)])
-
-
-# Not compiled: sizes are read to split the rows by, and a graph would be made for each set of them.
-multiply_groups: Callable[[Tensor, Tensor, Tensor], Tensor] = torch.compiler.disable(_multiply_groups)
 
 
 class LoRAGroupedLinear(LoRALayer):

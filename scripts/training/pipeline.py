@@ -81,7 +81,6 @@ def run(out: Path, settings: Settings, *, resume: bool, after_step: Callable[[in
     check_files(out)
     say("4. The merged checkpoint in the plain model, which knows nothing of adapters.")
     check_merged(out, settings, injection, after)
-    (out / STATE).unlink(missing_ok=True)
     say(f"Verse, held out: loss {before:.4f} with the base, {after:.4f} with the adapter. All of it is in {out}")
 
 

@@ -238,6 +238,14 @@ def test_gradients_are_those_of_the_plain_formula(function: Callable[..., Tensor
         torch.testing.assert_close(found, expected)
 
 
+def test_gradients_of_a_merge_have_no_gradients() -> None:
+    adapter = trained(torch.float64, grad=True)
+    merged = merge_lora_weight(weight(torch.float64), adapter, ALPHA)
+    (first,) = torch.autograd.grad(merged.square().sum(), adapter["A"], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
 def test_only_what_asks_for_gradients_gets_them() -> None:
     adapter = trained(grad=True)
     adapter["A"].requires_grad_(False)

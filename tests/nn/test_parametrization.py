@@ -73,6 +73,11 @@ def test_defaults_are_rank_one_and_scale_one() -> None:
     assert "in_f=6, out_f=10, rank=1, scale=1" in repr(lora)
 
 
+def test_the_device_is_the_one_given_or_that_of_the_weight() -> None:
+    assert {factor.device.type for factor in LoRA(6, 10, device="meta").parameters()} == {"meta"}
+    assert {factor.device.type for factor in parametrize_lora(nn.Linear(6, 10, device="meta")).parameters()} == {"meta"}
+
+
 def test_a_fresh_one_adds_zero_and_can_be_trained() -> None:
     torch.manual_seed(3)
     lora, weight = LoRA(6, 400, RANK, ALPHA), numbers(6, 400)

@@ -229,6 +229,7 @@ WRONG: dict[str, kinds.Tensors] = {
     "another adapter's factors": {"lin.lora_A.second.weight": gaussian(1, 2, 8)},
     "a chain of factors": {"lin.lora_A.default.more.weight": gaussian(1, 2, 8)},
     "PEFT's embedding": {"embed_tokens.lora_embedding_A": gaussian(1, 2, 30)},
+    "magnitudes of DoRA": {"lin.lora_magnitude.weight": gaussian(1, 8)},
 }
 
 
