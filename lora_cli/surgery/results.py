@@ -62,7 +62,7 @@ def measured() -> Iterator[Measured]:
 
 
 def _own_peak() -> int:
-    """Most memory that this process had. Of a program that a larger one started, Linux counts that one in `ru_maxrss`."""
+    """Most memory that this process had. Linux counts the program that started it in `ru_maxrss`, if that is larger."""
     try:
         (peak,) = re.findall(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text("ascii"), re.MULTILINE)
         return int(peak) * 1024
