@@ -181,7 +181,6 @@ class LoRALayer(Merging):
         for factors, tensor in self._fresh(parameters, start):
             factors.put(name, tensor)
         self.settings[name] = parameters
-        # At 0 torch's layer would still draw a mask.
         self.dropout[name] = nn.Dropout(parameters.dropout) if parameters.dropout else nn.Identity()
         self._use(self.active | {name: 1.0})
         if start.principal:

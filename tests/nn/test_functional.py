@@ -137,6 +137,18 @@ def test_the_delta_is_linear_in_alpha(alpha: float) -> None:
     torch.testing.assert_close(lora_delta(adapter), adapter["A"] @ adapter["B"] / RANK)
 
 
+def test_alpha_is_one_unless_given() -> None:
+    adapter, frozen, x = trained(torch.float64), weight(torch.float64), inputs(5, dtype=torch.float64)
+    change = adapter["A"] @ adapter["B"] / RANK
+    for found, expected in (
+        (lora_delta(adapter), change),
+        (lora_linear(x, frozen, adapter), x @ (frozen + change)),
+        (merge_lora_weight(frozen, adapter), frozen + change),
+        (unmerge_lora_weight(frozen, adapter), frozen - change),
+    ):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
 def test_the_weight_is_frozen() -> None:
     frozen, x, adapter = weight().requires_grad_(), inputs(5).requires_grad_(), trained(grad=True)
     lora_linear(x, frozen, adapter, ALPHA).sum().backward()

@@ -179,6 +179,19 @@ def test_a_convolution_is_one_with_the_changed_kernel(name: str, dora: bool) -> 
     assert is_close(layer(x), torch.func.functional_call(layer.base, {"weight": kernel}, (x,)), 1e-12)
 
 
+@pytest.mark.parametrize("kind", ["linear", "gpt2", "conv2d", "grouped"])
+def test_dropout_is_on_what_goes_into_the_adapter(kind: str) -> None:
+    """Not between A and B: there other numbers would be left out."""
+    layer, (x, *rest) = dressed(CASES[kind], F64, dropout=0.5), inputs_of(CASES[kind], F64)
+    torch.manual_seed(3)
+    found = layer(x, *rest)
+    torch.manual_seed(3)
+    dropped = functional.dropout(x, 0.5)
+    undropped = dressed(CASES[kind], F64)
+    assert is_close(found, layer.base(x, *rest) + undropped.delta(dropped, *rest), 1e-12)
+    assert not is_close(found, undropped(x, *rest), 1e-3)
+
+
 def test_what_dropout_leaves_out_is_left_out_of_all_that_dora_adds() -> None:
     layer = dressed(CASES["linear"], F64, dora=True, dropout=0.5)
     (x,) = inputs_of(CASES["linear"], F64)

@@ -171,6 +171,16 @@ def test_a_large_stack_is_merged_group_by_group() -> None:
     assert torch.equal(layer.base_weight, torch.stack(parts))
 
 
+@pytest.mark.parametrize("kind", CASES)
+def test_a_merged_layer_gives_its_own_layer_back(kind: str) -> None:
+    layer, inputs = dressed(CASES[kind]).eval(), inputs_of(CASES[kind])
+    plain, expected = layer.base, call(layer, inputs)
+    layer.merge()
+    assert layer.released() is plain
+    assert not any(isinstance(module, LoRALayer) for module in plain.modules())
+    assert is_close(call(plain, inputs), expected, DTYPES[torch.float32])
+
+
 def test_attention_gives_its_own_output_projection_back() -> None:
     plain = base_of(CASES["attention"])
     inner = plain.out_proj

@@ -194,6 +194,13 @@ def test_dropout_acts_in_training_and_on_the_adapter_alone(kind: str) -> None:
     assert torch.equal(call(layer, inputs), call(undropped, inputs))
 
 
+def test_without_dropout_no_random_number_is_drawn() -> None:
+    layer, inputs = dressed(CASES["linear"]).train(), inputs_of(CASES["linear"])
+    before = torch.get_rng_state()
+    call(layer, inputs)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_dropout_leaves_on_average_what_it_was() -> None:
     layer = dressed(CASES["linear"], torch.float64, dropout=0.25)
     (x,) = inputs_of(CASES["linear"], torch.float64)

@@ -91,5 +91,5 @@ def test_dora_written_from_scratch() -> None:
 
 def test_magnitudes_begin_as_the_lengths_of_the_rows() -> None:
     layer = wrap(base_of(CASES["linear"], F64), rank=2, dora=True)
-    assert is_close(layer.lora_magnitude.weight, torch.norm(base_of(CASES["linear"], F64).weight, dim=1), 1e-14)  # type: ignore[call-overload]
+    assert is_close(layer.lora_magnitude.weight, torch.norm(base_of(CASES["linear"], F64).weight, dim=1), 1e-14)
     assert is_close(layer.weight, layer.base_weight, 1e-15)
