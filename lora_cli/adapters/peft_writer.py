@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from lora_cli.adapters.adapter import Scale
+from lora_cli.adapters.formats.peft import HEADS
 from lora_cli.adapters.targets import Selected, added_heads
 from lora_cli.errors import UnsupportedError
 
@@ -129,11 +130,24 @@ def _shortest(module: str, others: Collection[str]) -> str:
 
 def is_bare(config: Mapping[str, Any]) -> bool:
     """Whether a config is that of a backbone without a head, or says nothing of it."""
-    return (_architecture(config) or "Model").endswith("Model") and task_type(config) is None
+    return (_architecture(config) or "Model").endswith("Model") and _task(config) is None
 
 
-def task_type(config: Mapping[str, Any]) -> str | None:
-    """PEFT's name for what the base's architecture is for; None where it is not plain."""
+def task_type(config: Mapping[str, Any], wholes: Iterable[str] = ()) -> str | None:
+    """PEFT's name for what the base's architecture is for; None where that is not plain.
+
+    Args:
+        config: The base's.
+        wholes: Names of the tensors that the adapter holds whole. For some tasks PEFT asks for a head among them, and
+            does not load an adapter without: then it is told none.
+    """
+    task = _task(config)
+    heads = HEADS.get(task or "")
+    has_head = heads is None or any(part in heads for name in wholes for part in name.split("."))
+    return task if has_head else None
+
+
+def _task(config: Mapping[str, Any]) -> str | None:
     architecture = _architecture(config)
     if architecture is None:
         return None

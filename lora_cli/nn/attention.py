@@ -106,6 +106,17 @@ class LoRAMultiheadAttention(LoRALayer):
         super().remove_adapter(name)
         self.out_proj.remove_adapter(name)
 
+    def check_removable(self, name: str) -> None:
+        """Refuse what `remove_adapter` refuses, of both projections."""
+        super().check_removable(name)
+        if name in self.out_proj.settings:  # not yet, where adding it failed half-way
+            self.out_proj.check_removable(name)
+
+    def check_weights(self, weights: Mapping[str, float]) -> None:
+        """Refuse what `activate` refuses, of both projections."""
+        super().check_weights(weights)
+        self.out_proj.check_weights(weights)
+
     def activate(self, weights: Mapping[str, float]) -> None:
         """Use exactly these adapters, each with its weight, on both projections."""
         super().activate(weights)

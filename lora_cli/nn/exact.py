@@ -62,11 +62,6 @@ class Forgotten:
     digest: bytes
     streams: tuple[bytes, ...]
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of memory that the way back takes, the copied factors not counted."""
-        return sum(map(len, self.streams))
-
 
 def merge(weight: Tensor, change: Change) -> tuple[Tensor, Forgotten]:
     """Return the merged weight and what undoes it.
@@ -108,14 +103,8 @@ def unmerge(weight: Tensor, forgotten: Forgotten) -> Tensor:
     Raises:
         WrongInputError: It is not what the merge gave: it was trained, cast or loaded since.
     """
+    check_unchanged(weight, forgotten)
     bench = _Bench(weight, forgotten.change)
-    if weight.dtype != forgotten.dtype or _digest(bench.matrix) != forgotten.digest:
-        raise WrongInputError(
-            "The weight was changed since the merge, so the merge cannot be undone",
-            expected=f"{dtype_name(forgotten.dtype)} as merged",
-            found=f"{dtype_name(weight.dtype)} with other bytes",
-            hint="load the base's weights again",
-        )
     base = torch.empty_like(bench.matrix)
     for (rows, delta), stream in zip(bench.deltas(), forgotten.streams, strict=True):
         merged, result = bench.matrix[rows], base[rows]
@@ -126,6 +115,21 @@ def unmerge(weight: Tensor, forgotten: Forgotten) -> Tensor:
             size = residual.HEADER_BYTES + candidate.nbytes
             residual.decode(candidate, decompress(stream, size), result)
     return bench.like_the_weight(base)
+
+
+def check_unchanged(weight: Tensor, forgotten: Forgotten) -> None:
+    """Refuse a weight that is not what a merge gave.
+
+    Raises:
+        WrongInputError: It was trained, cast or loaded since.
+    """
+    if weight.dtype != forgotten.dtype or _digest(weight.detach().cpu().flatten(1).contiguous()) != forgotten.digest:
+        raise WrongInputError(
+            "The weight was changed since the merge, so the merge cannot be undone",
+            expected=f"{dtype_name(forgotten.dtype)} as merged",
+            found=f"{dtype_name(weight.dtype)} with other bytes",
+            hint="make the model anew from its checkpoint; what an adapter learned can be saved before",
+        )
 
 
 def added(weight: Tensor, terms: Sequence[Term], *, transposed: bool = False) -> Tensor:

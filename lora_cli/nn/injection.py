@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from lora_cli.adapters.modules import Module
-from lora_cli.adapters.names import Mapper
 from lora_cli.adapters.source import ReadOptions
 from lora_cli.adapters.targets import choose
 from lora_cli.errors import LoraCliError, NamesError, UsageError
@@ -20,7 +19,8 @@ from lora_cli.nn.config import LoRAConfig
 from lora_cli.nn.factors import DEFAULT
 from lora_cli.nn.layer import LoRALayer
 from lora_cli.nn.loading import find
-from lora_cli.nn.modules import check_names, described, layers_of, mapper_of, paths_of, without_inner
+from lora_cli.nn.modules import described, layers_of, paths_of, without_inner
+from lora_cli.nn.naming import PlainNames, check_names
 from lora_cli.nn.saving import save_adapter
 from lora_cli.nn.wholes import Wholes, biases, saved_modules
 from lora_cli.nn.wrap import wrap
@@ -73,25 +73,25 @@ def load_adapter(
     return injection
 
 
-class Injection:
+class Injection(PlainNames):
     """A model with LoRA layers in it. `inject` makes one.
 
     Attributes:
         model: The model, changed in place.
         configs: The config of each adapter.
         layers: The LoRA layers, by the names that their modules have in a checkpoint.
+        notes: What the choice of targets passed over, for people.
     """
 
     def __init__(self, model: nn.Module) -> None:
         if any(isinstance(module, LoRALayer) for module in model.modules()):
             raise UsageError("The model has LoRA layers already", hint="add a further adapter with Injection.add")
-        self.model = model
+        super().__init__(model)
         self.configs: dict[str, LoRAConfig] = {}
-        self.layers: dict[str, LoRALayer] = {}
         self._asked = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         self._initial = _count(parameter for parameter, asks in self._asked if asks)
-        self._settle_names()
-        self._wholes = Wholes()
+        self.notes: tuple[str, ...] = ()
+        self._wholes = Wholes(self._plain_tensors)
         self._untied: list[tuple[LoRALayer, nn.Parameter]] = []
 
     # Adapters
@@ -100,27 +100,30 @@ class Injection:
         """Put a further adapter into the model. Errors are those of `inject`; after one the model is as before."""
         if name in self.configs:
             raise NamesError("There is an adapter of this name already", found=name)
+        self._refuse_while_merged("take a new adapter")
         chosen = choose(described(self.model), config.targets, config.exclude, label=type(self.model).__name__)
         picked = without_inner([module for module in chosen.modules if config.takes_layer(module)])
         if not picked:
             raise NamesError("No target is in these layers", tensor="layers", found=str(config.layers))
-        whole = saved_modules(self.model, config.modules_to_save, {module.name for module in picked})
+        found = layers_of(self.model)
+        frozen = [*self.layers.values(), *(found[module.name] for module in picked)]
+        whole = saved_modules(self.model, config.modules_to_save, frozen)
         asked = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
         try:
+            if not self.configs:
+                self.model.requires_grad_(False)  # before there are factors in it: those of attention are at once
             layers = self._with_adapter(picked, config, name)
         except BaseException:
             for parameter, asks in asked:
                 parameter.requires_grad_(asks)
             raise
-        if not self.configs:
-            self.model.requires_grad_(False)
         new = {layer.base: layer for module, layer in layers.items() if module not in self.layers}
         self._replace(new)
         self.layers |= layers
         self._settle_names()
         self.configs[name] = config
-        whole |= biases(self.model, config.bias, layers)
-        self._wholes.train({self.plain_name(key): parameter for key, parameter in whole.items()}, name)
+        self.notes += chosen.notes
+        self._wholes.train([self.plain_name(key) for key in [*whole, *biases(self.model, config.bias, layers)]], name)
 
     def load(
         self, folder: str | Path, name: str, *, options: ReadOptions | None = None, dropout: float | None = None
@@ -138,10 +141,9 @@ class Injection:
         """
         found = find(folder, list(self.base_state()), options or ReadOptions())
         self.add(found.config(dropout=dropout), name)
-        parameters = {self.plain_name(key): parameter for key, parameter in self.model.named_parameters()}
-        self._wholes.train({key: parameters[key] for key in found.wholes}, name)
         try:
-            found.fill(self.layers, parameters, name)
+            self._wholes.train(list(found.wholes), name)
+            found.fill(self.layers, self._plain_tensors(), name)
         except BaseException:
             self.remove(name)
             raise
@@ -156,9 +158,12 @@ class Injection:
             UsageError: The model is merged.
         """
         self._check_known([name])
-        for layer in self.layers.values():
-            if name in layer.settings:
-                layer.remove_adapter(name)
+        self._refuse_while_merged("lose an adapter")
+        having = [layer for layer in self.layers.values() if name in layer.settings]
+        for layer in having:
+            layer.check_removable(name)
+        for layer in having:
+            layer.remove_adapter(name)
         bare = {module: layer for module, layer in self.layers.items() if not layer.settings}
         self._replace({layer: layer.released() for layer in bare.values()})
         for module in bare:
@@ -167,9 +172,11 @@ class Injection:
         self._wholes.restore(name)
         self._settle_names()
 
-    def save(self, folder: str | Path, name: str = DEFAULT, *, base_model: str | None = None) -> None:
+    def save(
+        self, folder: str | Path, name: str = DEFAULT, *, base_model: str | None = None, force: bool = False
+    ) -> None:
         """Write an adapter as a PEFT folder; see `saving.save_adapter`."""
-        save_adapter(self, folder, name, base_model=base_model)
+        save_adapter(self, folder, name, base_model=base_model, force=force)
 
     def _with_adapter(self, modules: Iterable[Module], config: LoRAConfig, name: str) -> dict[str, LoRALayer]:
         """The layers of these modules with the adapter beside them, new ones not yet in the model."""
@@ -177,6 +184,8 @@ class Injection:
         try:
             for module in modules:
                 there = found[module.name]
+                if any(layer.base is there for layer in ready.values()) or there in ready.values():
+                    continue  # one layer under two names
                 layer = ready[module.name] = there if isinstance(there, LoRALayer) else wrap(there)
                 layer.add_adapter(name, config.parameters_for(module.name), start=config.start_for(module.name))
         except BaseException as error:
@@ -200,8 +209,13 @@ class Injection:
         """
         wanted = {**dict.fromkeys(names, 1.0), **weights}
         self._check_known(wanted)
-        for layer in self.layers.values():
-            layer.activate({name: weight for name, weight in wanted.items() if name in layer.settings})
+        of_layers = [
+            ({n: w for n, w in wanted.items() if n in layer.settings}, layer) for layer in self.layers.values()
+        ]
+        for weights_here, layer in of_layers:
+            layer.check_weights(weights_here)
+        for weights_here, layer in of_layers:
+            layer.activate(weights_here)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -221,8 +235,8 @@ class Injection:
 
     # What is trained
 
-    def wholes_of(self, name: str) -> dict[str, nn.Parameter]:
-        """Parameters that are trained whole with an adapter, by their names in a plain checkpoint."""
+    def wholes_of(self, name: str) -> dict[str, Tensor]:
+        """What is trained whole with an adapter, by its names in a plain checkpoint."""
         return self._wholes.of(name)
 
     def parameters(self) -> list[nn.Parameter]:
@@ -256,50 +270,6 @@ class Injection:
         """Share of all parameters, those of adapters among them, that are trained."""
         return _count(self.parameters()) / _count(self.model.parameters())
 
-    # Names
-
-    @property
-    def mapper(self) -> Mapper:
-        """Key of a plain checkpoint → key of the injected model: X.weight → X.base.weight, biases too; others stay."""
-        return self._mapper
-
-    def _settle_names(self) -> None:
-        self._mapper = mapper_of(self.model)
-        self._unmapper = self._mapper.inverse
-
-    def plain_name(self, key: str) -> str:
-        """The name that a parameter of the injected model has in a plain checkpoint."""
-        return self._unmapper(key) or key
-
-    def load_base(self, state: Mapping[str, Tensor]) -> None:
-        """Load a plain checkpoint into the injected model, strictly: every tensor of the base, and nothing else.
-
-        Raises:
-            NamesError: Tensors that are missing, or that the model does not have.
-        """
-        renamed = {self._mapper(key) or key: tensor for key, tensor in state.items()}
-        own = self.model.state_dict(keep_vars=True)
-        # Of a tensor that has two names, such as a tied head, files mostly hold one.
-        there = {id(own[key]) for key in renamed if key in own}
-        wanted = [key for key in self._base_keys() if key in renamed or id(own[key]) not in there]
-        check_names(renamed, wanted, "The checkpoint is not one of this model")
-        self.model.load_state_dict(renamed, strict=False)
-
-    def base_state(self) -> dict[str, Tensor]:
-        """The state of the model under plain names, without adapters: merged, if it is merged."""
-        state = self.model.state_dict()
-        return {self.plain_name(key): state[key] for key in self._base_keys()}
-
-    def _base_keys(self) -> list[str]:
-        """Keys of the injected model's state that belong to the base."""
-        layers = [
-            (f"{path}.", layer)
-            for path, layer in self.model.named_modules(remove_duplicate=False)
-            if isinstance(layer, LoRALayer)
-        ]
-        own = {path + key for path, layer in layers for key in layer.state_dict() if not key.startswith("base.")}
-        return [key for key in self.model.state_dict() if key not in own]
-
     # Merging
 
     def merge(self) -> None:
@@ -309,6 +279,7 @@ class Injection:
             UsageError: The model is merged already, or no adapter is in use.
             NumericError: Numbers that must not be merged. The model is then as before.
         """
+        self._refuse_while_merged("be merged again")
         active = [layer for layer in self.layers.values() if layer.active]
         if not active:
             raise UsageError("No adapter is active, so there is nothing to merge")

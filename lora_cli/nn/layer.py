@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lora_cli.adapters.modules import Kind, describe
 from lora_cli.adapters.targets import Selected, factor_shapes
 from lora_cli.errors import NamesError, NumericError, UnsupportedError, UsageError
+from lora_cli.nn import exact
 from lora_cli.nn.factors import DEFAULT, Factors
 from lora_cli.nn.merging import Merging
 from lora_cli.nn.parameters import LoRAParameters
@@ -234,8 +235,7 @@ class LoRALayer(Merging):
             WrongInputError: Its init took something off the weight, which was changed since: by another such adapter,
                 which is to be removed first, or by hand.
         """
-        self._refuse_while_merged("lose an adapter")
-        self._check_known([name])
+        self.check_removable(name)
         if name in self._taken:
             self._give_back(name)
         for factors in (self.lora_A, self.lora_B, self.lora_magnitude):
@@ -244,18 +244,37 @@ class LoRALayer(Merging):
         del self.settings[name], self.dropout[name]
         self._use({other: weight for other, weight in self.active.items() if other != name})
 
+    def check_removable(self, name: str) -> None:
+        """Refuse what `remove_adapter` refuses, and change nothing."""
+        self._refuse_while_merged("lose an adapter")
+        self._check_known([name])
+        if name in self._taken:
+            exact.check_unchanged(self.base_weight, self._taken[name])
+
     def activate(self, weights: Mapping[str, float]) -> None:
         """Use exactly these adapters, each with its weight.
 
         Raises:
             NamesError: An adapter that is not here.
             UnsupportedError: A weight other than 1, or another adapter, beside one with DoRA: these do not add up.
+                Another weight than 1 for an adapter that took its factors from the weight, which lacks their product.
             UsageError: The layer is merged.
         """
+        self.check_weights(weights)
+        self._use(weights)
+
+    def check_weights(self, weights: Mapping[str, float]) -> None:
+        """Refuse what `activate` refuses, and change nothing."""
         self._refuse_while_merged("change its adapters")
         self._check_known(weights)
         self._check_mix(weights, self.settings)
-        self._use(weights)
+        wrong = [name for name in self._taken if weights.get(name) != 1]
+        if wrong:
+            raise UnsupportedError(
+                "An adapter that took its factors from the weight is used at weight 1",
+                found=", ".join(f"{name} at {weights.get(name, 0):g}" for name in wrong),
+                hint="save it and load it onto the base as it was: then it can have any weight",
+            )
 
     @staticmethod
     def _check_mix(weights: Mapping[str, float], settings: Mapping[str, LoRAParameters]) -> None:
@@ -297,7 +316,16 @@ class LoRALayer(Merging):
             plain = result
             for name in self.active:
                 result = result + self._branch(name, plain, x, *rest).to(plain.dtype)
+        elif not self.merged:
+            for a, b, scale in self._missing():
+                result = result + (self.low_rank(x, a, b, *rest) * scale).to(result.dtype)
         return result
+
+    def _missing(self) -> Iterator[tuple[Tensor, Tensor, float]]:
+        """What inits took off the frozen weight, so that without adapters the layer gives what it gave before them."""
+        for term in self.taken_off:
+            (a_shape, b_shape), weight = self.shapes(term.a.shape[0]), self.base_weight
+            yield term.a.to(weight.device).view(a_shape), term.b.to(weight.device).view(b_shape), -term.scale
 
     def delta(self, x: Tensor, *rest: Any) -> Tensor:
         """Return what the active adapters alone add to the layer's output."""
@@ -340,7 +368,11 @@ class LoRALayer(Merging):
     def weight(self) -> Tensor:
         """The weight that the layer computes with: the frozen one and what the active adapters make of it."""
         weight: Tensor = self.base_weight
-        if not self.enabled or self.merged:
+        if self.merged:
+            return weight
+        if not self.enabled:
+            for a, b, scale in self._missing():
+                weight = weight + (scale * self.product(a, b)).to(weight.dtype)
             return weight
         for a, b, scale, name in self._in_use():
             weight = weight + (scale * self.product(a, b)).to(weight.dtype)
@@ -351,6 +383,12 @@ class LoRALayer(Merging):
     def _along_weight(self, gain: Tensor) -> Tensor:
         """Shape one number for each output so that it multiplies the stored weight."""
         return gain if self.transposed else gain.view(-1, *(1 for _ in self.base_weight.shape[1:]))
+
+    def extra_repr(self) -> str:
+        """The adapters in use, with rank and strength; others by name."""
+        used = [f"{name}: rank {self.settings[name].rank}, scale {scale:g}" for name, scale in self._scales.items()]
+        idle = [f"{name}: not in use" for name in self.settings if name not in self.active]
+        return ", ".join([*used, *idle, *(["merged"] if self.merged else [])])
 
     def __getattr__(self, name: str) -> Any:
         try:

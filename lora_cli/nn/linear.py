@@ -17,6 +17,11 @@ class LoRALinear(LoRALayer):
     kind: ClassVar[Kind] = "linear"
     layers: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear,)
 
+    def _check_base(self) -> None:
+        super()._check_base()
+        if isinstance(self.base, nn.Linear) and type(self.base).forward is not nn.Linear.forward:
+            self._refuse_base("it computes in a way of its own, which a change of its weight may not follow")
+
     def low_rank(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """Return B·A·x in the factors' type, without the scale: two thin products."""
         return functional.linear(functional.linear(x.to(a.dtype), a), b)

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lora_cli.adapters.adapter import Adapter, Replacement, Target
 from lora_cli.adapters.formats import open_adapter
 from lora_cli.adapters.patterns import compile_user_pattern
-from lora_cli.adapters.resolve import parse_maps, resolve
+from lora_cli.adapters.resolve import resolve
 from lora_cli.adapters.source import ReadOptions
+from lora_cli.checkpoint.digests import bytes_digest, rows_per_cut
+from lora_cli.checkpoint.dtypes import dtype_for_torch
 from lora_cli.errors import NamesError, ShapeError, UnsupportedError
 from lora_cli.nn.config import LoRAConfig
 from lora_cli.nn.layer import LoRALayer
-from lora_cli.surgery.readers import Readers, open_readers
+from lora_cli.surgery.fitting import mark_of
+from lora_cli.surgery.readers import Readers, open_readers, raw_bytes
 
 
 @dataclass(frozen=True)
@@ -69,33 +73,56 @@ class Found:
         pattern = compile_user_pattern(entry)
         return any(pattern.match(name.rpartition(".")[0]) for name in self.wholes)
 
+    def _check_base(self, layers: Mapping[str, LoRALayer]) -> None:
+        """Refuse a model whose weights still have what the adapter's first factors took, where its receipt tells."""
+        mark = mark_of(self.adapter.path)
+        if mark is None:
+            return
+        module = next((module for module, target in self.targets.items() if target.module == mark.module), None)
+        if module is None or layers[module].base_weight.is_meta:
+            return
+        weight = layers[module].base_weight
+        stored = dtype_for_torch(str(weight.dtype))
+        rows = rows_per_cut(weight.shape, stored)
+        warning = mark.compare(
+            stored.name,
+            weight.shape,
+            lambda: bytes_digest(raw_bytes(weight.detach()[:rows].cpu().contiguous())),
+            adapter=self.adapter.label,
+            base="the model",
+        )
+        if warning:
+            warnings.warn(warning, stacklevel=5)  # to who called `Injection.load`
+
     @torch.no_grad()
-    def fill(self, layers: Mapping[str, LoRALayer], parameters: Mapping[str, nn.Parameter], name: str) -> None:
-        """Copy what the files hold into the layers and parameters.
+    def fill(self, layers: Mapping[str, LoRALayer], tensors: Mapping[str, Tensor], name: str) -> None:
+        """Copy what the files hold into the layers and the rest of the model.
 
         Args:
             layers: The layers that have an adapter of this name, by module.
-            parameters: Those of the model, by plain name.
+            tensors: Parameters and buffers of the model, by plain name.
             name: The adapter's.
 
         Raises:
             ShapeError: Something has another shape in the model.
+            WrongInputError: The adapter fits what is left of another base alone; see `surgery.fitting`.
         """
+        self._check_base(layers)
         with open_readers() as readers:
             for module, target in self.targets.items():
-                _fill(layers[module], target, readers, name)
+                if module in layers:  # a layer that has two names is there under the first
+                    _fill(layers[module], target, readers, name)
             for key, replacement in self.wholes.items():
-                _copy(parameters[key], readers.load(replacement.tensor), key)
+                _copy(tensors[key], readers.load(replacement.tensor), key)
 
 
-def find(folder: str | Path, plain_names: Collection[str], options: ReadOptions, maps: Iterable[str] = ()) -> Found:
+def find(folder: str | Path, plain_names: Collection[str], options: ReadOptions) -> Found:
     """Open an adapter and find the places that it is for.
 
     Args:
         folder: A PEFT folder, or a file that `lora-cli merge` takes.
         plain_names: Names of the model's parameters, as a checkpoint has them.
         options: How it is read: `--alpha`, `--scale` and fields to ignore.
-        maps: `OLD=NEW`, where names differ.
 
     Raises:
         NamesError: Tensors that have no place in the model.
@@ -108,7 +135,7 @@ def find(folder: str | Path, plain_names: Collection[str], options: ReadOptions,
         raise UnsupportedError("LoRA layers have no bias of their own", file=adapter.label, details=biases)
     replacements = {replacement.name: replacement for replacement in adapter.replacements}
     names = [*(target.name for target in adapter.targets), *replacements]
-    found = resolve(names, plain_names, maps=parse_maps(maps), file=adapter.label)
+    found = resolve(names, plain_names, file=adapter.label)
     lost = [name.name for name in found.unmapped] + [tensor.key for tensor in adapter.unread]
     if lost:
         raise NamesError("The adapter has tensors with no place in the model", file=adapter.label, details=lost)
@@ -137,7 +164,7 @@ def _fill(layer: LoRALayer, target: Target, readers: Readers, name: str) -> None
         _copy(layer.lora_magnitude[name], readers.load(target.delta.magnitude).reshape(-1), target.module)
 
 
-def _copy(parameter: nn.Parameter, found: Tensor, name: str) -> None:
+def _copy(parameter: Tensor, found: Tensor, name: str) -> None:
     if found.shape != parameter.shape:
         raise ShapeError("A tensor has another shape", tensor=name, expected=parameter.shape, found=found.shape)
     parameter.copy_(found)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -13,6 +15,18 @@ from lora_cli.errors import UsageError
 from lora_cli.nn import exact
 from lora_cli.nn.factors import Factors
 from lora_cli.nn.parameters import LoRAParameters
+
+_WITHOUT_ADAPTERS: ContextVar[bool] = ContextVar("_WITHOUT_ADAPTERS", default=False)
+
+
+@contextmanager
+def states_of_bases() -> Iterator[None]:
+    """Let states be taken of merged layers too, by one who leaves the adapters out."""
+    token = _WITHOUT_ADAPTERS.set(True)
+    try:
+        yield
+    finally:
+        _WITHOUT_ADAPTERS.reset(token)
 
 
 class Merging(nn.Module):
@@ -110,11 +124,21 @@ class Merging(nn.Module):
         for name in reversed(list(self._taken)):
             self._give_back(name)
 
+    @property
+    def taken_off(self) -> list[Term]:
+        """What inits took off the weight, as summands (out × K) by (K × in) with the opposite scales."""
+        return [term for forgotten in self._taken.values() for term in forgotten.change.terms]
+
     def change_of(self, name: str) -> list[Term]:
         """What an adapter adds to the weight as it was before all inits, as summands (out × K) by (K × in).
 
         There are two for an init that took the first factors' product off the weight: that is added back.
+
+        Raises:
+            WrongInputError: Its init took something off the weight, which was changed since.
         """
+        if self._taken and not self.merged:
+            exact.check_unchanged(self.base_weight, list(self._taken.values())[-1])
         term = Term(self.lora_B[name].flatten(1), self.lora_A[name].flatten(1), self.settings[name].scale.times())
         return [term, *(self._taken[name].change.terms if name in self._taken else ())]
 
@@ -125,6 +149,15 @@ class Merging(nn.Module):
 
     def _magnitude(self) -> Tensor | None:
         return next((self.lora_magnitude[name] for name in self.active if self.settings[name].dora), None)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        if self.merged and not _WITHOUT_ADAPTERS.get():
+            raise UsageError(
+                "The state of a merged layer would hold its adapter twice, in the weight and beside it",
+                tensor=prefix.removesuffix(".") or None,
+                hint="take_out(merged=True) or base_state() give the merged weights; unmerge() first for the others",
+            )
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _refuse_while_merged(self, what: str) -> None:
         if self.merged:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 
 from torch import nn
 
 from lora_cli.adapters.modules import Module, describe, parents_of_experts
-from lora_cli.adapters.names import Chain, First, Mapper, Subtree, Wrap
-from lora_cli.errors import NamesError
 from lora_cli.nn.layer import LoRALayer
 from lora_cli.nn.wrap import kind_of
 
@@ -20,21 +18,18 @@ def layers_of(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
-    if isinstance(module, LoRALayer) or kind_of(module) is not None or _has_matrix(module):
+    if isinstance(module, LoRALayer) or kind_of(module) is not None or module._parameters.get("weight") is not None:
         yield prefix, module
     if isinstance(module, LoRALayer):
         return
-    for name, child in module.named_children():
+    for name, child in module._modules.items():  # unlike `named_children`, a child of two names under both
+        if child is None:
+            continue
         yield from _walk(child, f"{prefix}.{name}" if prefix else name)
 
 
-def _has_matrix(module: nn.Module) -> bool:
-    weight = module._parameters.get("weight")
-    return weight is not None and weight.dim() > 1
-
-
 def described(model: nn.Module) -> list[Module]:
-    """Every layer as target choice wants it; those of unknown types are refused by name."""
+    """Every layer as target choice wants it; those of other types are refused by name, so that a target may say why."""
     beside_experts = parents_of_experts(name for name, _ in model.named_modules())
     modules = []
     for name, layer in layers_of(model).items():
@@ -67,30 +62,3 @@ def paths_of(model: nn.Module) -> dict[nn.Module, list[str]]:
     for name, module in model.named_modules(remove_duplicate=False):
         paths.setdefault(module, []).append(name)
     return paths
-
-
-def mapper_of(model: nn.Module) -> Mapper:
-    """How parameters are named since LoRA layers took their places."""
-    found = {
-        path: module for module, paths in paths_of(model).items() if isinstance(module, LoRALayer) for path in paths
-    }
-    attention = [path for path, layer in found.items() if layer.kind == "attention"]
-    outer = Wrap(frozenset(found))
-    if not attention:
-        return outer
-    inner = Wrap(frozenset(f"{path}.out_proj" for path in attention))
-    moved = First(tuple(Subtree(f"{path}.out_proj", f"{path}.base.out_proj") for path in attention))
-    return First((Chain((inner, moved)), outer))
-
-
-def check_names(found: Iterable[str], expected: Iterable[str], message: str) -> None:
-    """Refuse names that are not those expected.
-
-    Raises:
-        NamesError: With all that are missing, or too many.
-    """
-    there, wanted = set(found), set(expected)
-    details = [f"{name} is missing" for name in sorted(wanted - there)]
-    details += [f"{name} is not known" for name in sorted(there - wanted)]
-    if details:
-        raise NamesError(message, details=details)

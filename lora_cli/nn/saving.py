@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Collection, Mapping
@@ -19,10 +20,11 @@ from lora_cli.adapters.peft_writer import adapter_config, peft_keys, rendered, t
 from lora_cli.adapters.source import CONFIG_FILE
 from lora_cli.checkpoint.checkpoint import ADAPTER_FILE
 from lora_cli.checkpoint.staging import Staging
-from lora_cli.errors import NamesError, UnsupportedError
+from lora_cli.errors import NamesError, OutputExistsError, UnsupportedError
 from lora_cli.nn.config import LoRAConfig
 from lora_cli.nn.factors import DEFAULT
 from lora_cli.nn.layer import LoRALayer
+from lora_cli.nn.modules import paths_of
 from lora_cli.surgery.merge import MergeResult, merge
 from lora_cli.surgery.placing import PlanOptions
 from lora_cli.surgery.results import Reference
@@ -34,7 +36,12 @@ _MAGNITUDE = "lora_magnitude_vector"
 
 
 def save_adapter(
-    injection: Injection, folder: str | Path, name: str = DEFAULT, *, base_model: str | None = None
+    injection: Injection,
+    folder: str | Path,
+    name: str = DEFAULT,
+    *,
+    base_model: str | None = None,
+    force: bool = False,
 ) -> None:
     """Write an adapter as a PEFT folder, which PEFT and `lora-cli merge` take; complete, or not at all.
 
@@ -45,13 +52,20 @@ def save_adapter(
         injection: Where it is.
         folder: A folder that is absent or empty.
         name: Which adapter.
+        force: Replace what is there, if that is an adapter and nothing else.
         base_model: What the config calls the base, or nothing; the name that the model knows itself by unless given.
 
     Raises:
         NamesError: No such adapter.
         UnsupportedError: Layers for which PEFT has no form.
+        WrongInputError: An init took something off a weight that was changed since.
         OutputExistsError: Something is in the folder.
     """
+    place = Path(folder)
+    may_replace = force and place.is_dir() and {file.name for file in place.iterdir()} <= {ADAPTER_FILE, CONFIG_FILE}
+    if not may_replace and place.exists() and (not place.is_dir() or any(place.iterdir())):
+        hint = "name another folder, or give force=True to replace an adapter that has nothing beside it"
+        raise OutputExistsError("The output exists already", file=place, hint=hint)
     layers = _layers_with(injection, name)
     tensors: dict[str, Tensor] = {}
     wholes = injection.wholes_of(name)
@@ -60,7 +74,7 @@ def save_adapter(
     tensors |= {f"{PREFIX}{_whole_key(key, injection)}": whole for key, whole in wholes.items()}
     data = safetensors.torch.save({key: _own(tensor) for key, tensor in tensors.items()}, metadata={"format": "pt"})
     config = _config(injection, layers, name, base_model)
-    with Staging(Path(folder), folder=True).opened() as staging:
+    with Staging(place, folder=True, may_replace=lambda: may_replace).opened() as staging:
         staging.write_small(ADAPTER_FILE, data)
         staging.write_small(CONFIG_FILE, rendered(config))
         staging.publish()
@@ -97,7 +111,9 @@ def save_merged(
 
 
 def _layers_with(injection: Injection, name: str) -> dict[str, LoRALayer]:
-    layers = {module: layer for module, layer in injection.layers.items() if name in layer.settings}
+    # A layer that the model reaches by several names has a tensor in the checkpoint under each of them.
+    paths = paths_of(injection.model)
+    layers = {path: layer for layer in injection.layers.values() if name in layer.settings for path in paths[layer]}
     if not layers:
         raise NamesError("No such adapter", found=name, expected=", ".join(injection.configs))
     return layers
@@ -147,12 +163,12 @@ def _config(injection: Injection, layers: Mapping[str, LoRALayer], name: str, ba
     content = adapter_config(
         target_names(list(layers), injection.base_state(), bare=False),
         Scale(common[1], common[0], config.rslora, "config"),
-        task=task_type(about),
+        task=task_type(about, injection.wholes_of(name)),
         fan_in_fan_out=any(module.transposed for module in selected),
         init=config.init,
         base_id=about.get("_name_or_path") if base_model is None else base_model,
     )
-    others = {f"^{module}": found for module, found in numbers.items() if found != common}
+    others = {"^" + re.escape(module): found for module, found in numbers.items() if found != common}
     return content | {
         "lora_dropout": config.dropout,
         "use_dora": config.dora,

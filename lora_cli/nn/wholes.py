@@ -1,8 +1,8 @@
-"""Parameters that are trained whole beside the adapters: biases, and modules that are saved with the adapter."""
+"""What is trained whole beside the adapters: biases, and modules that are saved with the adapter, buffers and all."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -15,55 +15,62 @@ from lora_cli.nn.layer import LoRALayer
 
 
 class Wholes:
-    """Parameters that are trained whole, by their plain names, and what they were before."""
+    """What is trained whole, by its plain names, and what it was before.
 
-    def __init__(self) -> None:
-        self.parameters: dict[str, nn.Parameter] = {}
+    Args:
+        state: Gives the model's parameters and buffers as they are now, by their plain names.
+    """
+
+    def __init__(self, state: Callable[[], Mapping[str, Tensor]]) -> None:
+        self._state = state
         self._before: dict[str, Tensor] = {}
         self._adapters: dict[str, set[str]] = {}
 
-    def train(self, parameters: Mapping[str, nn.Parameter], adapter: str) -> None:
-        """Let parameters ask for gradients, and keep what they are.
+    def train(self, names: Collection[str], adapter: str) -> None:
+        """Let parameters ask for gradients, and keep what they are; buffers move by themselves.
 
         Args:
-            parameters: By their names in a plain checkpoint.
+            names: Their names in a plain checkpoint.
             adapter: With which adapter they are trained. There may be several.
         """
-        for name, parameter in parameters.items():
-            if name not in self.parameters:
-                self.parameters[name] = parameter
-                self._before[name] = parameter.detach().cpu().clone()
+        state = self._state()
+        for name in names:
+            if name not in self._before:
+                self._before[name] = state[name].detach().cpu().clone()
             self._adapters.setdefault(name, set()).add(adapter)
-            parameter.requires_grad_(True)
+            if isinstance(state[name], nn.Parameter):
+                state[name].requires_grad_(True)
 
-    def of(self, adapter: str) -> dict[str, nn.Parameter]:
-        """What is trained with an adapter."""
-        return {name: p for name, p in self.parameters.items() if adapter in self._adapters[name]}
+    def of(self, adapter: str) -> dict[str, Tensor]:
+        """What is trained with an adapter, as it is now."""
+        state = self._state()
+        return {name: state[name] for name, adapters in self._adapters.items() if adapter in adapters}
 
     @torch.no_grad()
     def restore(self, adapter: str) -> None:
-        """Give back what the parameters of an adapter were, and freeze them, unless another one has them too."""
-        for name in self.of(adapter):
+        """Give back what was trained with an adapter, and freeze it, unless another one has it too."""
+        for name, tensor in self.of(adapter).items():
             self._adapters[name].discard(adapter)
             if not self._adapters[name]:
-                parameter = self.parameters.pop(name)
-                parameter.copy_(self._before.pop(name))
-                parameter.requires_grad_(False)
+                del self._adapters[name]
+                tensor.copy_(self._before.pop(name))
+                tensor.requires_grad_(False)
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
-        """Compute with what the parameters were for a while."""
-        trained = {name: parameter.data for name, parameter in self.parameters.items()}
-        for name, parameter in self.parameters.items():
-            parameter.data = self._before[name].to(parameter.device)
+        """Compute with what was before for a while."""
+        state = self._state()
+        trained = {name: state[name].data for name in self._before}
+        for name, data in trained.items():
+            state[name].data = self._before[name].to(data.device, data.dtype)
         try:
             yield
         finally:
             for name, data in trained.items():
-                self.parameters[name].data = data
+                state[name].data = data
 
 
-def biases(model: nn.Module, which: Bias, layers: Mapping[str, LoRALayer]) -> dict[str, nn.Parameter]:
+def biases(model: nn.Module, which: Bias, layers: Mapping[str, LoRALayer]) -> list[str]:
     """The biases that are trained, by their names in the injected model.
 
     Args:
@@ -72,31 +79,34 @@ def biases(model: nn.Module, which: Bias, layers: Mapping[str, LoRALayer]) -> di
         layers: The LoRA layers.
     """
     if which == "none":
-        return {}
+        return []
     own = {id(p) for layer in layers.values() for p in layer.base.parameters()}
-    return {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if name.endswith("bias") and (which == "all" or id(parameter) in own)
-    }
+    named = model.named_parameters(remove_duplicate=False)
+    return [name for name, p in named if name.endswith("bias") and (which == "all" or id(p) in own)]
 
 
-def saved_modules(model: nn.Module, patterns: Sequence[str], targets: Collection[str]) -> dict[str, nn.Parameter]:
-    """The parameters of modules that are trained whole, by their names.
+def saved_modules(model: nn.Module, patterns: Sequence[str], frozen: Collection[nn.Module]) -> list[str]:
+    """What modules that are trained whole hold, by its names in the model.
+
+    Args:
+        model: The model.
+        patterns: Say which modules.
+        frozen: Layers that have or get factors: nothing of theirs can be trained whole.
 
     Raises:
         NamesError: A pattern that matches no module with parameters.
-        UsageError: A module that gets factors as well.
+        UsageError: A module that gets factors as well, or shares a parameter with one that does.
     """
-    found: dict[str, nn.Parameter] = {}
+    taken = {id(parameter) for layer in frozen for parameter in layer.parameters()}
+    found: list[str] = []
     for pattern in patterns:
         compiled = compile_user_pattern(pattern)
         modules = {name: module for name, module in model.named_modules() if name and compiled.match(name)}
-        doubly = sorted({name for name in modules for target in targets if f"{target}.".startswith(f"{name}.")})
-        if doubly:
-            raise UsageError("A module cannot be trained whole and get factors", found=", ".join(doubly))
-        parameters = {f"{name}.{key}": p for name, module in modules.items() for key, p in module.named_parameters()}
+        parameters = [p for module in modules.values() for p in module.parameters()]
         if not parameters:
             raise NamesError("A pattern matches no module with parameters", tensor="modules_to_save", found=pattern)
-        found |= parameters
-    return found
+        doubly = [name for name, module in modules.items() if any(id(p) in taken for p in module.parameters())]
+        if doubly:
+            raise UsageError("A module cannot be trained whole and get factors", found=", ".join(doubly))
+        found += [f"{name}.{key}" for name, module in modules.items() for key in module.state_dict()]
+    return list(dict.fromkeys(found))

@@ -172,9 +172,10 @@ def test_presets_leave_experts_and_what_chooses_between_them(tmp_path: Path) -> 
         "model.layers.0.self_attn.q_proj",
         "model.layers.1.mlp.gate",
     ]
-    assert [note.split(",")[0] for note in selection.notes] == [
-        "left out: 6 of kind expert",
-        "left out: 1 of kind router",
+    experts = "model.layers.0.mlp.experts.0"
+    assert [note.split(", which")[0] for note in selection.notes] == [
+        f"left out: 6 of kind expert ({experts}.gate_proj, {experts}.up_proj, {experts}.down_proj, …)",
+        "left out: 1 of kind router (model.layers.0.mlp.gate)",
     ]
     assert names(base, ["mlp"]) == ["model.layers.0.mlp.shared_expert.gate_proj"]
     assert len(names(base, ["experts.*.up_proj"])) == 3
@@ -232,7 +233,7 @@ def test_a_pattern_may_take_the_head_that_presets_leave(tmp_path: Path) -> None:
     base = checkpoint(tmp_path, LLAMA)
     assert names(base, ["lm_head"]) == ["lm_head"]
     notes = select(base, ["all-linear"]).notes
-    assert notes == ("left out: 1 of kind head, which no preset takes; a pattern can name them",)
+    assert notes == ("left out: 1 of kind head (lm_head), which no preset takes; a pattern can name it",)
     assert select(base, ["all-linear", "lm_head"]).notes == ()
 
 
@@ -254,6 +255,39 @@ def test_a_pattern_that_matches_nothing_names_what_is_near(tmp_path: Path) -> No
     assert caught.value.details[0].startswith("self_attn.query_proj (nearest: model.layers.")
     assert "self_attn.q_proj" in caught.value.details[0]
     assert caught.value.details[1].startswith("re:nothing")
+
+
+def test_a_misspelt_target_is_told_what_there_is(tmp_path: Path) -> None:
+    base = checkpoint(tmp_path, LLAMA)
+    with pytest.raises(NamesError) as caught:
+        select(base, ["q_porj", "mpl", "nosuch"])
+    assert caught.value.details == (
+        "q_porj (nearest: q_proj, o_proj)",
+        "mpl (nearest: mlp)",
+        "nosuch",
+    )
+    assert caught.value.expected == (
+        "names that end in embed_tokens, q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, lm_head"
+    )
+    (tmp_path / "many").mkdir()
+    many = checkpoint(tmp_path / "many", {f"blocks.m{number}.weight": (4, 4) for number in range(20)})
+    with pytest.raises(NamesError, match="^1 target pattern matches no module ") as caught:
+        select(many, ["nosuch"])
+    assert str(caught.value.expected).endswith("m10, m11 and 8 more")
+
+
+def test_targets_in_one_word_are_to_be_several(tmp_path: Path) -> None:
+    with pytest.raises(NamesError) as caught:
+        select(checkpoint(tmp_path, LLAMA), ["lm_head,embed_tokens"])
+    assert str(caught.value.hint).startswith("one pattern each: repeat --target")
+
+
+def test_an_exclusion_that_matches_nothing_is_called_one(tmp_path: Path) -> None:
+    base = checkpoint(tmp_path, LLAMA)
+    with pytest.raises(NamesError, match="^1 exclusion matches no module "):
+        select(base, ["mlp"], ["nosuch"])
+    with pytest.raises(NamesError, match="^2 exclusions match no module "):
+        select(base, ["mlp"], ["nosuch", "nothing"])
 
 
 def test_vectors_and_scalars_are_refused(tmp_path: Path) -> None:
@@ -489,22 +523,26 @@ def test_a_name_that_cannot_be_told_apart() -> None:
 
 
 @pytest.mark.parametrize(
-    ("architecture", "task", "bare"),
+    ("architecture", "task", "head", "bare"),
     [
-        ("LlamaForCausalLM", "CAUSAL_LM", False),
-        ("GPT2LMHeadModel", "CAUSAL_LM", False),
-        ("BertForSequenceClassification", "SEQ_CLS", False),
-        ("BertForTokenClassification", "TOKEN_CLS", False),
-        ("BertForQuestionAnswering", "QUESTION_ANS", False),
-        ("LlavaForConditionalGeneration", None, False),
-        ("BertForMaskedLM", None, False),
-        ("BertModel", None, True),
-        (None, None, True),
+        ("LlamaForCausalLM", "CAUSAL_LM", None, False),
+        ("GPT2LMHeadModel", "CAUSAL_LM", None, False),
+        ("BertForSequenceClassification", "SEQ_CLS", "classifier", False),
+        ("LlamaForSequenceClassification", "SEQ_CLS", "score", False),
+        ("BertForTokenClassification", "TOKEN_CLS", "classifier", False),
+        ("BertForQuestionAnswering", "QUESTION_ANS", "qa_outputs", False),
+        ("LlavaForConditionalGeneration", None, None, False),
+        ("BertForMaskedLM", None, None, False),
+        ("BertModel", None, None, True),
+        (None, None, None, True),
     ],
 )
-def test_tasks(architecture: str | None, task: str | None, bare: bool) -> None:
+def test_tasks(architecture: str | None, task: str | None, head: str | None, bare: bool) -> None:
+    """A task whose head PEFT looks for in the adapter is only named where it is there: else PEFT would not load it."""
     config = {"architectures": [architecture]} if architecture else {}
-    assert task_type(config) == task
+    assert task_type(config) == (None if head else task)
+    assert task_type(config, [f"{head}.weight", "other.bias"] if head else []) == task
+    assert task_type(config, ["scores.weight", "a.bias"]) == (None if head else task)
     assert is_bare(config) is bare
 
 

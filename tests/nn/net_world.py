@@ -85,10 +85,13 @@ def stirred(injection: Injection) -> Injection:
 
 def same_bits(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
     return list(left) == list(right) and all(
-        left[key].dtype == right[key].dtype and torch.equal(left[key].view(torch.uint8), right[key].view(torch.uint8))
-        for key in left
+        left[key].dtype == right[key].dtype and torch.equal(_bytes(left[key]), _bytes(right[key])) for key in left
     )
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:
     return {key: tensor.clone() for key, tensor in model.state_dict().items()}
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.detach().reshape(-1).view(torch.uint8)

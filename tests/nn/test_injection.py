@@ -94,8 +94,8 @@ def test_a_layer_in_two_places_is_one_layer() -> None:
 @pytest.mark.parametrize(
     ("fields", "error", "words"),
     [
-        ({"targets": "nothing"}, NamesError, "match no module"),
-        ({"targets": "norm"}, NamesError, "match no module"),
+        ({"targets": "nothing"}, NamesError, "matches no module"),
+        ({"targets": "norm"}, UnsupportedError, "cannot take an adapter"),
         ({"targets": ("q_proj",), "modules_to_save": ("nowhere",)}, NamesError, "matches no module"),
         ({"targets": ("q_proj",), "modules_to_save": ("layers.0",)}, UsageError, "trained whole and get factors"),
         ({"targets": ("attn",), "dropout": 0.1}, UnsupportedError, "no dropout"),
@@ -115,10 +115,11 @@ def test_what_does_not_fit_leaves_the_model_as_it_was(
 
 
 def test_layers_of_unknown_types_are_named() -> None:
-    model = nn.ModuleDict({"up": nn.ConvTranspose1d(2, 2, 3), "flat": nn.Linear(2, 2)})
-    with pytest.raises(UnsupportedError) as caught:
-        inject(model, rank=1, targets="up")
-    assert "ConvTranspose1d" in str(caught.value.details)
+    model = nn.ModuleDict({"up": nn.ConvTranspose1d(2, 2, 3), "norm": nn.LayerNorm(2), "flat": nn.Linear(2, 2)})
+    for name, kind in (("up", "ConvTranspose1d"), ("norm", "LayerNorm")):
+        with pytest.raises(UnsupportedError) as caught:
+            inject(model, rank=1, targets=name)
+        assert caught.value.details == (f"{name}: a layer of type {kind}, which takes no adapter",)
     assert list(inject(model, rank=1).layers) == ["flat"]
 
 

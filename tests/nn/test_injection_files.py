@@ -119,6 +119,23 @@ def test_peft_loads_what_is_saved_and_computes_the_same(fields: dict[str, Any], 
     assert not torch.allclose(found, plain, rtol=0.05, atol=0.05)
 
 
+@pytest.mark.parametrize("saved", [(), ("classifier",)])
+def test_peft_loads_adapters_of_classifiers(saved: tuple[str, ...], tmp_path: Path) -> None:
+    from transformers import AutoConfig, BertForSequenceClassification
+
+    config = AutoConfig.for_model(
+        "bert", vocab_size=160, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
+    model, other = (BertForSequenceClassification(config).eval() for _ in range(2))
+    other.load_state_dict(model.state_dict())
+    stirred(inject(model, rank=2, modules_to_save=saved)).save(tmp_path / "adapter")
+    ids = torch.arange(12).view(2, 6)
+    with torch.no_grad():
+        expected = model.eval()(ids).logits
+        found = with_peft(other, tmp_path / "adapter")(ids).logits
+    assert torch.allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
 class Small(nn.Module):
     """A model of convolutions and a table, which is no transformers model."""
 

@@ -24,9 +24,12 @@ def test_merged_and_back_bit_for_bit(dtype: torch.dtype, dora: bool) -> None:
     injection.merge()
     error = (logits_of(model) - logits).abs().max() / logits.abs().max()
     assert error < (1e-5 if dtype == torch.float32 else 5e-2)
-    assert not torch.equal(state(model)["layers.0.q_proj.base.weight"], before["layers.0.q_proj.base.weight"])
+    merged = injection.base_state()["layers.0.q_proj.weight"]
+    assert not torch.equal(merged, before["layers.0.q_proj.base.weight"])
     with pytest.raises(UsageError, match="merged"):
         injection.merge()
+    with pytest.raises(UsageError, match="hold its adapter twice"):
+        model.state_dict()
     injection.unmerge()
     assert same_bits(before, state(model))
     with pytest.raises(UsageError, match="not merged"):
