@@ -25,6 +25,10 @@ from collections.abc import Iterable
 from typing import ClassVar
 
 
+DETAILS_SHOWN = 8
+"""Details in the text of an error; `details` has all of them."""
+
+
 class LoraCliError(Exception):
     """A refusal that a person can act on.
 
@@ -66,7 +70,9 @@ class LoraCliError(Exception):
         where = ": ".join(part for part in (self.file, self.tensor) if part)
         facts = [f"{name} {value}" for name, value in (("found", self.found), ("expected", self.expected)) if value]
         said = f"{self.message} ({where})" if where else self.message
-        return "; ".join([said, *facts, *([f"try: {self.hint}"] if self.hint else [])])
+        more = len(self.details) - DETAILS_SHOWN
+        listed = [", ".join([*self.details[:DETAILS_SHOWN], *([f"and {more} more"] if more > 0 else [])])]
+        return "; ".join([said, *facts, *filter(None, listed), *([f"try: {self.hint}"] if self.hint else [])])
 
 
 class UsageError(LoraCliError):
@@ -86,7 +92,7 @@ class MalformedFileError(LoraCliError):
 
     code = "malformed-file"
     exit_code = 10
-    advice = "download or export the file again; lora-cli inspect shows what it holds"
+    advice = "download or export the file again"
 
 
 class UnsafeInputError(LoraCliError):

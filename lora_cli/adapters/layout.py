@@ -66,9 +66,7 @@ def settle_square(adapter: Adapter, told: bool | None, others: set[bool], said: 
         return told
     if len(others) == 1:
         return next(iter(others))
-    if adapter.orientation is not None:
-        return bool(adapter.transposed_hint)
-    return None
+    return bool(adapter.transposed_hint) if adapter.orientation is not None else None
 
 
 @lru_cache(maxsize=1)

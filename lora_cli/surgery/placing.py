@@ -84,6 +84,7 @@ class Placement:
         self.uses: list[AdapterUse] = []
         self.warnings = [f"{adapter.label}: {text}" for adapter in self.adapters for text in adapter.warnings]
         self._problems: list[tuple[type[LoraCliError], str]] = []
+        self._guessed: list[str] = []
         self._quantised = Quantised(base)
         if not self.adapters:
             raise UsageError(
@@ -98,6 +99,12 @@ class Placement:
                 raise LoraCliError("The ledger of this adapter is not complete", file=adapter.label, found=found)
         self._raise_problems()
         self._warn_unused_maps()
+        if self._guessed:
+            several = f" and {len(self._guessed) - 1} more" if len(self._guessed) > 1 else ""
+            self.warnings.append(
+                f"{self._guessed[0]}{several}: square, and taken as stored out × in, like torch.nn.Linear; "
+                "--orientation ab is for in × out, like embeddings and GPT-2"
+            )
 
     # Names
 
@@ -177,8 +184,8 @@ class Placement:
             file=adapter.label,
             found=f"{len(found.keys)} names match",
             details=details,
-            hint="is this the right base? Say what is called differently with --map OLD=NEW, or leave these out with "
-            "--allow-unmapped",
+            hint="is this the right base? Say what is called differently with --map OLD=NEW"
+            + (", or leave these out with --allow-unmapped" if found.keys else ""),
         )
 
     def _warn_unused_maps(self) -> None:
@@ -243,6 +250,8 @@ class Placement:
         if settled is None:
             words = f"{key}: square, so nothing says if it is stored out × in or in × out; give --orientation ba or ab"
             self._problems.append((ShapeError, words))
+        elif adapter.transposed_hint is None and said is None and told is None and len(others) != 1:
+            self._guessed.append(key)
         return settled
 
     def _check_target(self, target: Target, key: str) -> None:

@@ -135,7 +135,10 @@ def test_a_plan_says_the_kind_of_each_delta(tmp_path: Path) -> None:
         base, adapters = case.write(tmp_path / name)
         plan = plan_merge(base, adapters, options(case))
         seen |= {edit.key: (term.delta.kind, term.transposed) for edit in plan.edits for term in edit.terms}
-        assert not plan.as_dict()["warnings"]
+        # A wrapped file that has no description says nothing of a square matrix.
+        assert [words.split(":")[0] for words in plan.as_dict()["warnings"]] == (
+            ["lin.weight"] if name == "wrapped" else []
+        )
     assert seen["moe.up.weight"] == ("lora-stack", True)
     assert seen["grouped.weight"] == ("lora-conv", False)
     assert seen["embed_tokens.weight"] == seen["wpe.weight"] == ("lora-embedding", True)
@@ -188,6 +191,23 @@ def test_a_stack_that_is_replaced_whole_is_changed_and_comes_back(tmp_path: Path
 
 
 # Refusals
+
+
+@pytest.mark.parametrize("straight", [False, True])
+def test_other_kernels_of_a_file_say_which_way_round_a_square_b_is(straight: bool, tmp_path: Path) -> None:
+    """A (2, 4, 3) with B (2, 2): out is the rank. With B (8, 2) beside it, all are (out × rank)."""
+    base = {"c.weight": gaussian(1, 2, 4, 3), "d.weight": gaussian(2, 8, 4, 3)}
+    factors = {f"{module}.lora_A": gaussian(seed, 2, 4, 3) for seed, module in ((3, "c"), (4, "d"))}
+    wide = gaussian(5, 8, 2)
+    factors |= {"c.lora_B": gaussian(6, 2, 2), "d.lora_B": wide if straight else wide.T.contiguous()}
+    save_file(base, tmp_path / "base.safetensors")
+    save_file(factors, tmp_path / "factors.safetensors")
+    said = PlanOptions(read=ReadOptions(scale=1.0))
+    merge(tmp_path / "base.safetensors", [tmp_path / "factors.safetensors"], tmp_path / "merged.safetensors", said)
+    b = factors["c.lora_B"].double() if straight else factors["c.lora_B"].double().T
+    expected = base["c.weight"].double() + (b @ factors["c.lora_A"].double().flatten(1)).view(2, 4, 3)
+    found = load_file(tmp_path / "merged.safetensors")["c.weight"]
+    assert torch.allclose(found.double(), expected, rtol=0, atol=1e-6)
 
 
 def test_what_matches_nothing_in_the_base_is_named(tmp_path: Path) -> None:

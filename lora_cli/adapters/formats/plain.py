@@ -64,8 +64,9 @@ def read(source: AdapterSource, options: ReadOptions) -> Adapter:
     check_pairs(pairs, source.shard.name)
     targets = []
     wrong = []
+    kernels_swapped = not any(_is_straight_kernel(pair) for pair in pairs.values())
     for module, pair in pairs.items():
-        delta = _delta(pair, source, options, table=module in tables)
+        delta = _delta(pair, source, options, kernels_swapped, table=module in tables)
         if delta is None:
             a, b = pair.both
             wrong.append(f"{module}: A is {list(a.shape)}, B is {list(b.shape)}")
@@ -86,13 +87,16 @@ def read(source: AdapterSource, options: ReadOptions) -> Adapter:
     )
 
 
-def _delta(pair: Pair, source: AdapterSource, options: ReadOptions, *, table: bool) -> Delta | None:
+def _delta(
+    pair: Pair, source: AdapterSource, options: ReadOptions, kernels_swapped: bool, *, table: bool
+) -> Delta | None:
     """The change that a pair makes; None where the factors share no rank."""
     a, b = pair.both
     if len(a.shape) > 2:
-        # Where both sides of a matrix B are as long as the rank, it is (rank × out): no library is known to write
-        # (out × rank) beside a kernel A, and where the sides differ they say themselves which is which.
-        swapped = len(b.shape) == 2 and b.shape[0] == a.shape[0]
+        # Where both sides of a matrix B are as long as the rank, the other kernels of the file say which is which. Where
+        # they do not, it is (rank × out): no library is known to write (out × rank) beside a kernel A.
+        square = len(b.shape) == 2 and b.shape[0] == b.shape[1]
+        swapped = kernels_swapped if square else len(b.shape) == 2 and b.shape[0] == a.shape[0]
         if not is_kernel_pair(a.shape, b.shape[::-1] if swapped else b.shape):
             return None
         return LowRankKernel(a, b, _scale(a.shape[0], source, options), swapped)
@@ -101,6 +105,12 @@ def _delta(pair: Pair, source: AdapterSource, options: ReadOptions, *, table: bo
         return None
     scale = _scale(a.shape[1 if turned else 0], source, options)
     return LowRank(a, b, scale, turned, "lora-embedding" if table else "lora")
+
+
+def _is_straight_kernel(pair: Pair) -> bool:
+    """Whether a kernel's B is a matrix (out × rank) that cannot be read the other way round."""
+    a, b = pair.both
+    return len(a.shape) > 2 and len(b.shape) == 2 and b.shape[1] == a.shape[0] != b.shape[0]
 
 
 def _swapped(pair: Pair) -> bool | None:
@@ -139,10 +149,12 @@ def _scale(rank: int, source: AdapterSource, options: ReadOptions) -> Scale:
             return Scale(alpha[1], rank, rslora, f"{alpha[0]} of {where} / {root}rank of the factors")
         if scale is not None:
             return Scale(scale[1], None, False, f"{scale[0]} of {where}")
+    # A folder is PEFT's, and with its config it would say so.
+    lost = source.config is None and source.path.is_dir()
     raise MissingScaleError(
-        "Nothing says how strong this adapter is",
+        "Nothing says how strong this adapter is" + (f", for the folder has no {CONFIG_FILE}" if lost else ""),
         file=source.shard.name,
-        hint="give --alpha A (scale is alpha / rank) or --scale S",
+        hint=(f"get its {CONFIG_FILE}, or " if lost else "") + "give --alpha A (scale is alpha / rank) or --scale S",
     )
 
 
