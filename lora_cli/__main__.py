@@ -1,6 +1,20 @@
-"""`python -m lora_cli`."""
+"""The program `lora-cli`, also as `python -m lora_cli`."""
 
-from lora_cli.cli.app import main
+from __future__ import annotations
+
+import os
+import signal
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    # The libraries take most of a second. Nothing is under way then, and an interrupt is no reason for a traceback.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, lambda number, _: os._exit(128 + number))
+    from lora_cli.cli import app
+
+    app.main()
+
 
 if __name__ == "__main__":
     main()

@@ -24,7 +24,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import ClassVar
 
-
 DETAILS_SHOWN = 8
 """Details in the text of an error; `details` has all of them."""
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 import lora_cli
+from lora_cli.errors import UsageError
 from lora_cli.nn import LoRAConfig, inject
 
 SCRIPTS = Path(__file__).parents[1] / "scripts" / "training"
@@ -25,8 +26,9 @@ import pipeline  # noqa: E402
 from corpus import Text  # noqa: E402
 from decoder import Decoder, Shape  # noqa: E402
 from loop import Plan, Whole, evaluate, fit  # noqa: E402
+from settings import Settings  # noqa: E402
 
-QUICK = pipeline.Settings(base_steps=12, steps=12, every=5, batch=4, length=32)
+QUICK = Settings(base_steps=12, steps=12, every=5, batch=4, length=32)
 TINY = Shape(hidden_size=32, intermediate_size=48, num_attention_heads=2, max_position_embeddings=32)
 
 
@@ -42,20 +44,24 @@ def _one_thread() -> Iterator[None]:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nothing interrupted."""
     out = tmp_path_factory.mktemp("run") / "out"
-    pipeline.run(out, QUICK, resume=False)
+    pipeline.run(out, QUICK)
     return out
 
 
-def never(_: int) -> None:
+def never(_: str, __: int) -> None:
     raise AssertionError("no step was to be made")
 
 
-def stop_at(step: int) -> Callable[[int], None]:
-    def after_step(done: int) -> None:
-        if done == step:
+def stop_at(text: str, step: int) -> Callable[[str, int], None]:
+    def after_step(learned: str, done: int) -> None:
+        if (learned, done) == (text, step):
             raise KeyboardInterrupt
 
     return after_step
+
+
+def everything_in(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 # The script
@@ -70,70 +76,152 @@ def test_it_ends_with_a_merge_that_is_undone(finished: Path) -> None:
     assert lora_cli.verify(finished / "merged", finished / "base", [finished / "adapter"]).verified
 
 
-def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(finished: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("text", "state", "left"),
+    [
+        ("verse", "training.pt", [("verse", step) for step in range(6, 13)]),
+        (
+            "prose",
+            "base-training.pt",
+            [*(("prose", step) for step in range(6, 13)), *(("verse", step) for step in range(1, 13))],
+        ),
+    ],
+)
+def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(
+    text: str, state: str, left: list[tuple[str, int]], finished: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
-        pipeline.run(out, QUICK, resume=False, after_step=stop_at(8))
-    assert (out / "training.pt").is_file()
+        pipeline.run(out, QUICK, after_step=stop_at(text, 8))
+    assert (out / state).is_file()
     assert not (out / "adapter").exists()
-    steps: list[int] = []
-    pipeline.run(out, pipeline.Settings(**pipeline.settings_of(out)), resume=True, after_step=steps.append)
-    assert steps == [6, 7, 8, 9, 10, 11, 12]
+    steps: list[tuple[str, int]] = []
+    pipeline.run(out, Settings.read(out), "resume", lambda *step: steps.append(step))
+    assert steps == left
+    assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in finished.iterdir())
     for name in ("base", "adapter", "merged"):
         for file in (finished / name).glob("*.safetensors"):
             assert file.read_bytes() == (out / name / file.name).read_bytes()
 
 
 def test_a_run_goes_on_only_with_its_own_settings(finished: Path, tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match=r"other settings.*'rank': 8"):
-        pipeline.run(finished, replace(QUICK, rank=4), resume=True, after_step=never)
-    with pytest.raises(SystemExit, match="no run that could go on"):
-        pipeline.run(tmp_path, QUICK, resume=True, after_step=never)
+    with pytest.raises(UsageError, match=r"other settings.*found --rank 4, not 8;") as refused:
+        pipeline.run(finished, replace(QUICK, rank=4), "resume", never)
+    assert refused.value.exit_code == 2
+    with pytest.raises(UsageError, match="no run that could go on"):
+        pipeline.run(tmp_path, QUICK, "resume", never)
+    for broken in ("{", "[]", '{"steps": 3}'):
+        (tmp_path / "training.json").write_text(broken)
+        with pytest.raises(UsageError, match="no run that could go on"):
+            Settings.read(tmp_path)
 
 
 def test_folders_of_others_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "precious").write_text("mine")
-    with pytest.raises(SystemExit, match="did not make"):
-        pipeline.run(tmp_path, QUICK, resume=False, after_step=never)
-    assert (tmp_path / "base" / "precious").read_text() == "mine"
+    for start in ("new", "force"):
+        with pytest.raises(UsageError, match="did not make"):
+            pipeline.run(tmp_path, QUICK, start, never)
+    with pytest.raises(UsageError, match="no folder"):
+        pipeline.run(tmp_path / "base" / "precious", QUICK, "new", never)
+    assert everything_in(tmp_path) == {"base/precious": b"mine"}
 
 
-def test_the_command_line_says_what_is_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    seen: list[object] = []
-    monkeypatch.setattr(pipeline, "run", lambda out, settings, *, resume: seen.append((out, settings, resume)))
-    pipeline.main([])
-    pipeline.main([str(tmp_path), "--steps", "7", "--alpha", "2.5"])
-    assert seen == [
-        (Path("train-out"), pipeline.Settings(), False),
-        (tmp_path, pipeline.Settings(steps=7, alpha=2.5), False),
-    ]
-    with pytest.raises(SystemExit, match="no run that could go on"):
-        pipeline.main([str(tmp_path), "--resume"])
+def test_a_run_that_is_there_is_replaced_only_when_told_so(tmp_path: Path) -> None:
+    quick = replace(QUICK, base_steps=2)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run(tmp_path, quick, after_step=stop_at("verse", 6))
+    before = everything_in(tmp_path)
+    assert "training.pt" in before
+    with pytest.raises(UsageError, match="--resume to go on with it, --force to start anew"):
+        pipeline.run(tmp_path, replace(quick, steps=3), "new", never)
+    assert everything_in(tmp_path) == before
+    steps: list[tuple[str, int]] = []
+
+    def after_step(*step: Any) -> None:
+        steps.append(step)
+        stop_at("verse", 1)(*step)
+
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run(tmp_path, quick, "force", after_step)
+    assert steps == [("prose", 1), ("prose", 2), ("verse", 1)]
+    assert not (tmp_path / "training.pt").exists()
 
 
-def test_a_run_goes_on_with_what_it_was_started_with(
-    finished: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        (["--rank", "0"], "--rank makes no sense; found 0; expected 1 to 128"),
+        (["--alpha", "nan"], "alpha"),
+        (["--steps", "0"], "--steps makes no sense"),
+        (["--batch", "-1"], "--batch makes no sense"),
+        (["--length", "100000"], "--length makes no sense"),
+        (["--every", "-1"], "--every makes no sense"),
+        (["--seed", "-1"], "--seed makes no sense"),
+    ],
+)
+def test_settings_are_looked_at_before_the_folder_is(
+    said: list[str], words: str, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = everything_in(finished)
+    with pytest.raises(SystemExit) as stopped:
+        pipeline.main([str(finished), "--force", *said])
+    assert stopped.value.code == 2
+    line = capsys.readouterr().err
+    assert words in line
+    assert line.count("\n") == 1
+    assert everything_in(finished) == before
+
+
+def test_the_command_line_says_what_is_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     seen: list[object] = []
-    monkeypatch.setattr(pipeline, "run", lambda out, settings, *, resume: seen.append((settings, resume)))
+    monkeypatch.setattr(pipeline, "run", lambda *arguments: seen.append(arguments))
+    pipeline.main([])
+    pipeline.main([str(tmp_path), "--steps", "7", "--alpha", "2.5"])
+    pipeline.main([str(tmp_path), "--force"])
+    assert seen == [
+        (Path("train-out"), Settings(), "new"),
+        (tmp_path, Settings(steps=7, alpha=2.5), "new"),
+        (tmp_path, Settings(), "force"),
+    ]
+    for said, words in ((["--resume"], "no run that could go on"), (["--resume", "--force"], "not allowed with")):
+        with pytest.raises(SystemExit) as stopped:
+            pipeline.main([str(tmp_path), *said])
+        assert stopped.value.code == 2
+        assert words in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        pipeline.main(["--help"])
+    assert capsys.readouterr().out.startswith("usage: scripts/train ")
+
+
+def test_a_run_goes_on_with_what_it_was_started_with(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[object] = []
+    monkeypatch.setattr(pipeline, "run", lambda out, settings, start: seen.append((settings, start)))
     pipeline.main([str(finished), "--resume"])
     pipeline.main([str(finished), "--resume", "--rank", "2"])
-    assert seen == [(QUICK, True), (replace(QUICK, rank=2), True)]
+    assert seen == [(QUICK, "resume"), (replace(QUICK, rank=2), "resume")]
 
 
-def test_who_stops_it_is_told_how_to_go_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def interrupted(*_: object, **__: object) -> None:
+def test_who_stops_it_is_told_how_to_go_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(pipeline, "run", interrupted)
-    with pytest.raises(SystemExit, match=f"To go on: scripts/train {re.escape(str(tmp_path))} --resume"):
-        pipeline.main([str(tmp_path)])
+    for there in (False, True):
+        with pytest.raises(SystemExit) as stopped:
+            pipeline.main([str(tmp_path)])
+        assert stopped.value.code == 130
+        assert (f"To go on: scripts/train {tmp_path} --resume" in capsys.readouterr().err) is there
+        QUICK.write(tmp_path)
 
 
 def test_an_adapter_that_learned_nothing_is_a_failure(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="learned nothing"):
-        pipeline.run(tmp_path, replace(QUICK, steps=0), resume=False)
+        pipeline.run(tmp_path, replace(QUICK, steps=1, alpha=1e-30))
 
 
 def test_a_merged_file_that_computes_something_else_is_a_failure(finished: Path, tmp_path: Path) -> None:

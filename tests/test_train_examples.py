@@ -52,6 +52,15 @@ def test_sft_trainer(tmp_path: Path) -> None:
     assert tokenizer.decode(tokenizer(words).input_ids) == words
 
 
+def test_the_folder_of_an_example_is_a_new_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert trainer_example.new_folder("about", "some-out", []) == Path("some-out")
+    assert trainer_example.new_folder("about", "some-out", [str(tmp_path / "new")]) == tmp_path / "new"
+    with pytest.raises(SystemExit) as stopped:
+        trainer_example.new_folder("about", "some-out", [str(tmp_path)])
+    assert stopped.value.code == 2
+    assert f"{tmp_path} exists" in capsys.readouterr().err
+
+
 @torch.no_grad()
 def check(outcome: Outcome, out: Path) -> None:
     assert outcome.last < outcome.first - 0.5

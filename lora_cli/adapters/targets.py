@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 from collections import Counter
@@ -25,6 +26,12 @@ name of a module; or a function that says of a module whether it is meant."""
 
 _Test = Callable[[Module], bool]
 _PACKED = (".qweight", ".weight_packed")
+_ENDS = 12
+"""Ends of names in a message."""
+_FEW = 3
+"""Names in a note."""
+_COMMA = "one pattern each: repeat --target or --exclude, or give a list"
+_PATTERNS = "patterns are globs on module names (* within a part, ** across dots), or regular expressions after re:"
 
 
 @dataclass(frozen=True)
@@ -165,8 +172,8 @@ def choose(
     """
     if not targets:
         raise UsageError("No targets given", hint=f"name modules, or one of {', '.join(presets())}")
-    wanted = _hits(targets, modules, label)
-    unwanted = {module.name for hits in _hits(exclude, modules, label) for module in hits}
+    wanted = _hits(targets, modules, label, "target pattern")
+    unwanted = {module.name for hits in _hits(exclude, modules, label, "exclusion") for module in hits}
     kept = [[module for module in hits if module.name not in unwanted] for hits in wanted]
     _refuse(kept, label)
     names = {module.name for hits in kept for module in hits if module.refusal is None}
@@ -185,20 +192,31 @@ def target_words(target: Target) -> str:
     return f"function {getattr(target, '__qualname__', type(target).__qualname__)}"
 
 
-def _hits(targets: Sequence[Target], modules: Sequence[Module], label: str) -> list[list[Module]]:
+def _hits(targets: Sequence[Target], modules: Sequence[Module], label: str, what: str) -> list[list[Module]]:
     """The modules that each target matches; every one must match something."""
     tests = [_test(target) for target in targets]
     found = [[module for module in modules if test(module)] for test in tests]
     lost = [target for target, hits in zip(targets, found, strict=True) if not hits]
     if lost:
         raise NamesError(
-            f"{len(lost)} target patterns match no module",
+            f"1 {what} matches no module" if len(lost) == 1 else f"{len(lost)} {what}s match no module",
             file=label,
+            expected=_ends_words(modules),
             details=[_lost_words(target, modules) for target in lost],
-            hint="patterns are globs on module names (* within a part, ** across dots), or regular expressions "
-            "after re:",
+            hint=_COMMA if any(isinstance(target, str) and "," in target for target in lost) else _PATTERNS,
         )
     return found
+
+
+def _ends(modules: Sequence[Module]) -> list[str]:
+    """Last parts of the names of modules that can take an adapter."""
+    return list(dict.fromkeys(module.name.rpartition(".")[2] for module in modules if module.refusal is None))
+
+
+def _ends_words(modules: Sequence[Module]) -> str | None:
+    ends = _ends(modules)
+    more = f" and {len(ends) - _ENDS} more" if len(ends) > _ENDS else ""
+    return f"names that end in {', '.join(ends[:_ENDS])}{more}" if ends else None
 
 
 def _lost_words(target: Target, modules: Sequence[Module]) -> str:
@@ -207,8 +225,14 @@ def _lost_words(target: Target, modules: Sequence[Module]) -> str:
         roles = Counter(m.role for m in modules if _named(target)(m) and _is_special(m))
         found = ", ".join(f"{count} of kind {role}" for role, count in roles.items())
         return f"{words} (no preset takes what matches: {found})" if found else words
-    close = nearest(target, [module.name for module in modules]) if isinstance(target, str) else ()
+    close = _near(target, modules) if isinstance(target, str) else ()
     return f"{words} (nearest: {', '.join(close)})" if close else words
+
+
+def _near(target: str, modules: Sequence[Module]) -> Sequence[str]:
+    """What a person may have meant: the end of a name or a preset by another spelling, or a whole name."""
+    close = difflib.get_close_matches(target, [*_ends(modules), *presets()], n=2)
+    return close or nearest(target, [module.name for module in modules])
 
 
 def _is_preset(target: Target) -> bool:
@@ -267,12 +291,16 @@ def _notes(targets: Sequence[Target], modules: Sequence[Module], settled: set[st
     left = [module for module in modules if module.name not in settled]
     by_preset = [_named(target) for target in targets if _is_preset(target)]
     by_name = [_named(target) for target in targets if not _is_preset(target)]
-    roles = Counter(m.role for m in left if _is_special(m) and any(named(m) for named in by_preset))
+    special: dict[str, list[str]] = {}
+    for module in left:
+        if _is_special(module) and any(named(module) for named in by_preset):
+            special.setdefault(module.role, []).append(module.name)
     reasons = Counter(module.refusal for module in left if module.refusal and any(named(module) for named in by_name))
     return [
         *(
-            f"left out: {count} of kind {role}, which no preset takes; a pattern can name them"
-            for role, count in roles.items()
+            f"left out: {len(names)} of kind {role} ({', '.join(names[:_FEW])}{', …' if len(names) > _FEW else ''}), "
+            f"which no preset takes; a pattern can name {'it' if len(names) == 1 else 'them'}"
+            for role, names in special.items()
         ),
         *(f"left out: {count} that a pattern matches: {why}" for why, count in reasons.items()),
     ]

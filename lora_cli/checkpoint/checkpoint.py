@@ -224,11 +224,18 @@ def _refuse_folder(label: str, listing: Mapping[str, Path], weights: list[str]) 
             found=", ".join(pickles[:8]),
             hint=CONVERT_HINT,
         )
-    adapter = ADAPTER_FILE in listing or "adapter_config.json" in listing
+    if ADAPTER_FILE in listing or "adapter_config.json" in listing:
+        raise UsageError(
+            "The folder is an adapter, not a checkpoint",
+            file=label,
+            hint="give the base checkpoint first, then the adapter",
+        )
+    below = sorted(name for name, entry in listing.items() if any(entry.glob("*.safetensors")))
     raise UsageError(
-        "The folder is an adapter, not a checkpoint" if adapter else "The folder holds no safetensors checkpoint",
+        "The folder holds no safetensors checkpoint",
         file=label,
-        hint="give the base checkpoint first, then the adapter" if adapter else None,
+        found=f"folders that do: {', '.join(below[:8])}{', …' if len(below) > 8 else ''}" if below else None,
+        hint=f"name one of them, such as {label}/{below[0]}" if below else "name the folder that holds the weights",
     )
 
 

@@ -60,6 +60,7 @@ _OTHER_FORMATS = (
     (re.compile(rb"\x80[\x02-\x05]"), "a Python pickle", _CONVERT),
     (re.compile(rb"GGUF"), "a GGUF file", "take the safetensors files of the same model"),
     (re.compile(rb'\{\s*"'), "plain JSON", "give the weights instead of an index or config"),
+    (re.compile(rb"(\xef\xbb\xbf)?[\t\n\r -~]{5,}"), "text", "name a safetensors file, or a folder that holds some"),
 )
 """What else is found under the name, by the first 8 bytes; as a length all of them are absurd."""
 

@@ -98,10 +98,13 @@ def inject(
 ) -> None:
     """Make a fresh adapter for a checkpoint.
 
-    Merged as it is, it changes nothing: B is zero. One seed gives the same bytes on every machine.
+    With kaiming, gaussian and orthogonal it changes nothing, merged as it is: B is zero. One seed gives the same bytes
+    on every machine.
 
-    pissa and olora take the factors from the weights and write what is left of these to --base-out. Each thread has
-    one weight in float64 in memory, pissa some eight times as much.
+    pissa and olora take the factors from the weights and write what is left of these to --base-out. The adapter fits
+    that checkpoint alone: merged into it as it is, it gives BASE within one rounding. Its receipt lets merge, verify
+    and inspect --base refuse BASE; an adapter that another tool saved has no receipt, and cannot be told. Each thread
+    has one weight in float64 in memory, pissa some eight times as much.
     """
     from lora_cli.cli.planned import DryRun, dry_run
     from lora_cli.surgery import inject as surgery

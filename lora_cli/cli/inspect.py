@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -152,9 +152,26 @@ def _receipt(result: InspectResult) -> str | None:
     names = (
         [str(item.get("label")) for item in adapters if isinstance(item, dict)] if isinstance(adapters, list) else []
     )
-    base = result.receipt.get("base")
-    label = base.get("label") if isinstance(base, dict) else None
-    return f"{result.receipt.get('operation')} of {label} + {', '.join(names)}"
+    label, operation = _label(result.receipt.get("base")), result.receipt.get("operation")
+    if operation == "inject":
+        return _inject_receipt(result.receipt, label)
+    return f"{operation} of {label} + {', '.join(names)}"
+
+
+def _inject_receipt(receipt: Mapping[str, Any], base: str | None) -> str:
+    """What an injection wrote: a fresh adapter, what that left of its base, or both in one checkpoint."""
+    options = receipt.get("options")
+    said = options if isinstance(options, dict) else {}
+    adapter, residual = _label(receipt.get("adapter")), _label(receipt.get("residual"))
+    if adapter is not None:
+        return f"residual of {base} ({said.get('init')}), for adapter {adapter}"
+    if residual is not None:
+        return f"inject ({said.get('init')}) of {base}; fits {residual} alone"
+    return f"inject ({said.get('layout')}) of {base}"
+
+
+def _label(said: object) -> str | None:
+    return str(said["label"]) if isinstance(said, dict) and "label" in said else None
 
 
 def _undo(result: InspectResult) -> str | None:

@@ -100,7 +100,7 @@ def merge(
         threads=threads,
         memory=budget,
         progress=output.progress(),
-        on_plan=lambda plan: output.show(summary(plan)),
+        on_plan=lambda plan: output.show(summary(plan, undo=undo)),
     )
     output.result(result, "merge", lambda: view(result))
 

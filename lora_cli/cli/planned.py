@@ -24,6 +24,8 @@ ROWS = 60
 """Tensors that a plan lists for people; JSON has all of them."""
 FEW = 8
 """Names in one line."""
+WHOLE = 0.995
+"""Strength that is 1.00 in print."""
 
 
 class DryRun:
@@ -78,21 +80,22 @@ class DryRun:
         }
 
 
-def summary(plan: Plan) -> Iterator[RenderableType]:
+def summary(plan: Plan, *, undo: bool = False) -> Iterator[RenderableType]:
     """A few lines that say what is going to happen."""
     tensors = plan.counts()
     changing = [count(tensors["edited"], "tensor") + " change", f"{tensors['copied']:,} copied"]
     changing += [f"{tensors['added']:,} added"] if tensors["added"] else []
     changing += [f"{tensors['dropped']:,} dropped"] if tensors["dropped"] else []
     yield line((f"plan: {plan.operation} ", "bold"), plan.base)
-    shards = count(len(plan.files), "file")
+    files = f"{count(len(plan.files), 'file')} and {count(len(plan.side_files), 'side file')}"
+    besides = "undo file and receipt" if undo else "a receipt"
     yield facts(
         [
             ("tensors", ", ".join(changing)),
             *(("adapter", use_words(use)) for use in plan.adapters),
             *(("names", use.rewrite) for use in plan.adapters[:1]),
             ("ledger", ledger_words(plan.ledger_counts())),
-            ("writes", f"{size(plan.bytes_to_write)} in {shards} and {count(len(plan.side_files), 'side file')}"),
+            ("writes", f"{size(plan.bytes_to_write)} in {files}, besides {besides}"),
             *(_exceptions(plan)),
             ("left out", _few(plan.left_out)),
         ]
@@ -123,7 +126,7 @@ def dry_run(planned: DryRun) -> Iterator[RenderableType]:
 
 def _drawn(planned: DryRun) -> Iterator[RenderableType]:
     plan = planned.plan
-    yield from summary(plan)
+    yield from summary(plan, undo=planned.undo_bytes is not None)
     needs = [
         ("reads", size(plan.bytes_to_read)),
         ("buffers", f"{size(planned.buffers)} on {count(planned.threads, 'thread')}"),
@@ -166,11 +169,14 @@ def ledger_words(ledger: dict[str, int]) -> str:
 
 
 def survival_words(survival: Sequence[Survival]) -> str:
-    """What of the change survived rounding: the range of weights that changed, and the least strength."""
+    """What of the change survived rounding: the least strength, and the range of weights that changed."""
     strengths = [(tensor.strength, tensor.key) for tensor in survival if tensor.strength is not None]
     if not strengths:
         return ""
     least, key = min(strengths)
     shares = sorted(tensor.changed_fraction for tensor in survival)
     which = f" (least: {key})" if least < WEAK else ""
-    return f"strength {least:.2f} or more{which}; {shares[0]:.0%} to {shares[-1]:.0%} of the weights changed"
+    # Rounding takes and gives: of a change that is there as a whole, a little more or less is.
+    kept = "all of the change survived" if least >= WHOLE else f"strength {least:.2f} or more{which}"
+    few, many = f"{shares[0]:.0%}", f"{shares[-1]:.0%}"
+    return f"{kept}; {few if few == many else f'{few} to {many}'} of the weights changed"

@@ -162,4 +162,6 @@ def _strength_words(survival: Sequence[Survival]) -> str:
     strengths = [one.strength for one in survival if one.strength is not None and math.isfinite(one.strength)]
     if not strengths:
         return ""
-    return f"{min(strengths):.2f} or more, {median(strengths):.2f} usually ({count(len(strengths), 'tensor')})"
+    least, usual = f"{min(strengths):.2f}", f"{median(strengths):.2f}"
+    words = least if least == usual else f"{least} or more, {usual} usually"
+    return f"{words} ({count(len(strengths), 'tensor')})"

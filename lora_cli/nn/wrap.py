@@ -47,7 +47,7 @@ def wrap(layer: nn.Module, parameters: LoRAParameters | None = None, **fields: A
         )
     found = _class_for(layer)
     if found is None:
-        supported = [kind.__name__ for cls in CLASSES for kind in cls.layers]
+        supported = [name for cls in CLASSES for name in _types(cls)]
         raise UnsupportedError(
             "Layers of this type take no adapter", found=type(layer).__name__, expected=", ".join(supported)
         )
@@ -65,3 +65,8 @@ def kind_of(layer: nn.Module) -> Kind | None:
 
 def _class_for(layer: nn.Module) -> type[LoRALayer] | None:
     return next((cls for cls in CLASSES if cls.takes(layer)), None)
+
+
+def _types(cls: type[LoRALayer]) -> list[str]:
+    """What the layers are called that a LoRA layer goes around."""
+    return ["transformers' Conv1D"] if cls is LoRAConv1D else [kind.__name__ for kind in cls.layers]

@@ -99,15 +99,16 @@ def inject(
     progress: Progress = SILENT,
     on_plan: Callable[[Plan], None] | None = None,
 ) -> InjectResult:
-    """Write a fresh adapter for `base` to `out`; merging it gives back the base byte for byte.
+    """Write a fresh adapter for `base` to `out`; merging it gives back the base byte for byte, but for some inits.
 
     The bytes are the same on every machine, whatever `threads` and `memory` are.
 
     The inits `pissa`, `pissa_niter_N` and `olora` take the factors from the base's weights (see
     `arithmetic.principal`), one weight in float64 at a time in each worker. What is left of the base goes to
-    `base_out`: train and merge the adapter with that. Merging it at once gives the base again to within one unit in the
-    last place of the larger of a weight and what is left of it. These factors may differ between machines, the rest
-    follows from them exactly.
+    `base_out`: the adapter fits that alone, so train and merge it with that. Merging it at once gives the base again to
+    within one unit in the last place of the larger of a weight and what is left of it. These factors may differ between
+    machines, the rest follows from them exactly. The receipt beside the adapter has the digest of a weight of
+    `base_out`, and what opens the adapter refuses other bases; an adapter that was saved without it cannot be told.
 
     Args:
         base: A `.safetensors` file, a folder, or a Hub id.

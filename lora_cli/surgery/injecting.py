@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,12 @@ from lora_cli.checkpoint.staging import Staging, together
 from lora_cli.progress import Progress
 from lora_cli.surgery.budget import Budget, settle_budget
 from lora_cli.surgery.filling import Tap
+from lora_cli.surgery.fitting import Mark
 from lora_cli.surgery.injection import Injection
 from lora_cli.surgery.merge import output_names, output_sizes
 from lora_cli.surgery.plan import Plan
 from lora_cli.surgery.principal import take
-from lora_cli.surgery.receipt import make_receipt, written_by_us
+from lora_cli.surgery.receipt import make_receipt, receipt_path, written_by_us
 from lora_cli.surgery.residual import Residual, ResidualBase
 
 
@@ -50,11 +50,11 @@ class Writing:
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the files of the adapter, or of the wrapped checkpoint."""
-        return (*output_names(self.made, self.target), *(extra.name for extra in self._extras))
+        wrap = [wrap_name(self.target)] if self.injection.options.layout == "wrapped" else []
+        return (*output_names(self.made, self.target), *wrap, receipt_path(self.target, "inject").name)
 
-    @cached_property
-    def _extras(self) -> list[SideFile]:
-        return extra_files(self.injection, self.made, self.target, self.left)
+    def _extras(self, residual: Mark | None = None) -> list[SideFile]:
+        return extra_files(self.injection, self.made, self.target, residual)
 
     def write(self) -> tuple[int, Residual | None]:
         """Write all of it, or nothing; returns the bytes of the adapter or wrapped checkpoint."""
@@ -67,7 +67,7 @@ class Writing:
             self.target,
             budget,
             taps=lambda staging: self._take(staging, budget),
-            closing=lambda _: self._extras,
+            closing=lambda _: [] if self.left else self._extras(),
             may_replace=written_by_us(self.target) if self.force else lambda: False,
             progress=self.progress,
         )
@@ -76,6 +76,9 @@ class Writing:
                 publish(adapter, self._published)
                 return adapter.bytes_written, None
             with self._residual(self.left, adapter) as (base, residual), together(base, adapter):
+                # The receipt tells the base that the adapter fits by what was just written.
+                for extra in self._extras(self.left.mark(base)):
+                    adapter.write_small(extra.name, extra.read())
                 publish(base)
                 publish(adapter, self._published)
             return adapter.bytes_written, residual
@@ -104,14 +107,14 @@ class Writing:
         )
 
 
-def extra_files(injection: Injection, made: Plan, target: Path, left: ResidualBase | None) -> list[SideFile]:
+def extra_files(injection: Injection, made: Plan, target: Path, residual: Mark | None) -> list[SideFile]:
     """The wrap's description and the receipt, which come last."""
     extras = []
     if injection.options.layout == "wrapped":
         data = injection.wrap_file()
         extras.append(SideFile(wrap_name(target), None, len(data), data))
     sizes = {**output_sizes(made, target), **{extra.name: extra.size for extra in extras}}
-    return [*extras, make_receipt(target, "inject", _receipt_content(injection, left), sizes)]
+    return [*extras, make_receipt(target, "inject", _receipt_content(injection, residual), sizes)]
 
 
 def wrap_name(target: Path) -> str:
@@ -119,14 +122,13 @@ def wrap_name(target: Path) -> str:
     return f"{target.stem}.{WRAP_FILE}" if target.suffix == ".safetensors" else WRAP_FILE
 
 
-def _receipt_content(injection: Injection, left: ResidualBase | None) -> dict[str, Any]:
+def _receipt_content(injection: Injection, residual: Mark | None) -> dict[str, Any]:
     options = {name: list(v) if isinstance(v, tuple) else v for name, v in injection.options.arguments().items()}
     options["alpha"] = injection.options.scale.alpha
     options["std"] = injection.options.width if injection.options.init == "gaussian" else None
-    residual = {"residual": {"label": left.out.name}} if left else {}
     return {
         "base": {"label": injection.base.label},
-        **residual,
+        **({"residual": residual.as_dict()} if residual else {}),
         "options": options,
         "modules": [module.module for module in injection.modules],
     }

@@ -86,7 +86,7 @@ class InspectResult:
         quantised: How the checkpoint is quantised, if it is.
         quantised_tensors: How many tensors are.
         wrapped: Modules that hold a base weight and factors.
-        receipt: The receipt of a merge.
+        receipt: What lora-cli wrote beside it when it made it.
         undo: Whether and how the merge can be undone; None without an undo file.
         warnings: What a person should look at.
     """
@@ -226,6 +226,7 @@ def _inspect_adapter(
         adapter_kind=adapter.kind,
         base=str(named) if named else None,
         modules=tuple(modules),
+        receipt=find_receipt(place.path),
         warnings=(*adapter.warnings, *_unread_warning(adapter), *(() if scaled else (NO_SCALE,))),
     )
 

@@ -11,6 +11,7 @@ from lora_cli.checkpoint.checkpoint import Checkpoint, Shard, StoredTensor
 from lora_cli.checkpoint.dtypes import DTYPES, DType
 from lora_cli.checkpoint.header import Header, render_header
 from lora_cli.checkpoint.sidefiles import SideFile, side_files, tokenizer_files, with_dtype
+from lora_cli.surgery.fitting import check_base
 from lora_cli.surgery.placing import Placement, PlanOptions
 from lora_cli.surgery.plan import Edit, Operation, OutputFile, Plan
 
@@ -38,9 +39,14 @@ def plan(
     """Resolve names, check everything that headers can tell, and lay out the output.
 
     Raises:
+        WrongInputError: An adapter that fits what is left of another base alone; see `fitting`.
         LoraCliError: What `Placement` raises.
     """
-    return _Layout(Placement(base, adapters, options), operation).plan()
+    placement = Placement(base, adapters, options)
+    if operation == "merge":
+        # What an adapter is taken out of is not the base that it fits, but that with the adapter in it.
+        placement.warnings += check_base(placement)
+    return _Layout(placement, operation).plan()
 
 
 class _Layout:

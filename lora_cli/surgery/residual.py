@@ -15,12 +15,13 @@ from typing import Any
 
 from lora_cli.adapters.formats import read_adapter
 from lora_cli.adapters.source import AdapterSource, ReadOptions
-from lora_cli.checkpoint.checkpoint import ADAPTER_FILE, Shard, open_shard
+from lora_cli.checkpoint.checkpoint import ADAPTER_FILE, Shard, StoredTensor, open_shard
 from lora_cli.checkpoint.sidefiles import SideFile
 from lora_cli.checkpoint.source import Identity, SourceFile
 from lora_cli.checkpoint.staging import Staging, check_space
 from lora_cli.progress import Progress
 from lora_cli.surgery.budget import settle_budget
+from lora_cli.surgery.fitting import Mark, mark
 from lora_cli.surgery.identity import adapter_records
 from lora_cli.surgery.injection import Injection
 from lora_cli.surgery.merge import check_output, output_names, output_sizes
@@ -118,6 +119,18 @@ class ResidualBase:
         with staging_of(made, self.out, budget, closing=closing, may_replace=may_replace, progress=progress) as staging:
             names = (*output_names(made, self.out), *(receipt.name for receipt in receipts))
             yield staging, Residual(str(self.out), names, made.left_out, staging.bytes_written)
+
+    def mark(self, written: Staging) -> Mark:
+        """What the adapter's receipt tells it by: the first weight that lost a product.
+
+        Args:
+            written: It, not yet published.
+        """
+        key = self.injection.modules[0].key
+        name = self.injection.base.tensors[key].shard.name if written.folder else written.target.name
+        shard = open_shard(written.place / name)
+        (stored,) = (StoredTensor(shard, info) for info in shard.header.tensors if info.name == key)
+        return mark(self.out.name, stored)
 
     def _plan(self, shard: Shard) -> Plan:
         """The base with the adapter of this file subtracted."""

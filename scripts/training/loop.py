@@ -135,7 +135,11 @@ def _share(step: int, steps: int) -> float:
 
 
 def _keep(path: Path, step: int, trained: Trained, optimizer: torch.optim.Optimizer, windows: torch.Generator) -> None:
-    """Write the state, complete or not at all."""
+    """Write the state, complete or not at all.
+
+    Equal states can have other bytes: pickle refers back where two values are one object, and they no longer are in a
+    state that was loaded.
+    """
     content = {
         "step": step,
         "trained": trained.trainable_state(),

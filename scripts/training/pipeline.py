@@ -1,80 +1,85 @@
 """From nothing to a merge that is verified and undone: a base, an adapter for another style, and the files of both.
 
-Usage: python scripts/training/pipeline.py [OUT] [--resume], see --help.
+Usage: python scripts/training/pipeline.py [OUT] [--resume | --force] [options], see --help.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import torch
 from corpus import Text
-from decoder import WEIGHTS, Decoder, Shape
-from loop import Plan, Whole, evaluate, fit
+from decoder import WEIGHTS, Decoder
+from loop import Whole, evaluate, fit
 from safetensors.torch import load_file
+from settings import FILE, MEANINGS, Settings, option
 
-from lora_cli.nn import Injection, LoRAConfig, inject
+from lora_cli.errors import LoraCliError, UsageError
+from lora_cli.nn import Injection, inject
 
-SETTINGS, STATE = "training.json", "training.pt"
+STATE, BASE_STATE = "training.pt", "base-training.pt"
 MADE = ("base", "adapter", "merged", "unmerged")
 PROMPT = "\n\nThe "
+ABOUT = """A small model learns prose, an adapter learns verse, and lora-cli merges it into the checkpoint, verifies
+that, and takes it out again. OUT gets base/, adapter/, merged/ and unmerged/."""
+
+Start = Literal["new", "resume", "force"]
+"""A run in a folder that has none; one that goes on; one in the place of whatever run is there."""
+AfterStep = Callable[[str, int], None]
+"""Called with the text that is learned and the number of steps that are done."""
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What decides a run. One that goes on must have the same."""
-
-    base_steps: int = 400
-    steps: int = 200
-    every: int = 50
-    rank: int = 8
-    alpha: float = 16.0
-    batch: int = 16
-    length: int = 64
-    seed: int = 0
-
-    @property
-    def for_base(self) -> Plan:
-        """How the base is trained."""
-        return Plan(self.base_steps, 4e-3, self.batch, self.length, seed=self.seed)
-
-    @property
-    def for_adapter(self) -> Plan:
-        """How the adapter is trained."""
-        return Plan(self.steps, 1e-2, self.batch, self.length, self.every, self.seed + 1)
+def never_mind(_: str, __: int) -> None:
+    """Do nothing after a step."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run what the command line says."""
-    parser = argparse.ArgumentParser(description=__doc__, argument_default=argparse.SUPPRESS)
-    parser.add_argument("out", nargs="?", type=Path, default=Path("train-out"), metavar="OUT")
-    parser.add_argument("--resume", action="store_true", default=False, help="go on with the run that stopped in OUT")
+    parser = argparse.ArgumentParser(prog="scripts/train", description=ABOUT, argument_default=argparse.SUPPRESS)
+    parser.add_argument(
+        "out", nargs="?", type=Path, default=Path("train-out"), metavar="OUT", help="a folder [train-out]"
+    )
+    how = parser.add_mutually_exclusive_group()
+    for start, words in (
+        ("resume", "go on with the run that stopped in OUT, to the same adapter"),
+        ("force", "start anew in OUT, and remove what an earlier run made there"),
+    ):
+        how.add_argument(f"--{start}", dest="start", action="store_const", const=start, default="new", help=words)
     for name, value in asdict(Settings()).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), help=f"[{value}]")
+        parser.add_argument(option(name), type=type(value), metavar="N", help=f"{MEANINGS[name]} [{value:g}]")
     said = vars(parser.parse_args(arguments))
-    out, resume = said.pop("out"), said.pop("resume")
+    out, start = said.pop("out"), said.pop("start")
     # A model this small gains nothing from more threads, and sums do not depend on how many there are.
     torch.set_num_threads(1)
     try:
-        run(out, Settings(**((settings_of(out) if resume else {}) | said)), resume=resume)
+        started = asdict(Settings.read(out)) if start == "resume" else {}
+        run(out, Settings(**(started | said)), start)
+    except LoraCliError as error:
+        parser.exit(error.exit_code, f"{error}\n")
     except KeyboardInterrupt:
-        sys.exit(f"\nStopped. To go on: scripts/train {out} --resume")
+        further = f" To go on: scripts/train {out} --resume" if (out / FILE).is_file() else ""
+        parser.exit(130, f"\nStopped.{further}\n")
 
 
-def run(out: Path, settings: Settings, *, resume: bool, after_step: Callable[[int], None] = lambda step: None) -> None:
-    """Do it all. What fails ends the program with a word on it."""
-    prepare(out, settings, resume=resume)
+def run(out: Path, settings: Settings, start: Start = "new", after_step: AfterStep = never_mind) -> None:
+    """Do it all. What fails ends the program with a word on it.
+
+    Raises:
+        UsageError: Settings that make no sense, or a folder in which this run cannot be; nothing was touched.
+    """
+    settings.check()
+    prepare(out, settings, start)
     say("1. A base: a small Llama-shaped model reads prose. Every parameter is trained.")
-    make_base(out / "base", settings)
+    make_base(out, settings, after_step)
     say("2. An adapter: LoRA layers in the same model learn verse. The base is frozen.")
     before, after, injection = train_adapter(out, settings, after_step)
     say("3. The files: merge, verify and undo, without the model.")
@@ -84,53 +89,53 @@ def run(out: Path, settings: Settings, *, resume: bool, after_step: Callable[[in
     say(f"Verse, held out: loss {before:.4f} with the base, {after:.4f} with the adapter. All of it is in {out}")
 
 
-def prepare(out: Path, settings: Settings, *, resume: bool) -> None:
+def prepare(out: Path, settings: Settings, start: Start) -> None:
     """Make room in the folder, or see that the run in it can go on."""
-    mine = out / SETTINGS
-    if resume:
-        if settings_of(out) != asdict(settings):
-            sys.exit(f"The run in {out} has other settings: {settings_of(out)}")
-    elif mine.is_file():
-        (out / STATE).unlink(missing_ok=True)
-        remove(out, MADE)
-    elif out.is_dir() and any(out.iterdir()):
-        sys.exit(f"{out} holds something that this script did not make; name another folder")
+    if start == "resume":
+        difference = Settings.read(out).differences(settings)
+        if difference:
+            raise UsageError("The run has other settings", file=out, found=difference, hint="leave these options out")
+        return
+    if out.exists() and not out.is_dir():
+        raise UsageError("OUT is no folder", file=out, hint="name another")
+    mine = (out / FILE).is_file()
+    if mine and start == "new":
+        raise UsageError("A run is there already", file=out, hint="--resume to go on with it, --force to start anew")
+    if not mine and out.is_dir() and any(out.iterdir()):
+        raise UsageError("OUT holds something that this script did not make", file=out, hint="name another folder")
+    for state in (STATE, BASE_STATE):
+        (out / state).unlink(missing_ok=True)
+    remove(out, MADE)
     out.mkdir(parents=True, exist_ok=True)
-    mine.write_text(json.dumps(asdict(settings)) + "\n", encoding="utf-8")
+    settings.write(out)
 
 
-def settings_of(out: Path) -> dict[str, Any]:
-    """What the run in a folder was started with."""
-    mine = out / SETTINGS
-    if not mine.is_file():
-        sys.exit(f"{out} holds no run that could go on")
-    stored: dict[str, Any] = json.loads(mine.read_text("utf-8"))
-    return stored
-
-
-def make_base(folder: Path, settings: Settings) -> None:
+def make_base(out: Path, settings: Settings, after_step: AfterStep) -> None:
     """Train the base, unless it is there, and write it."""
+    folder, state = out / "base", out / BASE_STATE
     if folder.is_dir():
         print(f"{folder} is there already")
         return
     torch.manual_seed(settings.seed)
-    model, prose = Decoder(Shape(max_position_embeddings=settings.length)), Text.read("prose")
-    fit(model, Whole(model), prose, settings.for_base, label="prose")
+    model, prose = Decoder(settings.shape), Text.read("prose")
+    after = partial(after_step, "prose")
+    fit(model, Whole(model), prose, settings.for_base, label="prose", state=state, after_step=after)
     print(f"prose, held out: loss {evaluate(model, prose, settings.length):.4f}")
     making = folder.with_name("base.making")
     shutil.rmtree(making, ignore_errors=True)
     model.save(making)
     making.rename(folder)
+    state.unlink(missing_ok=True)
 
 
-def train_adapter(out: Path, settings: Settings, after_step: Callable[[int], None]) -> tuple[float, float, Injection]:
+def train_adapter(out: Path, settings: Settings, after_step: AfterStep) -> tuple[float, float, Injection]:
     """Train and write the adapter. Return the loss on verse before and after, and the model with it."""
     model, verse = Decoder.load(out / "base"), Text.read("verse")
     before = evaluate(model, verse, settings.length)
-    config = LoRAConfig(rank=settings.rank, alpha=settings.alpha, dropout=0.1, seed=settings.seed)
-    injection = inject(model, config)
+    injection = inject(model, settings.config)
     print(injection.summary())
-    fit(model, injection, verse, settings.for_adapter, label="verse", state=out / STATE, after_step=after_step)
+    after_each = partial(after_step, "verse")
+    fit(model, injection, verse, settings.for_adapter, label="verse", state=out / STATE, after_step=after_each)
     after = evaluate(model, verse, settings.length)
     print(f"verse, held out: loss {before:.4f} before, {after:.4f} after")
     if not after < before:

@@ -2,19 +2,18 @@
 
 The trainer is given no `peft_config`: the adapter is in the model already.
 
-Usage: python scripts/training/sft_example.py OUT, which must hold no `base` and no `adapter`. Needs trl.
+Usage: . scripts/environment test; python scripts/training/sft_example.py [OUT]
 """
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import torch
 from corpus import Text
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from trainer_example import LENGTH, STEPS, Outcome, small_llama
+from trainer_example import LENGTH, STEPS, Outcome, new_folder, small_llama
 from transformers import PreTrainedTokenizerFast, set_seed
 from trl import SFTConfig, SFTTrainer
 
@@ -60,4 +59,4 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 if __name__ == "__main__":
-    print(main(Path(sys.argv[1])))
+    print(main(new_folder(__doc__, "sft-out")))

@@ -2,13 +2,13 @@
 
 The Trainer needs to know nothing of adapters: it sees a model of which few parameters ask for gradients.
 
-Usage: python scripts/training/trainer_example.py OUT, which must hold no `base` and no `adapter`. Needs transformers
-and accelerate.
+Usage: . scripts/environment test; python scripts/training/trainer_example.py [OUT]
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +44,24 @@ class Outcome:
 
     def __str__(self) -> str:
         return f"loss {self.first:.3f} at first, {self.last:.3f} at last"
+
+
+def new_folder(about: str | None, default: str, arguments: Sequence[str] | None = None) -> Path:
+    """Return the OUT of a command line; end the program where something is there already."""
+    words = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=about, formatter_class=words)
+    parser.add_argument(
+        "out",
+        nargs="?",
+        type=Path,
+        default=Path(default),
+        metavar="OUT",
+        help=f"a new folder, for the base and the adapter [{default}]",
+    )
+    out: Path = parser.parse_args(arguments).out
+    if out.exists():
+        parser.error(f"{out} exists; name another folder")
+    return out
 
 
 def main(out: Path) -> Outcome:
@@ -92,4 +110,4 @@ def examples(text: Text) -> list[dict[str, Tensor]]:
 
 
 if __name__ == "__main__":
-    print(main(Path(sys.argv[1])))
+    print(main(new_folder(__doc__, "trainer-out")))

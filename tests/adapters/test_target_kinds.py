@@ -68,7 +68,7 @@ def test_presets_leave_embeddings_and_convolutions_without_a_word(tmp_path: Path
     }
     selection = select(checkpoint(tmp_path, shapes), ["all-linear", "attention"])
     assert {module.kind for module in selection.modules} == {"linear"}
-    assert [note.split(",")[0] for note in selection.notes] == ["left out: 1 of kind head"]
+    assert [note.split(",")[0] for note in selection.notes] == ["left out: 1 of kind head (classifier)"]
 
 
 # Modules of live models

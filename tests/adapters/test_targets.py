@@ -172,9 +172,9 @@ def test_presets_leave_experts_and_what_chooses_between_them(tmp_path: Path) -> 
         "model.layers.0.self_attn.q_proj",
         "model.layers.1.mlp.gate",
     ]
-    experts = "model.layers.0.mlp.experts.0"
+    experts = "model.layers.0.mlp.experts"
     assert [note.split(", which")[0] for note in selection.notes] == [
-        f"left out: 6 of kind expert ({experts}.gate_proj, {experts}.up_proj, {experts}.down_proj, …)",
+        f"left out: 6 of kind expert ({experts}.0.gate_proj, {experts}.0.up_proj, {experts}.1.gate_proj, …)",
         "left out: 1 of kind router (model.layers.0.mlp.gate)",
     ]
     assert names(base, ["mlp"]) == ["model.layers.0.mlp.shared_expert.gate_proj"]
@@ -262,7 +262,7 @@ def test_a_misspelt_target_is_told_what_there_is(tmp_path: Path) -> None:
     with pytest.raises(NamesError) as caught:
         select(base, ["q_porj", "mpl", "nosuch"])
     assert caught.value.details == (
-        "q_porj (nearest: q_proj, o_proj)",
+        "q_porj (nearest: q_proj, v_proj)",
         "mpl (nearest: mlp)",
         "nosuch",
     )

@@ -589,7 +589,7 @@ def test_what_is_said_on_the_way(base: Path, make_base: MakeBase, tmp_path: Path
     heard = Heard()
     inject(base, tmp_path / "a", rank=13, progress=heard)
     assert heard.warnings == ["rank 13 is more than 4 of 4 modules can use: model.layers.0.mlp.up_proj is (16 × 8)"]
-    assert heard.notes == ["left out: 1 of kind head, which no preset takes; a pattern can name them"]
+    assert heard.notes == ["left out: 1 of kind head (lm_head), which no preset takes; a pattern can name it"]
     heard = Heard()
     inject(base, tmp_path / "full", rank=8, progress=heard)
     assert heard.warnings == []

@@ -93,8 +93,8 @@ def _delta(
     """The change that a pair makes; None where the factors share no rank."""
     a, b = pair.both
     if len(a.shape) > 2:
-        # Where both sides of a matrix B are as long as the rank, the other kernels of the file say which is which. Where
-        # they do not, it is (rank × out): no library is known to write (out × rank) beside a kernel A.
+        # Where both sides of a matrix B are as long as the rank, the other kernels of the file say which is which.
+        # Where they do not, it is (rank × out): no library is known to write (out × rank) beside a kernel A.
         square = len(b.shape) == 2 and b.shape[0] == b.shape[1]
         swapped = kernels_swapped if square else len(b.shape) == 2 and b.shape[0] == a.shape[0]
         if not is_kernel_pair(a.shape, b.shape[::-1] if swapped else b.shape):
