@@ -68,6 +68,8 @@ def everything_in(folder: Path) -> dict[str, bytes]:
 
 
 def test_it_ends_with_a_merge_that_is_undone(finished: Path) -> None:
+    left = {"adapter", "base", "merged", "training.json", "training.pt", "unmerged"}
+    assert {path.name for path in finished.iterdir()} == left
     base, merged = load_file(finished / "base" / "model.safetensors"), load_file(finished / "merged/model.safetensors")
     changed = {key for key in base if not torch.equal(base[key], merged[key])}
     assert changed == {key for key in base if "_proj." in key}

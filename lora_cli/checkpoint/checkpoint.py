@@ -234,8 +234,10 @@ def _refuse_folder(label: str, listing: Mapping[str, Path], weights: list[str]) 
     raise UsageError(
         "The folder holds no safetensors checkpoint",
         file=label,
-        found=f"folders that do: {', '.join(below[:8])}{', …' if len(below) > 8 else ''}" if below else None,
-        hint=f"name one of them, such as {label}/{below[0]}" if below else "name the folder that holds the weights",
+        found=f"safetensors files below it, in {', '.join(below[:8])}{', …' if len(below) > 8 else ''}"
+        if below
+        else None,
+        hint="name one of these folders" if below else "name the folder that holds the weights",
     )
 
 

@@ -15,7 +15,15 @@ from tiny import Array, numbers, write_base, write_json
 from lora_cli.adapters.adapter import Adapter
 from lora_cli.adapters.formats import open_adapter
 from lora_cli.adapters.source import ReadOptions
-from lora_cli.errors import LoraCliError, MalformedFileError, NamesError, ShapeError, UnsupportedError, UsageError
+from lora_cli.errors import (
+    LoraCliError,
+    MalformedFileError,
+    MissingScaleError,
+    NamesError,
+    ShapeError,
+    UnsupportedError,
+    UsageError,
+)
 from lora_cli.surgery.merge import plan_merge
 from lora_cli.surgery.placing import PlanOptions
 
@@ -248,3 +256,15 @@ def test_a_foreign_format_is_refused_by_name(tmp_path: Path, name: str, words: s
     with pytest.raises(UnsupportedError, match=words) as caught:
         opened(tmp_path, {name: numbers(2, 2)})
     assert name in str(caught.value.found)
+
+
+def test_a_folder_without_its_config_is_told_so(tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    save_file(pair("m.q.lora_A.weight", "m.q.lora_B.weight"), folder / "adapter_model.safetensors")
+    with pytest.raises(MissingScaleError, match=r"the folder has no adapter_config\.json") as caught:
+        open_adapter(folder)
+    assert caught.value.hint == "get its adapter_config.json, or give --alpha A (scale is alpha / rank) or --scale S"
+    with pytest.raises(MissingScaleError) as caught:
+        open_adapter(folder / "adapter_model.safetensors")
+    assert "adapter_config.json" not in str(caught.value)

@@ -237,3 +237,16 @@ def test_what_could_not_be_read_again_is_not_rendered() -> None:
 
 def test_type_of_render_is_header() -> None:
     assert isinstance(render_header([("t", U8, (1,))]), Header)
+
+
+@pytest.mark.parametrize("start", [b"# lora-cli\n\nwords", b"\xef\xbb\xbf<!-- a", b"key: value\n", b"\t\r\n plain"])
+def test_text_is_called_text(start: bytes) -> None:
+    with pytest.raises(MalformedFileError, match="is text, not a safetensors file") as caught:
+        read_header_length(start[:16], 4000, file="README.md")
+    assert "inspect" not in str(caught.value)
+
+
+def test_a_length_of_any_bytes_is_not_called_text() -> None:
+    for start in (b"\x7fELF\2\1\1\0", b"\x89PNG\r\n\x1a\n"):
+        with pytest.raises(MalformedFileError, match="header is too long"):
+            read_header_length(start, 4000, file="x")

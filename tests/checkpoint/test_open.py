@@ -248,3 +248,18 @@ def test_r127_a_config_that_is_none(tmp_path: Path, text: str | None) -> None:
     with pytest.raises(MalformedFileError) as caught:
         _ = open_checkpoint(tmp_path).config
     assert caught.value.file == "config.json"
+
+
+def test_checkpoints_below_a_folder_are_named(tmp_path: Path) -> None:
+    for name in ("base", "merged", "notes"):
+        (tmp_path / name).mkdir()
+    for name in ("base", "merged"):
+        (tmp_path / name / "model.safetensors").touch()
+    (tmp_path / "README.md").touch()
+    with pytest.raises(UsageError, match="holds no safetensors checkpoint") as caught:
+        open_checkpoint(tmp_path)
+    assert caught.value.found == "safetensors files below it, in base, merged"
+    assert caught.value.hint == "name one of these folders"
+    with pytest.raises(UsageError) as caught:
+        open_checkpoint(tmp_path / "notes")
+    assert caught.value.found is None

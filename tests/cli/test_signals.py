@@ -8,11 +8,12 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_world import Call, World, call_fixture, environment, world_fixture  # noqa: F401 (fixtures)
+from cli_world import ROOT, Call, World, call_fixture, environment, process, world_fixture  # noqa: F401 (fixtures)
 from tiny import listing
 
 from lora_cli.cli.output import Output
@@ -178,3 +179,27 @@ def test_a_run_in_a_process_gives_its_handlers_back(call: Call, world: World) ->
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     assert call("inspect", world.adapter).code == 0
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == before
+
+
+WHILE_STARTING = """
+import os, runpy, signal, sys
+class Stopping:
+    def find_spec(self, name, path=None, target=None):
+        if name == "lora_cli.cli.app":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Stopping())
+sys.argv = ["lora-cli", "--version"]
+runpy.run_module("lora_cli", run_name="__main__")
+"""
+
+
+def test_an_interrupt_while_the_program_starts() -> None:
+    """Most of the first second goes into imports, and a traceback from there helps nobody."""
+    ran = process(program=("-c", WHILE_STARTING))
+    assert (ran.code, ran.out, ran.err) == (130, "", "")
+    assert process(program=("-c", WHILE_STARTING.replace("SIGINT", "SIGWINCH"))).out.startswith("lora-cli ")
+
+
+def test_the_console_script_starts_so_too() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    assert project["scripts"] == {"lora-cli": "lora_cli.__main__:main"}

@@ -22,7 +22,7 @@ from net_world import (
 from torch import nn
 
 from lora_cli.errors import LoraCliError, NamesError, UnsupportedError, UsageError
-from lora_cli.nn import LoRAConfig, LoRALinear, inject
+from lora_cli.nn import LoRAConfig, LoRALinear, inject, wrap
 from lora_cli.nn.layer import LoRALayer
 
 __all__ = ["seeded"]
@@ -121,6 +121,14 @@ def test_layers_of_unknown_types_are_named() -> None:
             inject(model, rank=1, targets=name)
         assert caught.value.details == (f"{name}: a layer of type {kind}, which takes no adapter",)
     assert list(inject(model, rank=1).layers) == ["flat"]
+
+
+def test_a_layer_that_cannot_be_wrapped_is_told_which_can() -> None:
+    with pytest.raises(UnsupportedError) as caught:
+        wrap(nn.LayerNorm(2), rank=1)
+    named = str(caught.value.expected).split(", ")
+    assert {"Linear", "transformers' Conv1D", "Embedding", "Conv2d", "GroupedLinear", "MultiheadAttention"} < set(named)
+    assert len(named) == len(set(named))
 
 
 def test_a_model_is_injected_once() -> None:
