@@ -205,7 +205,8 @@ def refuse_other_factors(checkpoint: Checkpoint, carried: Collection[str]) -> No
             "The checkpoint carries factors already, and they would be lost",
             file=checkpoint.label,
             details=others,
-            hint="merge a wrapped checkpoint first (lora-cli merge BASE -o OUT), or export these factors as an adapter",
+            hint="a wrapped checkpoint is folded with one adapter, and without DoRA: save others as adapters, and with "
+            "DoRA the weights that the model merged",
         )
 
 

@@ -160,7 +160,7 @@ def is_adapter(path: Path) -> bool:
     # A file is an adapter when its tensors are factors; a wrapped checkpoint holds base weights as well.
     keys = {info.name for info in open_shard(path).header.tensors}
     names = [key.split(".") for key in keys]
-    factors = [name for name in names if not _FACTOR_PARTS.isdisjoint(name[-3:])]
+    factors = [name for name in names if not _ADAPTER_PARTS.isdisjoint(name[-3:])]
     wrapped = any(
         name[-2:] in (["base", "weight"], ["base_layer", "weight"]) or name[-1] == "original" for name in names
     )
@@ -172,8 +172,8 @@ def is_adapter(path: Path) -> bool:
     return alone or 2 * len(factors) >= len(names)
 
 
-_FACTOR_PARTS = {"lora_A", "lora_B", "A", "B", "lora_a", "lora_b", "lora_down", "lora_up"}
-_FACTOR_PARTS |= {"lora_embedding_A", "lora_embedding_B"}
+_ADAPTER_PARTS = {"lora_A", "lora_B", "A", "B", "lora_a", "lora_b", "lora_down", "lora_up"}
+_ADAPTER_PARTS |= {"lora_embedding_A", "lora_embedding_B"}
 """Last parts of names that only factors have."""
 
 

@@ -195,7 +195,7 @@ def as_pipe(folder: Path) -> Path:
 NONE: dict[str, tuple[int, str, Callable[[Path], Path]]] = {
     "a checkpoint": (10, "no undo file", as_model),
     "a receipt": (10, "plain JSON", lambda folder: folder.parent / "merged" / "lora_merge.json"),
-    "text": (10, "header", as_bytes(b"what the merge forgot\n")),
+    "text": (10, "is text", as_bytes(b"what the merge forgot\n")),
     "a pickle": (10, "pickle", as_bytes(pickle.dumps({"manifest": 1}, protocol=4))),
     "zeros": (10, "empty", as_bytes(bytes(1000))),
     "nothing": (10, "too short", as_bytes(b"")),
