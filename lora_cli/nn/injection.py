@@ -94,6 +94,10 @@ class Injection(PlainNames):
         self._wholes = Wholes(self._plain_tensors)
         self._untied: list[tuple[LoRALayer, nn.Parameter]] = []
 
+    def __repr__(self) -> str:
+        adapters = ", ".join(self.configs) or "none"
+        return f"<Injection in {type(self.model).__name__}: {len(self.layers)} layers, adapters {adapters}>"
+
     # Adapters
 
     def add(self, config: LoRAConfig, name: str) -> None:

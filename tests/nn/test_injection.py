@@ -131,6 +131,14 @@ def test_a_layer_that_cannot_be_wrapped_is_told_which_can() -> None:
     assert len(named) == len(set(named))
 
 
+def test_what_was_passed_over_and_what_is_there_can_be_read() -> None:
+    model = Net()
+    injection = inject(model, rank=2, alpha=3)
+    assert repr(injection) == f"<Injection in Net: {4 * LAYERS} layers, adapters default>"
+    assert "default: rank 2, scale 1.5" in repr(model.get_submodule("layers.0.q_proj"))
+    assert any("lm_head" in note for note in injection.notes)
+
+
 def test_a_model_is_injected_once() -> None:
     model = Net()
     inject(model, rank=2)
