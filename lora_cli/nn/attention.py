@@ -112,6 +112,16 @@ class LoRAMultiheadAttention(LoRALayer):
         if name in self.out_proj.settings:  # not yet, where adding it failed half-way
             self.out_proj.check_removable(name)
 
+    def check_unmergeable(self) -> None:
+        """Refuse merged weights that were changed since, of both projections."""
+        super().check_unmergeable()
+        self.out_proj.check_unmergeable()
+
+    def check_restorable(self) -> None:
+        """Refuse weights that were changed since an init took something off them, of both projections."""
+        super().check_restorable()
+        self.out_proj.check_restorable()
+
     def check_weights(self, weights: Mapping[str, float]) -> None:
         """Refuse what `activate` refuses, of both projections."""
         super().check_weights(weights)

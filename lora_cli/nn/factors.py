@@ -31,7 +31,7 @@ class Factors(nn.Module):
             return
         if not name.isidentifier() or name == "weight" or hasattr(nn.ModuleDict, name) or hasattr(self, name):
             raise UsageError("An adapter's name is a plain word that torch does not use itself", found=name)
-        holder = nn.Module()
+        holder = nn.Module().train(self.training)
         holder.register_parameter("weight", nn.Parameter(tensor))
         self.add_module(name, holder)
 

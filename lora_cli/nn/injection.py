@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -19,8 +18,8 @@ from lora_cli.nn.config import LoRAConfig
 from lora_cli.nn.factors import DEFAULT
 from lora_cli.nn.layer import LoRALayer
 from lora_cli.nn.loading import find
-from lora_cli.nn.modules import described, layers_of, paths_of, without_inner
-from lora_cli.nn.naming import PlainNames, check_names
+from lora_cli.nn.modules import described, layers_of, owners, paths_of, refuse_tied, without_inner
+from lora_cli.nn.naming import PlainNames, check_names, check_shapes
 from lora_cli.nn.saving import save_adapter
 from lora_cli.nn.wholes import Wholes, biases, saved_modules
 from lora_cli.nn.wrap import wrap
@@ -88,8 +87,8 @@ class Injection(PlainNames):
             raise UsageError("The model has LoRA layers already", hint="add a further adapter with Injection.add")
         super().__init__(model)
         self.configs: dict[str, LoRAConfig] = {}
-        self._asked = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-        self._initial = _count(parameter for parameter, asks in self._asked if asks)
+        self._asked = {key: p.requires_grad for key, p in model.named_parameters(remove_duplicate=False)}
+        self._initial = _count(parameter for parameter in model.parameters() if parameter.requires_grad)
         self.notes: tuple[str, ...] = ()
         self._wholes = Wholes(self._plain_tensors)
         self._untied: list[tuple[LoRALayer, nn.Parameter]] = []
@@ -110,6 +109,10 @@ class Injection(PlainNames):
         if not picked:
             raise NamesError("No target is in these layers", tensor="layers", found=str(config.layers))
         found = layers_of(self.model)
+        if config.principal:
+            refuse_tied(self.model, {module.name: found[module.name] for module in picked})
+        if (config.modules_to_save or config.bias != "none") and any(p.is_meta for p in self.model.parameters()):
+            raise UsageError("Nothing can be trained whole in a model without weights", hint="load them first")
         frozen = [*self.layers.values(), *(found[module.name] for module in picked)]
         whole = saved_modules(self.model, config.modules_to_save, frozen)
         asked = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
@@ -127,6 +130,7 @@ class Injection(PlainNames):
         self._settle_names()
         self.configs[name] = config
         self.notes += chosen.notes
+        self._wholes.ask()  # wrapping a layer froze its bias
         self._wholes.train([self.plain_name(key) for key in [*whole, *biases(self.model, config.bias, layers)]], name)
 
     def load(
@@ -144,10 +148,14 @@ class Injection(PlainNames):
             LoraCliError: Names, shapes or fields that do not fit. The model is then as before.
         """
         found = find(folder, list(self.base_state()), options or ReadOptions())
+        doubly = [key for key in found.wholes if key.removesuffix(".weight") in {*self._places(), *found.targets}]
+        doubly += self._wholes.shared_with(list(found.wholes))
+        if doubly:
+            raise UsageError("Another adapter trains what this one holds whole", file=folder, details=doubly)
         self.add(found.config(dropout=dropout), name)
         try:
             self._wholes.train(list(found.wholes), name)
-            found.fill(self.layers, self._plain_tensors(), name)
+            found.fill(self._places(), self._plain_tensors(), name)
         except BaseException:
             self.remove(name)
             raise
@@ -185,12 +193,14 @@ class Injection(PlainNames):
     def _with_adapter(self, modules: Iterable[Module], config: LoRAConfig, name: str) -> dict[str, LoRALayer]:
         """The layers of these modules with the adapter beside them, new ones not yet in the model."""
         found, ready = layers_of(self.model), dict[str, LoRALayer]()
+        known = {layer: module for module, layer in self.layers.items()}
         try:
             for module in modules:
                 there = found[module.name]
                 if any(layer.base is there for layer in ready.values()) or there in ready.values():
                     continue  # one layer under two names
-                layer = ready[module.name] = there if isinstance(there, LoRALayer) else wrap(there)
+                layer = there if isinstance(there, LoRALayer) else wrap(there)
+                ready[known.get(layer, module.name)] = layer
                 layer.add_adapter(name, config.parameters_for(module.name), start=config.start_for(module.name))
         except BaseException as error:
             if isinstance(error, LoraCliError):
@@ -227,7 +237,8 @@ class Injection(PlainNames):
         with ExitStack() as stack:
             for layer in self.layers.values():
                 stack.enter_context(layer.disabled())
-            stack.enter_context(self._wholes.swapped())
+            if not any(layer.merged for layer in self.layers.values()):
+                stack.enter_context(self._wholes.swapped())
             yield
 
     def _check_known(self, names: Iterable[str]) -> None:
@@ -248,7 +259,12 @@ class Injection(PlainNames):
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def trainable_state(self) -> dict[str, Tensor]:
-        """What is trained, by its name in the injected model: enough to go on later, together with the base."""
+        """What is trained, by its name in the injected model: enough to go on later, together with the base.
+
+        Raises:
+            UsageError: The adapters are disabled.
+        """
+        self._wholes.refuse_while_swapped()
         return {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
 
     def load_trainable_state(self, state: Mapping[str, Tensor]) -> None:
@@ -256,9 +272,11 @@ class Injection(PlainNames):
 
         Raises:
             NamesError: Names that are missing, or too many.
+            ShapeError: Tensors of other shapes, as those of another rank.
         """
         own = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         check_names(state, own, "The state is not of this injection")
+        check_shapes(state, own, "The state is not of this injection")
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(state[name])
@@ -274,6 +292,9 @@ class Injection(PlainNames):
         """Share of all parameters, those of adapters among them, that are trained."""
         return _count(self.parameters()) / _count(self.model.parameters())
 
+    def _loaded(self) -> None:
+        self._wholes.renew()
+
     # Merging
 
     def merge(self) -> None:
@@ -284,39 +305,42 @@ class Injection(PlainNames):
             NumericError: Numbers that must not be merged. The model is then as before.
         """
         self._refuse_while_merged("be merged again")
-        active = [layer for layer in self.layers.values() if layer.active]
+        active = {module: layer for module, layer in self.layers.items() if layer.active}
         if not active:
             raise UsageError("No adapter is active, so there is nothing to merge")
         done: list[LoRALayer] = []
-        try:
-            for layer in active:
+        for module, layer in active.items():
+            try:
                 self._untie(layer)
                 layer.merge()
                 done.append(layer)
-        except BaseException:
-            for layer in done:
-                layer.unmerge()
-            self._tie()
-            raise
+            except BaseException as error:
+                for merged in done:
+                    merged.unmerge()
+                self._tie()
+                if isinstance(error, LoraCliError):
+                    error.tensor = error.tensor or module
+                raise
 
     def unmerge(self) -> None:
         """Give the base's weights back bit for bit.
 
         Raises:
             UsageError: The model is not merged.
-            WrongInputError: A weight was changed since. Layers before that one are then unmerged.
+            WrongInputError: A weight was changed since. All are then merged still.
         """
         merged = [layer for layer in self.layers.values() if layer.merged]
         if not merged:
             raise UsageError("The model is not merged, so there is nothing to take out")
+        for layer in merged:
+            layer.check_unmergeable()
         for layer in merged:
             layer.unmerge()
         self._tie()
 
     def _untie(self, layer: LoRALayer) -> None:
         weight = layer.base_weight
-        owners = Counter(id(p) for m in self.model.modules() for p in m._parameters.values() if p is not None)
-        if owners[id(weight)] > 1:
+        if owners(self.model)[id(weight)] > 1:
             self._untied.append((layer, weight))
             layer.hold(nn.Parameter(weight.detach().clone(), requires_grad=False))
 
@@ -342,16 +366,17 @@ class Injection(PlainNames):
         if not merged:
             if is_merged:
                 self.unmerge()
-            for name in reversed(list(self.configs)):
-                self._wholes.restore(name)
+            for layer in self.layers.values():
+                layer.check_restorable()
             for layer in self.layers.values():
                 layer.restore_base()
+            for name in self.configs:
+                self._wholes.restore(name)
         self._replace({layer: layer.released() for layer in self.layers.values()})
-        for parameter, asked in self._asked:
-            parameter.requires_grad_(asked)
-        for layer, twin in self._untied:
-            layer.base_weight.requires_grad_(twin.requires_grad)
+        for key, parameter in self.model.named_parameters(remove_duplicate=False):
+            parameter.requires_grad_(self._asked[key])
         self._untied.clear()
+        self._wholes.clear()
         self.layers.clear()
         self.configs.clear()
         self._settle_names()

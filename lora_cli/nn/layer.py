@@ -9,22 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_cli.adapters.modules import Kind, describe
-from lora_cli.adapters.targets import Selected, factor_shapes
 from lora_cli.errors import NamesError, NumericError, UnsupportedError, UsageError
 from lora_cli.nn import exact
 from lora_cli.nn.factors import DEFAULT, Factors
-from lora_cli.nn.merging import Merging
+from lora_cli.nn.kinds import KindOfLayer
 from lora_cli.nn.parameters import LoRAParameters
 from lora_cli.nn.starts import Start
 
 
-class LoRALayer(Merging):
+class LoRALayer(KindOfLayer):
     """A layer with adapters beside it.
 
     Keys of its state: those of the frozen layer under `base.`, and for each adapter `lora_A.weight`, `lora_B.weight`
@@ -49,10 +47,6 @@ class LoRALayer(Merging):
         enabled: Whether adapters are used at all.
     """
 
-    kind: ClassVar[Kind]
-    layers: ClassVar[tuple[type[nn.Module], ...]] = ()
-    weight_name: ClassVar[str] = "weight"
-
     def __init__(
         self,
         base: nn.Module,
@@ -70,101 +64,11 @@ class LoRALayer(Merging):
         self.settings: dict[str, LoRAParameters] = {}
         self.active: dict[str, float] = {}
         self.enabled = True
+        self.train(base.training)
         if parameters is not None:
             self.add_adapter(name, parameters, start=start)
 
-    # What kinds of layers differ in
-
-    @classmethod
-    def takes(cls, layer: nn.Module) -> bool:
-        """Whether this class is for layers of this type."""
-        return isinstance(layer, cls.layers)
-
-    def _check_base(self) -> None:
-        """Refuse a layer that adapters cannot be put beside.
-
-        Raises:
-            UnsupportedError: Says why.
-        """
-        if not self.takes(self.base):
-            self._refuse_base(f"{type(self).__name__} is for layers of another type")
-        weight = self.base._parameters.get(self.weight_name)
-        if weight is None:
-            self._refuse_base("its weight is no parameter of its own")
-        elif nn.parameter.is_lazy(weight):
-            self._refuse_base("its weight has no shape before the first input")
-        elif not weight.dtype.is_floating_point:
-            self._refuse_base(f"its weight is quantised: {weight.dtype} takes no delta")
-
-    def _refuse_base(self, why: str) -> None:
-        raise UnsupportedError(
-            "Adapters cannot be put beside this layer", found=type(self.base).__name__, details=[why]
-        )
-
-    def _check_parameters(self, parameters: LoRAParameters) -> None:
-        """Refuse what this kind of layer does not take.
-
-        Raises:
-            UnsupportedError: Says why.
-        """
-
-    def low_rank(self, x: Tensor, a: Tensor, b: Tensor, *rest: Any) -> Tensor:
-        """Return B·A·x in the factors' type, without the scale."""
-        raise NotImplementedError
-
-    def base_product(self, x: Tensor, *rest: Any) -> Tensor:
-        """Return W·x: what the frozen layer gives without its bias."""
-        raise NotImplementedError
-
-    def along_output(self, values: Tensor, *rest: Any) -> Tensor:
-        """Shape one number for each output so that it multiplies what the layer gives."""
-        return values
-
-    @property
-    def base_weight(self) -> nn.Parameter:
-        """The frozen weight that adapters change."""
-        return cast("nn.Parameter", getattr(self.base, self.weight_name))
-
-    def hold(self, weight: nn.Parameter) -> None:
-        """Let the frozen layer hold another parameter as its weight."""
-        setattr(self.base, self.weight_name, weight)
-
-    def released(self) -> nn.Module:
-        """The frozen layer, as it stood in the model before."""
-        return self.base
-
-    def shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Shapes of A and B."""
-        return factor_shapes(self.selected(), rank)
-
-    def product(self, a: Tensor, b: Tensor) -> Tensor:
-        """Return B·A in the shape of the weight."""
-        whole: Tensor = b.flatten(1) @ a.flatten(1)
-        return (whole.T if self.transposed else whole).reshape(self.base_weight.shape)
-
-    def output_norms(self, weight: Tensor) -> Tensor:
-        """Return the length of each output's row of a weight."""
-        matrix = weight.flatten(1)
-        norms: Tensor = torch.linalg.vector_norm(matrix, dim=0 if self.transposed else 1)
-        return norms
-
     # Adapters
-
-    @property
-    def output_size(self) -> int:
-        """How many numbers the layer gives for one input: features, or channels."""
-        return self.selected().out
-
-    def selected(self, module: str = "") -> Selected:
-        """What target choice knows of the frozen layer, under a name in its model."""
-        key = f"{module}.{self.weight_name}"
-        described = describe(module, key, self.base_weight.shape, None, kind=self.kind)
-        return Selected.of(described, self.transposed and self.kind == "linear")
-
-    def matrix(self) -> Tensor:
-        """The frozen weight as one matrix, (out × in), in float64."""
-        matrix = self.base_weight.detach().to(torch.float64).flatten(1)
-        return matrix.T if self.transposed else matrix
 
     def add_adapter(self, name: str, parameters: LoRAParameters, *, start: Start | None = None) -> None:
         """Put an adapter beside the layer and use it. It changes nothing yet, since the product of its factors is zero.
@@ -182,7 +86,9 @@ class LoRALayer(Merging):
         for factors, tensor in self._fresh(parameters, start):
             factors.put(name, tensor)
         self.settings[name] = parameters
-        self.dropout[name] = nn.Dropout(parameters.dropout) if parameters.dropout else nn.Identity()
+        self.dropout[name] = (nn.Dropout(parameters.dropout) if parameters.dropout else nn.Identity()).train(
+            self.training
+        )
         self._use(self.active | {name: 1.0})
         if start.principal:
             try:
@@ -221,10 +127,6 @@ class LoRALayer(Merging):
             found = f"{int((norms == 0).sum())} with zeros only"
             raise NumericError("DoRA needs weights other than zero for each output", found=found)
         return [(self.lora_A, a), (self.lora_B, b), (self.lora_magnitude, norms)]
-
-    def first_factor(self, start: Start, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Draw A."""
-        return start.first_factor(shape, dtype)
 
     def remove_adapter(self, name: str) -> None:
         """Take an adapter away, and give the weight back what its init took off it.
@@ -303,9 +205,8 @@ class LoRALayer(Merging):
     def _check_known(self, names: Sequence[str] | Mapping[str, float]) -> None:
         lost = [name for name in names if name not in self.settings]
         if lost:
-            raise NamesError(
-                "No such adapter", found=", ".join(lost), expected=", ".join(self.settings) or "none is here"
-            )
+            there = ", ".join(self.settings) or "none is here"
+            raise NamesError("No such adapter", found=", ".join(lost), expected=there)
 
     # Computing
 
@@ -380,15 +281,11 @@ class LoRALayer(Merging):
                 weight = weight * self._along_weight(self._gain(name)).to(weight.dtype)
         return weight
 
-    def _along_weight(self, gain: Tensor) -> Tensor:
-        """Shape one number for each output so that it multiplies the stored weight."""
-        return gain if self.transposed else gain.view(-1, *(1 for _ in self.base_weight.shape[1:]))
-
     def extra_repr(self) -> str:
         """The adapters in use, with rank and strength; others by name."""
-        used = [f"{name}: rank {self.settings[name].rank}, scale {scale:g}" for name, scale in self._scales.items()]
-        idle = [f"{name}: not in use" for name in self.settings if name not in self.active]
-        return ", ".join([*used, *idle, *(["merged"] if self.merged else [])])
+        scales = {name: f"scale {scale:g}" for name, scale in self._scales.items()}
+        adapters = [f"{name}: rank {p.rank}, {scales.get(name, 'not in use')}" for name, p in self.settings.items()]
+        return ", ".join([*adapters, *(["merged"] if self.merged else [])])
 
     def __getattr__(self, name: str) -> Any:
         try:

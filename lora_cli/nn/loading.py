@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lora_cli.adapters.adapter import Adapter, Replacement, Target
 from lora_cli.adapters.formats import open_adapter
+from lora_cli.adapters.modules import Module
 from lora_cli.adapters.patterns import compile_user_pattern
 from lora_cli.adapters.resolve import resolve
 from lora_cli.adapters.source import ReadOptions
@@ -53,12 +54,11 @@ class Found:
             for name, target in self.targets.items()
         }
         common = Counter(numbers.values()).most_common(1)[0][0]
-        names = frozenset(self.targets)
         saved = [str(entry) for entry in said.get("modules_to_save") or ()]
         return LoRAConfig(
             rank=common[0],
             alpha=common[1],
-            targets=(lambda module: module.name in names,),
+            targets=(Among(frozenset(self.targets)),),
             dora=any(target.delta.magnitude is not None for target in self.targets.values()),
             rslora=any(scale.rslora for scale in scales.values()),
             dropout=float(said.get("lora_dropout") or 0.0) if dropout is None else dropout,
@@ -99,7 +99,7 @@ class Found:
         """Copy what the files hold into the layers and the rest of the model.
 
         Args:
-            layers: The layers that have an adapter of this name, by module.
+            layers: The layers that have an adapter of this name, by every name of their modules.
             tensors: Parameters and buffers of the model, by plain name.
             name: The adapter's.
 
@@ -110,10 +110,20 @@ class Found:
         self._check_base(layers)
         with open_readers() as readers:
             for module, target in self.targets.items():
-                if module in layers:  # a layer that has two names is there under the first
-                    _fill(layers[module], target, readers, name)
+                _fill(layers[module], target, readers, name)
             for key, replacement in self.wholes.items():
                 _copy(tensors[key], readers.load(replacement.tensor), key)
+
+
+@dataclass(frozen=True)
+class Among:
+    """A target that is any module of these names."""
+
+    names: frozenset[str]
+
+    def __call__(self, module: Module) -> bool:
+        """Whether it is one of them."""
+        return module.name in self.names
 
 
 def find(folder: str | Path, plain_names: Collection[str], options: ReadOptions) -> Found:

@@ -82,6 +82,16 @@ class Merging(nn.Module):
             self.base_weight.data[index] = merged
         self._forgotten = [forgotten for _, forgotten in done]
 
+    def check_unmergeable(self) -> None:
+        """Refuse a merged weight that was changed since; change nothing."""
+        for (index, _), forgotten in zip(self._pieces(), self._forgotten or (), strict=False):
+            exact.check_unchanged(self.base_weight[index], forgotten)
+
+    def check_restorable(self) -> None:
+        """Refuse a weight that was changed since an init took something off it; change nothing."""
+        if self._taken and not self.merged:
+            exact.check_unchanged(self.base_weight, list(self._taken.values())[-1])
+
     @torch.no_grad()
     def unmerge(self) -> None:
         """Give the frozen weight back bit for bit, whatever became of the adapters since.
@@ -137,8 +147,7 @@ class Merging(nn.Module):
         Raises:
             WrongInputError: Its init took something off the weight, which was changed since.
         """
-        if self._taken and not self.merged:
-            exact.check_unchanged(self.base_weight, list(self._taken.values())[-1])
+        self.check_restorable()
         term = Term(self.lora_B[name].flatten(1), self.lora_A[name].flatten(1), self.settings[name].scale.times())
         return [term, *(self._taken[name].change.terms if name in self._taken else ())]
 

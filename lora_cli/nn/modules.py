@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from torch import nn
 
 from lora_cli.adapters.modules import Module, describe, parents_of_experts
+from lora_cli.errors import UnsupportedError
 from lora_cli.nn.layer import LoRALayer
 from lora_cli.nn.wrap import kind_of
 
@@ -62,3 +64,24 @@ def paths_of(model: nn.Module) -> dict[nn.Module, list[str]]:
     for name, module in model.named_modules(remove_duplicate=False):
         paths.setdefault(module, []).append(name)
     return paths
+
+
+def owners(model: nn.Module) -> Counter[int]:
+    """How many layers of a model hold each parameter, by its id: more than one where weights are tied."""
+    return Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+
+
+def refuse_tied(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    """Refuse to take anything off a weight that another layer uses too.
+
+    Raises:
+        UnsupportedError: Names the layers.
+    """
+    counts = owners(model)
+    tied = [name for name, layer in layers.items() if any(counts[id(p)] > 1 for p in layer.parameters())]
+    if tied:
+        raise UnsupportedError(
+            "An init cannot take anything off a weight that another layer uses too",
+            details=tied,
+            hint="leave these out with exclude, or take another init",
+        )

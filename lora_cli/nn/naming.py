@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor, nn
 
 from lora_cli.adapters.names import Chain, First, Mapper, Subtree, Wrap
-from lora_cli.errors import NamesError, UsageError
+from lora_cli.errors import NamesError, ShapeError, UsageError
 from lora_cli.nn.layer import LoRALayer
 from lora_cli.nn.merging import states_of_bases
 from lora_cli.nn.modules import paths_of
@@ -31,6 +31,11 @@ class PlainNames:
         """Key of a plain checkpoint → key of the injected model: X.weight → X.base.weight, biases too; others stay."""
         return self._mapper
 
+    def _places(self) -> dict[str, LoRALayer]:
+        """The LoRA layers by every name that the model has for them."""
+        paths = paths_of(self.model)
+        return {path: layer for layer in self.layers.values() for path in paths[layer]}
+
     def _settle_names(self) -> None:
         self._mapper = mapper_of(self.model)
         self._unmapper = self._mapper.inverse
@@ -44,6 +49,7 @@ class PlainNames:
 
         Raises:
             NamesError: Tensors that are missing, or that the model does not have.
+            ShapeError: Tensors of other shapes.
             UsageError: The model is merged, or its weights lack what an init took off them.
         """
         self._refuse_while_merged("get other weights")
@@ -58,7 +64,12 @@ class PlainNames:
         there = {id(own[key]) for key in renamed if key in own}
         wanted = [key for key in self._base_keys() if key in renamed or id(own[key]) not in there]
         check_names(renamed, wanted, "The checkpoint is not one of this model")
+        check_shapes(renamed, own, "The checkpoint is not one of this model")
         self.model.load_state_dict(renamed, strict=False)
+        self._loaded()
+
+    def _loaded(self) -> None:
+        """Is told that the base's weights are others now."""
 
     def base_state(self) -> dict[str, Tensor]:
         """The state of the model under plain names, without adapters: merged, if it is merged.
@@ -115,3 +126,18 @@ def check_names(found: Iterable[str], expected: Iterable[str], message: str) -> 
     details += [f"{name} is not known" for name in sorted(there - wanted)]
     if details:
         raise NamesError(message, details=details)
+
+
+def check_shapes(found: Mapping[str, Tensor], own: Mapping[str, Tensor], message: str) -> None:
+    """Refuse tensors of other shapes than those that they are to replace.
+
+    Raises:
+        ShapeError: With all of them.
+    """
+    details = [
+        f"{name} is {list(tensor.shape)}, not {list(own[name].shape)}"
+        for name, tensor in found.items()
+        if tensor.shape != own[name].shape
+    ]
+    if details:
+        raise ShapeError(message, details=details)

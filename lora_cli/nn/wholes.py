@@ -25,6 +25,7 @@ class Wholes:
         self._state = state
         self._before: dict[str, Tensor] = {}
         self._adapters: dict[str, set[str]] = {}
+        self._swapped = False
 
     def train(self, names: Collection[str], adapter: str) -> None:
         """Let parameters ask for gradients, and keep what they are; buffers move by themselves.
@@ -41,8 +42,34 @@ class Wholes:
             if isinstance(state[name], nn.Parameter):
                 state[name].requires_grad_(True)
 
+    def ask(self) -> None:
+        """Let everything that is trained whole ask for gradients again."""
+        state = self._state()
+        for tensor in (state[name] for name in self._before):
+            if isinstance(tensor, nn.Parameter):
+                tensor.requires_grad_(True)
+
+    def renew(self) -> None:
+        """Take what is there now for what was before the training."""
+        state = self._state()
+        self._before = {name: state[name].detach().cpu().clone() for name in self._before}
+
+    def clear(self) -> None:
+        """Forget everything, and leave it as it is."""
+        self._before.clear()
+        self._adapters.clear()
+
+    def shared_with(self, names: Collection[str]) -> list[str]:
+        """Those of these names that are trained whole already."""
+        return sorted(set(names) & set(self._before))
+
     def of(self, adapter: str) -> dict[str, Tensor]:
-        """What is trained with an adapter, as it is now."""
+        """What is trained with an adapter, as it is now.
+
+        Raises:
+            UsageError: What was before is in its place (see `swapped`).
+        """
+        self.refuse_while_swapped()
         state = self._state()
         return {name: state[name] for name, adapters in self._adapters.items() if adapter in adapters}
 
@@ -62,12 +89,20 @@ class Wholes:
         state = self._state()
         trained = {name: state[name].data for name in self._before}
         for name, data in trained.items():
-            state[name].data = self._before[name].to(data.device, data.dtype)
+            state[name].data = self._before[name].to(data.device, data.dtype, copy=True)
+        self._swapped = True
         try:
             yield
         finally:
+            self._swapped = False
             for name, data in trained.items():
                 state[name].data = data
+
+    def refuse_while_swapped(self) -> None:
+        """Refuse to give what is trained while what was before is in its place."""
+        if self._swapped and self._before:
+            what = "The adapters are disabled, so what was trained is not in the model"
+            raise UsageError(what, hint="leave disabled() first")
 
 
 def biases(model: nn.Module, which: Bias, layers: Mapping[str, LoRALayer]) -> list[str]:

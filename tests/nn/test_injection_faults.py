@@ -5,12 +5,18 @@ from typing import Any
 
 import pytest
 import torch
-from net_world import EVERYTHING, LAYERS, Net, ids, logits_of, same, same_bits, seeded, state, stirred
+from net_world import EVERYTHING, LAYERS, Net, WithHead, ids, logits_of, same, same_bits, seeded, state, stirred
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lora_cli
-from lora_cli.errors import LoraCliError, OutputExistsError, UnsupportedError, UsageError, WrongInputError
+from lora_cli.errors import (
+    LoraCliError,
+    OutputExistsError,
+    UnsupportedError,
+    UsageError,
+    WrongInputError,
+)
 from lora_cli.nn import LoRAConfig, LoRALinear, inject, load_adapter
 
 __all__ = ["seeded"]
@@ -80,17 +86,6 @@ def test_what_has_factors_is_not_trained_whole(where: str) -> None:
     with pytest.raises(UsageError, match="whole and get factors"):
         injection.add(LoRAConfig(rank=1, targets=("up_proj",), modules_to_save=("q_proj",)), "second")
     assert "layers.0.up_proj" not in injection.layers
-
-
-class WithHead(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up = nn.Linear(6, 6)
-        self.head = nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = self.head(self.up(x))
-        return found
 
 
 def test_buffers_of_what_is_trained_whole(tmp_path: Path) -> None:
@@ -212,6 +207,78 @@ def test_several_inits_come_off_in_reverse() -> None:
     stirred(injection)
     injection.take_out()
     assert same_bits(state(model), before)
+
+
+@pytest.mark.parametrize("targets", [("embed_tokens",), ("lm_head",), ("embed_tokens", "lm_head")])
+def test_nothing_is_taken_off_a_weight_that_is_used_twice(targets: tuple[str, ...]) -> None:
+    model = Net(tied=True)
+    before = state(model)
+    with pytest.raises(UnsupportedError, match="another layer uses too") as caught:
+        inject(model, rank=1, targets=targets, init="pissa")
+    assert caught.value.details == targets
+    assert same_bits(state(model), before)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_taking_out_what_cannot_be_taken_out_loses_nothing() -> None:
+    model = Net()
+    injection = stirred(inject(model, rank=1, targets=("q_proj",), init="pissa", modules_to_save=("lm_head",)))
+    head = injection.wholes_of("default")["lm_head.weight"].detach().clone()
+    model.get_submodule("layers.2").to(torch.bfloat16)
+    with pytest.raises(WrongInputError):
+        injection.take_out()
+    assert torch.equal(injection.wholes_of("default")["lm_head.weight"], head)
+    assert all(layer.taken_off for layer in injection.layers.values())
+
+
+# Several adapters, several names
+
+
+def test_a_layer_with_adapters_under_its_other_name() -> None:
+    shared = nn.Linear(4, 4)
+    model = nn.Sequential(shared, shared)
+    x, expected = torch.randn(3, 4), None
+    injection = stirred(inject(model, rank=1, targets=("0",)))
+    expected = model(x)
+    injection.add(LoRAConfig(rank=1, targets=("1",)), "second")
+    assert list(injection.layers) == ["0"]
+    assert model[0] is model[1]
+    assert torch.equal(model(x), expected)
+    injection.take_out()
+    assert model[0] is model[1] is shared
+
+
+def test_a_file_that_names_a_shared_layer_by_its_other_name(tmp_path: Path) -> None:
+    shared = nn.Linear(4, 4)
+    plain = nn.ModuleDict({"b": nn.Linear(4, 4)})
+    stirred(inject(plain, rank=2)).save(tmp_path / "adapter")
+    model = nn.ModuleDict({"a": shared, "b": shared})
+    load_adapter(model, tmp_path / "adapter")
+    layer = model["a"]
+    assert isinstance(layer, LoRALinear)
+    assert torch.equal(layer.lora_B["default"], plain.get_parameter("b.lora_B.weight"))
+
+
+def test_biases_of_the_first_adapter_stay_trained() -> None:
+    model = Net()
+    injection = inject(model, rank=1, targets=("q_proj",), bias="all")
+    trained = set(injection.wholes_of("default"))
+    injection.add(LoRAConfig(rank=1, targets=("down_proj", "attn")), "second")
+    asking = {injection.plain_name(name) for name, p in model.named_parameters() if p.requires_grad}
+    assert trained <= asking
+
+
+def test_what_another_adapter_trains_whole_is_not_loaded_over(tmp_path: Path) -> None:
+    model = Net()
+    injection = stirred(inject(model, rank=1, targets=("q_proj",), modules_to_save=("lm_head",)))
+    injection.save(tmp_path / "adapter")
+    stirred(injection)
+    head = injection.wholes_of("default")["lm_head.weight"].detach().clone()
+    with pytest.raises(UsageError, match="holds whole") as caught:
+        injection.load(tmp_path / "adapter", "second")
+    assert caught.value.details == ("lm_head.weight",)
+    assert torch.equal(injection.wholes_of("default")["lm_head.weight"], head)
+    assert list(injection.configs) == ["default"]
 
 
 # Saving and loading
