@@ -147,11 +147,12 @@ class Injection(PlainNames):
         Raises:
             LoraCliError: Names, shapes or fields that do not fit. The model is then as before.
         """
-        found = find(folder, list(self.base_state()), options or ReadOptions())
-        doubly = [key for key in found.wholes if key.removesuffix(".weight") in {*self._places(), *found.targets}]
-        doubly += self._wholes.shared_with(list(found.wholes))
+        tensors = self._plain_tensors()
+        found = find(folder, list(tensors), options or ReadOptions()).without_copies(self._places(), tensors)
+        doubly = self._wholes.shared_with(list(found.wholes))
         if doubly:
-            raise UsageError("Another adapter trains what this one holds whole", file=folder, details=doubly)
+            hint = "load it into a model of its own, or without these tensors"
+            raise UsageError("Another adapter trains what this one holds whole", file=folder, details=doubly, hint=hint)
         self.add(found.config(dropout=dropout), name)
         try:
             self._wholes.train(list(found.wholes), name)
@@ -163,7 +164,7 @@ class Injection(PlainNames):
     def remove(self, name: str) -> None:
         """Take one adapter out of the model, and give back what was trained whole with it.
 
-        A layer without any adapter left is in the model as it was before.
+        A layer without any adapter left is in the model as it was before, frozen; `take_out` ends that too.
 
         Raises:
             NamesError: No such adapter.
@@ -223,13 +224,14 @@ class Injection(PlainNames):
         """
         wanted = {**dict.fromkeys(names, 1.0), **weights}
         self._check_known(wanted)
-        of_layers = [
-            ({n: w for n, w in wanted.items() if n in layer.settings}, layer) for layer in self.layers.values()
+        shares = [
+            (layer, {name: weight for name, weight in wanted.items() if name in layer.settings})
+            for layer in self.layers.values()
         ]
-        for weights_here, layer in of_layers:
-            layer.check_weights(weights_here)
-        for weights_here, layer in of_layers:
-            layer.activate(weights_here)
+        for layer, share in shares:
+            layer.check_weights(share)
+        for layer, share in shares:
+            layer.activate(share)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -292,7 +294,9 @@ class Injection(PlainNames):
         """Share of all parameters, those of adapters among them, that are trained."""
         return _count(self.parameters()) / _count(self.model.parameters())
 
-    def _loaded(self) -> None:
+    def load_base(self, state: Mapping[str, Tensor]) -> None:
+        """Load a plain checkpoint, strictly; see `PlainNames.load_base`. `take_out` then gives back this one."""
+        super().load_base(state)
         self._wholes.renew()
 
     # Merging

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,16 +16,10 @@ from lora_cli.nn.starts import Start
 
 
 class KindOfLayer(Merging):
-    """What a LoRA layer of one kind says of itself. What stands here is right for layers that multiply by a matrix.
+    """What a LoRA layer of one kind says of itself. What stands here is right for layers that multiply by a matrix."""
 
-    Attributes:
-        base: The frozen layer.
-    """
-
-    base: nn.Module
     kind: ClassVar[Kind]
     layers: ClassVar[tuple[type[nn.Module], ...]] = ()
-    weight_name: ClassVar[str] = "weight"
 
     @classmethod
     def takes(cls, layer: nn.Module) -> bool:
@@ -71,15 +65,6 @@ class KindOfLayer(Merging):
     def along_output(self, values: Tensor, *rest: Any) -> Tensor:
         """Shape one number for each output so that it multiplies what the layer gives."""
         return values
-
-    @property
-    def base_weight(self) -> nn.Parameter:
-        """The frozen weight that adapters change."""
-        return cast("nn.Parameter", getattr(self.base, self.weight_name))
-
-    def hold(self, weight: nn.Parameter) -> None:
-        """Let the frozen layer hold another parameter as its weight."""
-        setattr(self.base, self.weight_name, weight)
 
     def released(self) -> nn.Module:
         """The frozen layer, as it stood in the model before."""

@@ -86,9 +86,8 @@ class LoRALayer(KindOfLayer):
         for factors, tensor in self._fresh(parameters, start):
             factors.put(name, tensor)
         self.settings[name] = parameters
-        self.dropout[name] = (nn.Dropout(parameters.dropout) if parameters.dropout else nn.Identity()).train(
-            self.training
-        )
+        dropout = nn.Dropout(parameters.dropout) if parameters.dropout else nn.Identity()
+        self.dropout[name] = dropout.train(self.training)
         self._use(self.active | {name: 1.0})
         if start.principal:
             try:

@@ -6,7 +6,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -67,6 +67,29 @@ class Found:
             bias=said.get("bias") or "none",
             modules_to_save=tuple(entry for entry in saved if self._has_whole(entry)),
         )
+
+    def without_copies(self, frozen: Collection[str], tensors: Mapping[str, Tensor]) -> Found:
+        """The same without weights of layers with factors, which PEFT stores beside those of an embedding.
+
+        Args:
+            frozen: Modules that have factors already.
+            tensors: Parameters and buffers of the model, by plain name.
+
+        Raises:
+            UnsupportedError: The model's own weight there is another.
+        """
+        layers = {*frozen, *self.targets}
+        copies = {key: whole for key, whole in self.wholes.items() if key.removesuffix(".weight") in layers}
+        with open_readers() as readers:
+            others = [key for key, whole in copies.items() if not _equal(readers.load(whole.tensor), tensors[key])]
+        if others:
+            raise UnsupportedError(
+                "The adapter holds weights whole that get factors too, and the model's are others",
+                file=self.adapter.label,
+                details=others,
+                hint="load these weights into the model first",
+            )
+        return replace(self, wholes={key: whole for key, whole in self.wholes.items() if key not in copies})
 
     def _has_whole(self, entry: str) -> bool:
         # PEFT lists the heads that a task may have, whether the model has them or not.
@@ -172,6 +195,11 @@ def _fill(layer: LoRALayer, target: Target, readers: Readers, name: str) -> None
         _copy(factor, found.reshape(factor.shape), target.module)
     if target.delta.magnitude is not None:
         _copy(layer.lora_magnitude[name], readers.load(target.delta.magnitude).reshape(-1), target.module)
+
+
+def _equal(found: Tensor, own: Tensor) -> bool:
+    """Whether a stored tensor is the model's, which may hold it in another type."""
+    return found.shape == own.shape and torch.equal(found.to(own.device, own.dtype), own)
 
 
 def _copy(parameter: Tensor, found: Tensor, name: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,8 @@ def states_of_bases() -> Iterator[None]:
 class Merging(nn.Module):
     """A frozen weight that can hold its active adapters, and lack what inits took off it."""
 
+    base: nn.Module
+    weight_name: ClassVar[str] = "weight"
     lora_A: Factors
     lora_B: Factors
     lora_magnitude: Factors
@@ -47,7 +49,11 @@ class Merging(nn.Module):
     @property
     def base_weight(self) -> nn.Parameter:
         """The frozen weight that adapters change."""
-        raise NotImplementedError
+        return cast("nn.Parameter", getattr(self.base, self.weight_name))
+
+    def hold(self, weight: nn.Parameter) -> None:
+        """Let the frozen layer hold another parameter as its weight."""
+        setattr(self.base, self.weight_name, weight)
 
     @property
     def transposed(self) -> bool:

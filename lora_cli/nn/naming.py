@@ -62,14 +62,10 @@ class PlainNames:
         own = self.model.state_dict(keep_vars=True)
         # Of a tensor that has two names, such as a tied head, files mostly hold one.
         there = {id(own[key]) for key in renamed if key in own}
-        wanted = [key for key in self._base_keys() if key in renamed or id(own[key]) not in there]
+        wanted = [key for key in self._base_keys(own) if key in renamed or id(own[key]) not in there]
         check_names(renamed, wanted, "The checkpoint is not one of this model")
         check_shapes(renamed, own, "The checkpoint is not one of this model")
         self.model.load_state_dict(renamed, strict=False)
-        self._loaded()
-
-    def _loaded(self) -> None:
-        """Is told that the base's weights are others now."""
 
     def base_state(self) -> dict[str, Tensor]:
         """The state of the model under plain names, without adapters: merged, if it is merged.
@@ -78,23 +74,23 @@ class PlainNames:
         """
         with states_of_bases():
             state = self.model.state_dict()
-            return {self.plain_name(key): state[key] for key in self._base_keys()}
+            return {self.plain_name(key): state[key] for key in self._base_keys(state)}
 
     def _plain_tensors(self) -> dict[str, Tensor]:
         """Parameters and buffers of the base as they are in the model, by their plain names."""
         with states_of_bases():
             state = self.model.state_dict(keep_vars=True)
-            return {self.plain_name(key): state[key] for key in self._base_keys()}
+            return {self.plain_name(key): state[key] for key in self._base_keys(state)}
 
-    def _base_keys(self) -> list[str]:
-        """Keys of the injected model's state that belong to the base."""
+    def _base_keys(self, state: Iterable[str]) -> list[str]:
+        """Those keys of the injected model's state that belong to the base."""
         layers = [
             (f"{path}.", layer)
             for path, layer in self.model.named_modules(remove_duplicate=False)
             if isinstance(layer, LoRALayer)
         ]
         own = {path + key for path, layer in layers for key in layer.state_dict() if not key.startswith("base.")}
-        return [key for key in self.model.state_dict() if key not in own]
+        return [key for key in state if key not in own]
 
     def _refuse_while_merged(self, what: str) -> None:
         if any(layer.merged for layer in self.layers.values()):

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from net_world import EVERYTHING, LAYERS, Net, WithHead, ids, logits_of, same, same_bits, seeded, state, stirred
+from net_world import EVERYTHING, LAYERS, Net, WithHead, ids, logits_of, same_bits, seeded, state, stirred
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -330,7 +330,8 @@ def test_a_load_that_fails_leaves_the_model_as_it_was(tmp_path: Path) -> None:
 def test_untied_weights_ask_for_gradients_as_they_did() -> None:
     model = Net(tied=True)
     injection = stirred(inject(model, rank=1, targets=("lm_head",)))
+    logits = logits_of(model)
     injection.take_out(merged=True)
     assert model.lm_head.weight is not model.embed_tokens.weight
     assert model.lm_head.weight.requires_grad
-    assert same(logits_of(model), logits_of(model))
+    assert torch.allclose(logits_of(model), logits, atol=1e-5)

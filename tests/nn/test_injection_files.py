@@ -203,6 +203,34 @@ def test_adapters_that_peft_trained_load_into_live_models(name: str, make: Make,
     assert torch.equal(logits(model, made.case), plain)
 
 
+def test_the_table_that_peft_stores_beside_its_factors(tmp_path: Path) -> None:
+    """It is the model's own, and nothing to train; another one would make another model."""
+    from peft import LoraConfig, get_peft_model
+
+    case, base, model = live("llama-untied", tmp_path)
+    trained = get_peft_model(
+        load(case, base, torch.float32), LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"])
+    )
+    with torch.no_grad():
+        for name, parameter in trained.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.1)
+    trained.save_pretrained(tmp_path / "adapter")
+    file, table = tmp_path / "adapter" / "adapter_model.safetensors", "model.embed_tokens.base_layer.weight"
+    tensors = load_file(file)
+    assert f"base_model.model.{table}" in tensors
+    injection = load_adapter(model, tmp_path / "adapter")
+    assert torch.allclose(logits(model, case), logits(trained, case), rtol=1e-5, atol=1e-6)
+    assert not injection.wholes_of("default")
+    assert all(".lora_" in name for name, p in model.named_parameters() if p.requires_grad)
+    injection.take_out()
+    save_file(tensors | {f"base_model.model.{table}": tensors[f"base_model.model.{table}"] + 1}, file)
+    with pytest.raises(UnsupportedError, match="the model's are others") as caught:
+        load_adapter(model, tmp_path / "adapter")
+    assert caught.value.details == ("model.embed_tokens.weight",)
+    assert not any(".lora_" in key for key in model.state_dict())
+
+
 @pytest.mark.parametrize("name", ["llama-untied", "gpt2"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_live_and_file_merges_are_the_same_bytes(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
