@@ -74,7 +74,7 @@ class Selected:
     def of(module: Module, transposed: bool = False) -> Selected:
         """Read `out` and `inner` off the stored shape."""
         first, rest = module.shape[0], math.prod(module.shape[1:])
-        turned = transposed or module.kind == "embedding"
+        turned = is_turned(module.kind, transposed)
         out, inner = (rest, first) if turned else (first, rest)
         return Selected(module.name, module.key, module.kind, module.shape, out, inner, transposed)
 
@@ -90,6 +90,11 @@ class Selection:
 
     modules: tuple[Selected, ...]
     notes: tuple[str, ...]
+
+
+def is_turned(kind: Kind, transposed: bool) -> bool:
+    """Whether a weight is stored (in × out): a linear one that is transposed, and every embedding."""
+    return transposed or kind == "embedding"
 
 
 def factor_shapes(selected: Selected, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -8,16 +8,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lora_cli.adapters.fresh import FreshOptions
+from lora_cli.adapters.fresh import FACTOR_DTYPES, FreshOptions
 from lora_cli.adapters.inits import GAUSSIAN_STD, INITS, draw, stored
-from lora_cli.checkpoint.dtypes import DTYPES
+from lora_cli.checkpoint.dtypes import dtype_for_torch
 from lora_cli.surgery.principal import take_from
 
 if TYPE_CHECKING:
     from lora_cli.nn.layer import LoRALayer
     from lora_cli.nn.parameters import LoRAParameters
-
-_STORAGE = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +73,8 @@ class Start:
 
 def _rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
     """Round float64 numbers once, as files have them: torch rounds to 16 bits twice."""
-    if dtype not in _STORAGE:
+    storage = dtype_for_torch(str(dtype))
+    if storage.name not in FACTOR_DTYPES.values():
         return values.to(dtype)
-    data = stored(values.contiguous().numpy().reshape(-1), DTYPES[_STORAGE[dtype]])
+    data = stored(values.contiguous().numpy().reshape(-1), storage)
     return torch.from_numpy(data).view(dtype).view(values.shape)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from lora_cli.adapters.fresh import FreshOptions
 from lora_cli.adapters.inits import BLOCK_ELEMENTS, FreshTensor, normals, stored
-from lora_cli.adapters.targets import Selected
+from lora_cli.adapters.targets import Selected, is_turned
 from lora_cli.checkpoint.checkpoint import StoredTensor
 from lora_cli.checkpoint.staged import Scratch, Span
 from lora_cli.errors import LoraCliError, NumericError, ShapeError
@@ -158,7 +158,7 @@ def _matrix(module: Selected, weight: StoredTensor) -> torch.Tensor:
 
     with open_readers() as readers:
         matrix = readers.load(weight).to(torch.float64).reshape(weight.shape[0], -1)
-    return matrix.T if module.transposed or module.kind == "embedding" else matrix
+    return matrix.T if is_turned(module.kind, module.transposed) else matrix
 
 
 def _test(matrix: torch.Tensor, module: str, options: FreshOptions) -> torch.Tensor:
