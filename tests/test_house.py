@@ -12,7 +12,7 @@ import lora_cli
 from lora_cli import errors
 from lora_cli.arithmetic.rounding import MERGEABLE as TORCH_MERGEABLE
 from lora_cli.checkpoint.dtypes import DTYPES
-from lora_cli.surgery.plan import MERGEABLE
+from lora_cli.surgery.edit import MERGEABLE
 
 PACKAGE = Path(lora_cli.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))

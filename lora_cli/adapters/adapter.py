@@ -133,12 +133,31 @@ class Replacement:
         tensor: The new content.
         reason: Why it is in the adapter: a config field.
         may_be_new: Whether the base may lack it (a head that the fine-tune added).
+        of_base: It is the base's own table as the adapter was trained on it, stored since its rows may be others.
     """
 
     name: str
     tensor: StoredTensor
     reason: str
     may_be_new: bool = False
+    of_base: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RowReplacement:
+    """Single rows of a table that the adapter holds whole, such as those of trained tokens.
+
+    Attributes:
+        name: Full name of the table in the adapter's spelling.
+        rows: Which rows, in the order of the tensor's; each once.
+        tensor: Their new content, (rows × columns).
+        reason: Why it is in the adapter: a config field.
+    """
+
+    name: str
+    rows: tuple[int, ...]
+    tensor: StoredTensor
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -152,6 +171,11 @@ class Adapter:
         evidence: Why it was taken for that format.
         targets: Deltas, in file order.
         replacements: Whole tensors, in file order.
+        rows: Single rows of tables.
+        layers: For a model whose layers repeat those of the files: the stored layer of each.
+        tied: What it does to one of two tied tensors it does to both (`ensure_weight_tying`).
+        initial: The init that took the first factors off the base, where the file holds no more than the trained ones.
+        before: The adapter as it was before training, whose deltas are taken off again where `initial` is set.
         unread: Tensors of the file that the format gives no meaning; an error unless the user allows them.
         skipped: Tensors that need not be applied, each with the reason.
         config: The config that gives the tensors meaning; empty when there is none.
@@ -168,6 +192,11 @@ class Adapter:
     evidence: str
     targets: tuple[Target, ...]
     replacements: tuple[Replacement, ...] = ()
+    rows: tuple[RowReplacement, ...] = ()
+    layers: tuple[int, ...] | None = None
+    tied: bool = False
+    initial: str | None = None
+    before: Adapter | None = None
     unread: tuple[StoredTensor, ...] = ()
     skipped: tuple[tuple[StoredTensor, str], ...] = ()
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -188,7 +217,13 @@ class Adapter:
     def tensors(self) -> list[StoredTensor]:
         """Every stored tensor of it."""
         deltas = [tensor for target in self.targets for tensor in target.delta.tensors]
-        return [*deltas, *(replacement.tensor for replacement in self.replacements)]
+        return [*deltas, *(change.tensor for change in self.replacements), *(change.tensor for change in self.rows)]
+
+    @property
+    def names(self) -> list[str]:
+        """Every parameter that it changes, in its own spelling; one may stand there twice."""
+        names = [target.name for target in self.targets]
+        return [*names, *(change.name for change in self.replacements), *(change.name for change in self.rows)]
 
     @property
     def paths(self) -> list[Path]:

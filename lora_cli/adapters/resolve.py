@@ -17,6 +17,7 @@ from itertools import islice
 from typing import Any
 
 from lora_cli.adapters.names import First, Identity, Mapper, Prefix, Subtree
+from lora_cli.adapters.region import Place, whole
 from lora_cli.errors import NamesError, UsageError
 
 Rewrite = tuple[Mapper, ...]
@@ -44,13 +45,18 @@ class Resolution:
 
     Attributes:
         rewrite: The common rewrite, from adapter spelling to base spelling, for people.
-        keys: Adapter name → base key.
-        unmapped: Names without a key.
+        places: Adapter name → where the base stores that parameter.
+        unmapped: Names without a place.
     """
 
     rewrite: str
-    keys: Mapping[str, str]
+    places: Mapping[str, tuple[Place, ...]]
     unmapped: tuple[Unmapped, ...]
+
+    @property
+    def keys(self) -> dict[str, str]:
+        """Adapter name → base key, of the parameters that the base stores as they are."""
+        return {name: key for name, places in self.places.items() if (key := whole(places)) is not None}
 
 
 def parse_maps(maps: Iterable[str]) -> tuple[Subtree, ...]:
@@ -100,7 +106,8 @@ def resolve(
     described = "; ".join([*(str(leaf) for leaf in maps), _describe(chosen)])
     # The first few show what is wrong; looking for the neighbours of thousands would take minutes.
     near = {name: nearest(told.get(name, name), ordered) for name in lost[:NEAREST_SHOWN]}
-    return Resolution(described, found, tuple(Unmapped(name, near.get(name, ()), told.get(name)) for name in lost))
+    places = {name: (Place(key),) for name, key in found.items()}
+    return Resolution(described, places, tuple(Unmapped(name, near.get(name, ()), told.get(name)) for name in lost))
 
 
 def _told(name: str, maps: Sequence[Subtree]) -> str | None:

@@ -33,6 +33,10 @@ class TermRecord(_Record, frozen=True):
         scale: What multiplies the product, the user's weight included.
         swapped: The factors are stored the other way round.
         transposed: The base stores the matrix as (in × out).
+        outputs: First output of the stored tensor that it changes, one past the last, and how many there are; all of
+            them if empty.
+        rows: Which outputs of the delta these are, as (start, stop, step).
+        blocks: How many blocks a block-diagonal factor has.
     """
 
     kind: str
@@ -41,6 +45,9 @@ class TermRecord(_Record, frozen=True):
     scale: float
     swapped: bool = False
     transposed: bool = False
+    outputs: tuple[int, ...] = ()
+    rows: tuple[tuple[int, int, int], ...] = ()
+    blocks: int = 0
 
 
 class TensorRecord(_Record, frozen=True):

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lora_cli.checkpoint.source import read_whole
 from lora_cli.errors import MalformedFileError, UsageError
@@ -114,17 +113,3 @@ def tokenizer_files(folder: Path, present: Sequence[SideFile]) -> list[SideFile]
 
 def _is_tokenizer(path: Path) -> bool:
     return path.name in _TOKENIZER_FILES and path.is_file() and path.stat().st_size <= SIDE_FILE_LIMIT
-
-
-def with_dtype(config: Mapping[str, Any], torch_name: str) -> bytes:
-    """Return the bytes of a model's config that says its weights are of another type, at every level that says so."""
-
-    def repaired(value: object) -> object:
-        if not isinstance(value, dict):
-            return value
-        return {
-            name: torch_name if name in ("dtype", "torch_dtype") and isinstance(item, str) else repaired(item)
-            for name, item in value.items()
-        }
-
-    return (json.dumps(repaired(dict(config)), indent=2, ensure_ascii=False) + "\n").encode()

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lora_cli.errors import UsageError
-from lora_cli.surgery.plan import Edit, Plan
+from lora_cli.surgery.edit import Edit
+from lora_cli.surgery.plan import Plan
 
 TILE_ELEMENTS = 1 << 16
 TILE_COLUMNS = 2048
@@ -88,5 +89,5 @@ def _factor_bytes(edit: Edit) -> int:
 
     Of a stack it is those of one matrix: they are prepared one after the other.
     """
-    elements = sum(term.delta.rank * sum(term.delta.shape) for term in edit.terms)
+    elements = sum(term.delta.rank * sum(term.matrices[1:]) for term in edit.terms)
     return elements * 8 * 5 + (edit.fresh.working_bytes if edit.fresh is not None else 0)

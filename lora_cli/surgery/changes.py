@@ -11,7 +11,7 @@ from lora_cli.adapters.adapter import Delta
 from lora_cli.checkpoint.checkpoint import StoredTensor
 from lora_cli.errors import UsageError
 from lora_cli.progress import Progress
-from lora_cli.surgery.plan import MERGEABLE
+from lora_cli.surgery.edit import MERGEABLE
 
 if TYPE_CHECKING:
     from lora_cli.arithmetic.lowrank import Spectrum

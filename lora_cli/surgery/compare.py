@@ -16,8 +16,9 @@ from lora_cli.arithmetic.strength import Strength
 from lora_cli.checkpoint.checkpoint import StoredTensor
 from lora_cli.checkpoint.digests import rows_per_cut
 from lora_cli.surgery.budget import TILE_ELEMENTS, UNIT_BYTES, Budget
+from lora_cli.surgery.edit import Edit
 from lora_cli.surgery.engine import Piece, Workshop
-from lora_cli.surgery.plan import Edit, Plan
+from lora_cli.surgery.plan import Plan
 from lora_cli.surgery.readers import open_readers, raw_bytes, torch_dtype
 from lora_cli.surgery.workers import run_units
 

@@ -16,6 +16,7 @@ import numpy as np
 from lora_cli.checkpoint.checkpoint import StoredTensor
 from lora_cli.progress import Progress
 from lora_cli.surgery.budget import TILE_ELEMENTS, UNIT_BYTES
+from lora_cli.surgery.edit import MERGEABLE
 from lora_cli.surgery.elements import (
     Array,
     decode,
@@ -26,7 +27,6 @@ from lora_cli.surgery.elements import (
     squares,
     unequal_elements,
 )
-from lora_cli.surgery.plan import MERGEABLE
 from lora_cli.surgery.readers import Readers, open_readers
 from lora_cli.surgery.workers import run_units
 

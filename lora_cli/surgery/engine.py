@@ -14,12 +14,13 @@ import torch
 
 from lora_cli.adapters.inits import FreshTensor
 from lora_cli.arithmetic.fragments import read_fragment
-from lora_cli.arithmetic.product import ExactProduct, prepare
+from lora_cli.arithmetic.product import ExactProduct, Term, prepare
 from lora_cli.arithmetic.rounding import TileKernel, cast, check_flush_to_zero, slices_for, work_dtype
 from lora_cli.checkpoint.digests import rows_per_cut
 from lora_cli.errors import LoraCliError, MalformedFileError, NumericError
+from lora_cli.surgery.bands import Band, bands_of, covered
 from lora_cli.surgery.budget import BLOCK_ELEMENTS, TILE_COLUMNS, TILE_ELEMENTS
-from lora_cli.surgery.plan import MERGEABLE, Edit
+from lora_cli.surgery.edit import MERGEABLE, Edit
 from lora_cli.surgery.readers import Readers, open_readers, raw_bytes, torch_dtype
 from lora_cli.surgery.runs import Run, runs
 from lora_cli.surgery.undo.codecs import LENGTHS, decode
@@ -56,7 +57,7 @@ class Workshop:
         self._output = torch.empty(strip_bytes, dtype=torch.uint8)
         self._deltas = torch.empty(0, dtype=torch.uint8)
         self._kernels: dict[torch.dtype, TileKernel] = {}
-        self._prepared: tuple[Edit, int, ExactProduct] | None = None
+        self._prepared: tuple[Edit, int, dict[int, ExactProduct]] | None = None
 
     def pieces(self, edit: Edit, begin: int, end: int) -> Pieces:
         """Yield the output of rows `begin` to `end` of a tensor, piece by piece.
@@ -98,7 +99,7 @@ class Workshop:
         """Add or subtract deltas: block by block these, and then tile by tile, all of it while it is in the cache."""
         stored, out = torch_dtype(edit.source.dtype), torch_dtype(edit.dtype)
         kernel, reader = self.kernel(stored, out), readers.of(edit.source)
-        step = kernel.merge if edit.operation == "add" else kernel.subtract
+        step = kernel.subtract if edit.operation == "subtract" else kernel.merge
         for block in self._blocks(edit, begin, end):
             deltas = self._delta(edit, readers, block, kernel)
             for first in range(0, block.elements, TILE_ELEMENTS):
@@ -107,6 +108,7 @@ class Workshop:
                 reader.read_into(edit.source.offset + (block.offset + first) * stored.itemsize, raw_bytes(source))
                 delta = deltas[first:last]
                 step(source, delta, result)
+                _lay_rows(edit, block.offset + first, result, readers)
                 yield Piece(block.offset + first, source, result, delta, last == block.elements)
 
     def _cast(self, edit: Edit, begin: int, end: int, readers: Readers) -> Iterator[Piece]:
@@ -115,9 +117,11 @@ class Workshop:
         for block in self._blocks(edit, begin, end):
             source = _typed(self._input, stored, block.elements)
             reader.read_into(edit.source.offset + block.offset * stored.itemsize, raw_bytes(source))
-            if edit.operation in ("replace", "append"):
+            if edit.displaced is not None or edit.operation == "append":
                 _check_finite(source)
-            yield Piece(block.offset, source, cast(source, _typed(self._output, out, block.elements)))
+            result = cast(source, _typed(self._output, out, block.elements))
+            _lay_rows(edit, block.offset, result, readers)
+            yield Piece(block.offset, source, result)
 
     def _restored(self, edit: Edit, begin: int, end: int, readers: Readers) -> Iterator[Piece]:
         """Take deltas off and look up what rounding forgot, in whole blocks."""
@@ -162,23 +166,42 @@ class Workshop:
         if self._deltas.numel() < nbytes:
             self._deltas = torch.empty(nbytes, dtype=torch.uint8)
         delta = _typed(self._deltas, kernel.work, block.elements)
-        transposed = edit.terms[0].transposed
+        bands = bands_of(edit.terms)
+        if not covered(bands, edit.terms[0]):
+            delta.zero_()
         for run in _runs(edit, block):
-            product = self._product(edit, run.number, readers)
             matrix = delta[run.place].view(run.shape)
-            for down, across in _tiles(run.shape):
-                rows, columns = _moved(down, run.rows.start), _moved(across, run.columns.start)
-                kernel.delta(kernel.product(product, rows, columns, transposed=transposed), out=matrix[down, across])
+            for band in bands:
+                self._add_band(edit, band, run, matrix, readers, kernel)
         return delta
 
-    def _product(self, edit: Edit, index: int, readers: Readers) -> ExactProduct:
-        """The product of a matrix, kept for its next block and cut: preparing wide factors takes as long as a cut."""
+    def _add_band(
+        self, edit: Edit, band: Band, run: Run, matrix: torch.Tensor, readers: Readers, kernel: TileKernel
+    ) -> None:
+        """Write the deltas of some outputs into the part of a block that has them."""
+        transposed = edit.terms[0].transposed
+        rows, columns = (run.rows, band.within(run.columns)) if transposed else (band.within(run.rows), run.columns)
+        if rows.start >= rows.stop or columns.start >= columns.stop:
+            return
+        part = matrix[_moved(rows, -run.rows.start), _moved(columns, -run.columns.start)]
+        product = self._product(edit, run.number, band, readers)
+        rows, columns = (rows, _moved(columns, -band.begin)) if transposed else (_moved(rows, -band.begin), columns)
+        for down, across in _tiles(part.shape):
+            tile = product, _moved(down, rows.start), _moved(across, columns.start)
+            kernel.delta(kernel.product(*tile, transposed=transposed), out=part[down, across])
+
+    def _product(self, edit: Edit, index: int, band: Band, readers: Readers) -> ExactProduct:
+        """The products of a matrix, kept for its next block and cut: preparing wide factors takes as long as a cut."""
         if self._prepared is None or self._prepared[0] is not edit or self._prepared[1] != index:
-            self._prepared = None  # never two of them in memory
+            self._prepared = None  # never those of two matrices in memory
+            self._prepared = edit, index, {}
+        products = self._prepared[2]
+        if band.begin not in products:
             work = work_dtype(torch_dtype(edit.source.dtype), torch_dtype(edit.dtype))
-            terms = [term.delta.term(readers.load, term.weight, index) for term in edit.terms]
-            self._prepared = edit, index, prepare(terms, slices=slices_for(work))
-        return self._prepared[2]
+            terms = [term.term(readers.load, index) for term in band.terms]
+            terms = [Term(term.b[band.begin : band.end], term.a, term.scale) for term in terms]
+            products[band.begin] = prepare(terms, slices=slices_for(work))
+        return products[band.begin]
 
     def kernel(self, *storages: torch.dtype) -> TileKernel:
         """The tile kernel for these storage types."""
@@ -234,6 +257,18 @@ def _made(edit: Edit, fresh: FreshTensor, begin: int, end: int) -> Iterator[Piec
     for offset, data in fresh.blocks(begin * columns, end * columns):
         result = torch.from_numpy(data).view(torch_dtype(edit.dtype))
         yield Piece(offset, result, result)
+
+
+def _lay_rows(edit: Edit, first: int, result: torch.Tensor, readers: Readers) -> None:
+    """Put the rows that adapters hold over what was made of the elements from `first` on."""
+    columns = edit.matrix[1]
+    for rows in edit.rows:
+        dtype = torch_dtype(rows.tensor.dtype)
+        for row, at in rows.between(first // columns, -(-(first + result.numel()) // columns)):
+            begin, end = max(first, at * columns), min(first + result.numel(), (at + 1) * columns)
+            values = readers.load_part(rows.tensor, dtype, (row - at) * columns + begin, end - begin)
+            _check_finite(values)
+            cast(values, result[begin - first : end - first])
 
 
 def _check_finite(tensor: torch.Tensor) -> None:

@@ -128,8 +128,8 @@ def _check(said: Mark, placement: Placement, position: int) -> str | None:
     # By the module's name in the adapter: the base may call it otherwise than the residual did.
     places = (
         key
-        for key, terms in placement.terms.items()
-        if any((term.adapter, term.name) == (position, said.module) for term in terms)
+        for key, change in placement.changes.items()
+        if any((term.adapter, term.name) == (position, said.module) for term in change.terms)
     )
     key = next(places, None)
     if key is None:

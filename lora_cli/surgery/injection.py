@@ -18,8 +18,9 @@ from lora_cli.checkpoint.checkpoint import ADAPTER_FILE, Checkpoint, Shard, Stor
 from lora_cli.checkpoint.header import Header, render_header
 from lora_cli.checkpoint.sidefiles import SideFile, side_files
 from lora_cli.errors import NamesError
+from lora_cli.surgery.edit import Edit, Operation
 from lora_cli.surgery.inject_options import InjectOptions
-from lora_cli.surgery.plan import Edit, Operation, OutputFile, Plan
+from lora_cli.surgery.plan import OutputFile, Plan
 from lora_cli.surgery.principal import FRESH_KEYS, Taken, TakenTensor
 
 _Row = tuple[str, Operation, StoredTensor | FreshTensor]

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-import math
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from lora_cli.adapters.adapter import Adapter, Replacement, Target
-from lora_cli.adapters.layout import Orientation, bears_witness, by_architecture, fits, is_table, settle_square
+from lora_cli.adapters.adapter import Adapter, Replacement, RowReplacement, Target
+from lora_cli.adapters.conversions import ties
+from lora_cli.adapters.layout import Orientation
 from lora_cli.adapters.names import Identity, Mapper
-from lora_cli.adapters.resolve import Resolution, parse_maps, resolve, tied_to
+from lora_cli.adapters.region import Place, whole
+from lora_cli.adapters.resolve import Resolution, parse_maps, resolve
 from lora_cli.adapters.source import ReadOptions
 from lora_cli.adapters.wrapped import Wrapped, unwrap
 from lora_cli.checkpoint.checkpoint import Checkpoint, StoredTensor
 from lora_cli.checkpoint.quantised import Quantised
-from lora_cli.checkpoint.tied import tie_of
-from lora_cli.errors import LoraCliError, NamesError, ShapeError, UnsupportedError, UsageError
-from lora_cli.surgery.plan import MERGEABLE, AdapterUse, Contribution, LedgerEntry, ScaleUse
+from lora_cli.checkpoint.repairs import Repair, untied, with_layers, with_vocabulary
+from lora_cli.errors import LoraCliError, NamesError, ShapeError, UnsupportedError
+from lora_cli.surgery.changing import Change, contents_alike, settle_ties
+from lora_cli.surgery.edit import MERGEABLE, Contribution, Rows
+from lora_cli.surgery.lying import VOCABULARIES, lie, vocabulary_hint
+from lora_cli.surgery.matching import check_mapped, left_out, unused_maps
+from lora_cli.surgery.plan import AdapterUse, LedgerEntry, Outcome, ScaleUse
+from lora_cli.surgery.views import Views, views_of
+from lora_cli.surgery.weighting import with_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,17 +51,31 @@ class PlanOptions:
     read: ReadOptions = field(default_factory=ReadOptions)
 
 
+@dataclass(frozen=True, slots=True)
+class _Applied:
+    """One adapter and its names in the base."""
+
+    position: int
+    adapter: Adapter
+    weight: float
+    found: Resolution
+    new: frozenset[str]
+
+
 class Placement:
     """What adapters do to each base key; filled when made.
 
     Attributes:
         adapters: The adapters, the base's own factors first where it carries some.
+        weights: Their weights; negative for what is taken off again.
         mapper: Stored key → plain key, for a wrapped base.
         carried: Stored keys that hold the base's own factors.
-        tensors: The base as people name it: wrapped names folded, carried factors gone.
-        terms: Key → deltas on it.
-        replaced: Key → what takes its place.
+        views: The base's tensors under every name that a change can be for.
+        tensors: Those names with their tensors: wrapped names folded, carried factors gone.
+        changes: Name → what is done to it.
         appended: New key → its tensor.
+        apart: Names that share a tensor in the base and get one of their own.
+        repairs: What config.json has to say otherwise.
         ledger: What became of every adapter tensor.
         uses: How each adapter is used.
         warnings: What a person should look at.
@@ -72,57 +93,63 @@ class Placement:
         wrapped = unwrap(base, options.read)
         self.mapper: Mapper = wrapped.mapper if wrapped else Identity()
         self.carried = wrapped.carried if wrapped else frozenset[str]()
-        self.adapters = _all_adapters(wrapped, adapters)
-        self.weights = _weights(options.weights, self.adapters)
-        self.tensors = {
-            self.mapper(key) or key: tensor for key, tensor in base.tensors.items() if key not in self.carried
-        }
-        self.terms: defaultdict[str, list[Contribution]] = defaultdict(list)
-        self.replaced: dict[str, Replacement] = {}
+        self.adapters, self.weights = with_weights(_all_adapters(wrapped, adapters), options.weights)
+        self.views = self._views()
+        self.tensors: Mapping[str, StoredTensor] = self.views.tensors
+        self.changes: dict[str, Change] = {}
         self.appended: dict[str, Replacement] = {}
-        self.ledger: list[LedgerEntry] = []
+        self.repairs: list[Repair] = [with_layers(self.views.layers)] if self.views.layers else []
         self.uses: list[AdapterUse] = []
         self.warnings = [f"{adapter.label}: {text}" for adapter in self.adapters for text in adapter.warnings]
+        self._ledgers: list[list[LedgerEntry]] = [[] for _ in self.adapters]
         self._problems: list[tuple[type[LoraCliError], str]] = []
         self._guessed: list[str] = []
         self._quantised = Quantised(base)
-        if not self.adapters:
-            raise UsageError(
-                "No adapter given, and the base carries none",
-                hint="name an adapter: merge BASE ADAPTER, verify --adapter ADAPTER",
-            )
-        for position, adapter in enumerate(self.adapters):
-            before = len(self.ledger)
-            self._place(position, adapter)
-            if not self._problems and len(self.ledger) - before != adapter.stored:
-                found = f"{len(self.ledger) - before} of {adapter.stored} tensors"
-                raise LoraCliError("The ledger of this adapter is not complete", file=adapter.label, found=found)
+        applied = [self._resolved(position, adapter) for position, adapter in enumerate(self.adapters)]
+        # What stands in place of a tensor decides what shape a delta finds there.
+        for one in applied:
+            self._place_wholes(one)
+        for one in applied:
+            self._place_targets(one)
         self._raise_problems()
-        self._warn_unused_maps()
-        if self._guessed:
-            several = f" and {len(self._guessed) - 1} more" if len(self._guessed) > 1 else ""
-            self.warnings.append(
-                f"{self._guessed[0]}{several}: square, and taken as stored out × in, like torch.nn.Linear; "
-                "--orientation ab is for in × out, like embeddings and GPT-2"
+        self._check_ledgers()
+        self.apart = settle_ties(self.views, self.changes)
+        if self.apart:
+            self.repairs.append(untied)
+        self.warnings += unused_maps(options.maps, self.adapters)
+        self.warnings += _guessed_words(self._guessed)
+
+    @property
+    def ledger(self) -> list[LedgerEntry]:
+        """What became of every adapter tensor."""
+        return [entry for ledger in self._ledgers for entry in ledger]
+
+    def _views(self) -> Views:
+        plain = {
+            self.mapper(key) or key: tensor for key, tensor in self.base.tensors.items() if key not in self.carried
+        }
+        layers = {adapter.layers for adapter in self.adapters}
+        if len(layers) > 1:
+            raise UnsupportedError(
+                "The adapters are for models of different layers",
+                file=self.base.label,
+                details=[f"{adapter.label}: layer_replication {adapter.layers}" for adapter in self.adapters],
+                hint="merge the one that repeats layers first, and the others into what comes of it",
             )
+        tied = ties(self.base.config, plain)
+        return views_of(plain, tied, next(iter(layers), None), file=self.base.label)
 
     # Names
 
-    def _place(self, position: int, adapter: Adapter) -> None:
-        """Give every tensor of one adapter its place, or its reason for having none."""
+    def _resolved(self, position: int, adapter: Adapter) -> _Applied:
+        """Find the names of one adapter, and enter what has none."""
         weight = self.weights[position]
-        names = [target.name for target in adapter.targets]
-        names += [replacement.name for replacement in adapter.replacements]
-        found = resolve(names, self.tensors, maps=parse_maps(self.options.maps), file=adapter.label)
-        new = {r.name for r in adapter.replacements if r.may_be_new and r.name not in found.keys}
-        aliases = {r.name for r in adapter.replacements if self._is_tied_copy(r, adapter, found)}
-        self._check_mapped(adapter, found, new | aliases)
-        for tensor, reason in adapter.skipped:
-            self._enter(adapter, tensor, "ignored", None, reason)
-        self._place_targets(position, adapter, weight, found)
-        for replacement in adapter.replacements:
-            if replacement.name in found.keys or replacement.name in new:
-                self._place_replacement(adapter, replacement, weight, found.keys.get(replacement.name))
+        maps = parse_maps(self.options.maps)
+        found = resolve(adapter.names, self.tensors, maps=maps, file=adapter.label)
+        new = frozenset(r.name for r in adapter.replacements if r.may_be_new and r.name not in found.places)
+        check_mapped(adapter, found, set(new), allow_unmapped=self.options.allow_unmapped)
+        for tensor, reason in left_out(adapter, found, set(new)):
+            self._enter(position, tensor, "ignored", None, reason)
         scales = Counter((t.delta.scale.times(weight), t.delta.scale.source) for t in adapter.targets)
         self.uses.append(
             AdapterUse(
@@ -134,127 +161,166 @@ class Placement:
                 tuple(ScaleUse(scale, source, count) for (scale, source), count in scales.items()),
             )
         )
+        return _Applied(position, adapter, weight, found, new)
 
-    def _is_tied_copy(self, replacement: Replacement, adapter: Adapter, found: Resolution) -> bool:
-        """Enter a tensor that is stored once under another name, which the adapter holds as well."""
-        stored = tied_to(replacement.name)
-        if stored is None or replacement.name in found.keys:
+    def _change(self, name: str) -> Change:
+        return self.changes.setdefault(name, Change())
+
+    def _names(self, key: str, *, shared: bool) -> tuple[str, ...]:
+        """The names to which a change is done: of tied ones all, if it is a change of what they share."""
+        return self.views.group(key) if shared else (key,)
+
+    # Whole tensors and rows
+
+    def _place_wholes(self, one: _Applied) -> None:
+        for replacement in one.adapter.replacements:
+            places = one.found.places.get(replacement.name, ())
+            if places or replacement.name in one.new:
+                self._place_replacement(one, replacement, places)
+        for rows in one.adapter.rows:
+            for place in one.found.places.get(rows.name, ()):
+                self._place_rows(one, rows, place)
+
+    def _place_replacement(self, one: _Applied, replacement: Replacement, places: Sequence[Place]) -> None:
+        tensor, key = replacement.tensor, whole(places)
+        copied = one.weight not in (0, 1) and key is not None and contents_alike(self.tensors[key], tensor)
+        if one.weight == 0 or copied:
+            self._enter(one.position, tensor, "ignored", key, "the base's own tensor" if copied else "weight 0")
+        elif one.weight != 1:
+            words = (
+                f"{replacement.name}: a whole tensor ({replacement.reason}) cannot be taken at weight {one.weight:g}"
+            )
+            self._problems.append((UnsupportedError, words))
+        elif not places:
+            self._append(one, replacement)
+        elif key is None:
+            for place in places:
+                self._place_part(one, replacement, place)
+        else:
+            self._replace(one, replacement, key)
+
+    def _append(self, one: _Applied, replacement: Replacement) -> None:
+        earlier = self.appended.setdefault(replacement.name, replacement)
+        if not contents_alike(earlier.tensor, replacement.tensor):
+            self._problems.append((NamesError, _two_words(replacement.name, one.adapter)))
+        self._enter(one.position, replacement.tensor, "added", replacement.name, replacement.reason)
+
+    def _replace(self, one: _Applied, replacement: Replacement, key: str) -> None:
+        tensor = replacement.tensor
+        self._check_plain(key)
+        shared = one.adapter.tied or replacement.of_base
+        for name in self._names(key, shared=shared):
+            change = self._change(name)
+            if change.replaced and not contents_alike(change.replaced.tensor, tensor):
+                self._problems.append((NamesError, _two_words(name, one.adapter)))
+                return
+            change.replaced = change.replaced or replacement
+        if not self._fits_whole(one.adapter, tensor, key):
+            return
+        self._enter(one.position, tensor, "replaced", key, replacement.reason)
+
+    def _fits_whole(self, adapter: Adapter, tensor: StoredTensor, key: str) -> bool:
+        stored = self.tensors[key]
+        resized = tensor.shape != stored.shape
+        if resized and not (_is_vocabulary(key, stored) and tensor.shape[1:] == stored.shape[1:]):
+            rows = f"{adapter.label} has shape {list(tensor.shape)}, {self.base.label} has {list(stored.shape)}"
+            words = f"{key}: {rows}{vocabulary_hint(tensor.shape[0] if tensor.shape else 0, key, stored.shape)}"
+            self._problems.append((ShapeError, words))
             return False
-        other = next((r for r in adapter.replacements if r.name == stored and r.name in found.keys), None)
-        if other is None or not _same_bytes(other.tensor, replacement.tensor):
+        if tensor.dtype != stored.dtype and not {tensor.dtype.name, stored.dtype.name} <= set(MERGEABLE):
+            taken = f"{tensor.dtype.name} in {adapter.label} cannot become {stored.dtype.name}"
+            words = f"{key}: {taken}, as the base stores it"
+            self._problems.append((UnsupportedError, words))
             return False
-        self._enter(adapter, replacement.tensor, "ignored", found.keys[other.name], f"the same tensor as {other.name}")
+        if resized:
+            self.repairs.append(with_vocabulary(stored.shape[0], tensor.shape[0]))
         return True
 
-    def _check_mapped(self, adapter: Adapter, found: Resolution, new: set[str]) -> None:
-        lost = [name for name in found.unmapped if name.name not in new]
-        if not found.keys and (lost or not adapter.targets):
-            self._raise_unmapped("Nothing in this adapter matches the base", adapter, found)
-        if (lost or adapter.unread) and not self.options.allow_unmapped:
-            count = len(lost) + len(adapter.unread)
-            self._raise_unmapped(f"Names of the adapter with no place in the base: {count}", adapter, found, new)
-        names = {name.name for name in lost}
-        for target in adapter.targets:
-            if target.name in names:
-                for tensor in target.delta.tensors:
-                    self._enter(adapter, tensor, "ignored", None, "no such tensor in the base (--allow-unmapped)")
-        for replacement in adapter.replacements:
-            if replacement.name in names:
-                self._enter(
-                    adapter,
-                    replacement.tensor,
-                    "ignored",
-                    None,
-                    "no such tensor in the base (--allow-unmapped)",
-                )
-        for tensor in adapter.unread:
-            self._enter(adapter, tensor, "ignored", None, "belongs to no pair of factors (--allow-unmapped)")
+    def _place_part(self, one: _Applied, replacement: Replacement, place: Place) -> None:
+        """Replace the part of a tensor that a parameter is, or by a part of a parameter."""
+        tensor, stored, region = replacement.tensor, self.tensors[place.key], place.region
+        rows = tuple(region.indices()) if region else ()
+        if place.turned or tensor.shape[1:] != stored.shape[1:] or max(rows, default=0) >= tensor.shape[0]:
+            words = f"{place.key}: {list(stored.shape)} in the base, and {replacement.name} is {list(tensor.shape)}"
+            self._problems.append((ShapeError, words))
+            return
+        assert region is not None  # noqa: S101 (a place that is not turned and not whole has one)
+        self._check_plain(place.key)
+        self._change(place.key).rows.append(Rows(tensor, rows, tuple(range(*region.outputs))))
+        if all(entry.tensor != tensor.key for entry in self._ledgers[one.position]):
+            self._enter(one.position, tensor, "replaced", place.key, replacement.reason)
 
-    def _raise_unmapped(self, message: str, adapter: Adapter, found: Resolution, new: Iterable[str] = ()) -> None:
-        details = [
-            name.name
-            + (f", by --map {name.told}" if name.told else "")
-            + (f" (nearest: {', '.join(name.nearest)})" if name.nearest else "")
-            for name in found.unmapped
-            if name.name not in new
-        ]
-        details += [f"{tensor.key} belongs to no pair of factors" for tensor in adapter.unread]
-        raise NamesError(
-            message,
-            file=adapter.label,
-            found=f"{len(found.keys)} names match",
-            details=details,
-            hint="is this the right base? Say what is called differently with --map OLD=NEW"
-            + (", or leave these out with --allow-unmapped" if found.keys else ""),
-        )
+    def _place_rows(self, one: _Applied, change: RowReplacement, place: Place) -> None:
+        tensor, shape = change.tensor, self._shape(place.key)
+        if one.weight == 0:
+            self._enter(one.position, tensor, "ignored", place.key, "weight 0")
+            return
+        if one.weight != 1:
+            words = f"{change.name}: trained rows ({change.reason}) cannot be taken at weight {one.weight:g}"
+            self._problems.append((UnsupportedError, words))
+            return
+        if place.region or place.turned or tensor.shape[1:] != shape[1:] or max(change.rows, default=-1) >= shape[0]:
+            words = (
+                f"{place.key}: {list(shape)} in the base, and the adapter has rows of {list(tensor.shape[1:])} "
+                f"up to number {max(change.rows, default=0)}"
+            )
+            self._problems.append((ShapeError, words))
+            return
+        self._check_plain(place.key)
+        rows = Rows(tensor, tuple(range(len(change.rows))), change.rows)
+        # Both ends of a tie read the trained rows: PEFT ties its own rows too.
+        for name in self._names(place.key, shared=True):
+            self._change(name).rows.append(rows)
+        self._enter(one.position, tensor, "replaced", place.key, change.reason)
 
-    def _warn_unused_maps(self) -> None:
-        names = [target.name for adapter in self.adapters for target in adapter.targets]
-        names += [replacement.name for adapter in self.adapters for replacement in adapter.replacements]
-        for leaf in parse_maps(self.options.maps):
-            if all(leaf(name) is None for name in names):
-                self.warnings.append(f"--map {leaf.old}={leaf.new} concerns no name of any adapter")
+    def _shape(self, key: str) -> tuple[int, ...]:
+        """The shape of a tensor as deltas find it."""
+        change = self.changes.get(key)
+        return (change.replaced.tensor if change and change.replaced else self.tensors[key]).shape
 
-    # Deltas and replacements
+    # Deltas
 
-    def _place_targets(self, position: int, adapter: Adapter, weight: float, found: Resolution) -> None:
-        placed = [(target, key) for target in adapter.targets if (key := found.keys.get(target.name)) is not None]
-        choices = [fits(target.delta, self.tensors[key].shape) for target, key in placed]
-        lying = [
-            (key, next(iter(fit)))
-            for (target, key), fit in zip(placed, choices, strict=True)
-            if len(fit) == 1 and len(target.delta.stored) > 1
-        ]
-        others = {fit for key, fit in lying if bears_witness(adapter, key, fit, self.tensors)}
-        for (target, key), fit in zip(placed, choices, strict=True):
-            transposed = self._transposed(target, key, fit, adapter, others)
+    def _place_targets(self, one: _Applied) -> None:
+        placed = [(target, place) for target in one.adapter.targets for place in one.found.places.get(target.name, ())]
+        shapes = {key: self._shape(key) for key in self.tensors}
+        lying = lie(one.adapter, placed, shapes, self.base, self.options.orientation)
+        self._problems += [(ShapeError, words) for words in lying.problems]
+        self._guessed += lying.guessed
+        entered: set[int] = set()
+        shared: dict[str, Target] = {}
+        for (target, place), transposed in zip(placed, lying.transposed, strict=True):
             if transposed is None:
                 continue
-            terms = self.terms[key]
-            if terms and terms[0].delta.stack != target.delta.stack:
-                words = f"{key}: one adapter changes a stack of matrices, another one a convolution"
-                self._problems.append((ShapeError, words))
+            first = shared.setdefault(self._names(place.key, shared=one.adapter.tied)[0], target)
+            if one.adapter.tied and first.module != target.module:
+                self._enter_twin(one, target, first, place.key)
                 continue
-            if terms and any(term.transposed != transposed for term in terms):
-                words = f"{key}: square, and two adapters read it in two ways; give --orientation ba or ab"
-                self._problems.append((ShapeError, words))
-                continue
-            self._check_target(target, key)
-            terms.append(Contribution(position, target.module, target.delta, weight, transposed))
-            for tensor in target.delta.tensors:
-                self._enter(adapter, tensor, "applied", key)
+            if id(target) not in entered:
+                self._enter_target(one, target, place.key)
+                entered.add(id(target))
+            if not (target.delta.magnitude and one.weight == 0):
+                self._add(one, target, place, transposed=transposed)
 
-    def _transposed(
-        self, target: Target, key: str, choices: set[bool], adapter: Adapter, others: set[bool]
-    ) -> bool | None:
-        base, said = self.tensors[key], self.options.orientation
-        if not choices:
-            self._problems.append((ShapeError, _shape_words(target, base, adapter)))
-            return None
-        if len(target.delta.stored) == 1:
-            return next(iter(choices))
-        told = by_architecture(target, key, self.base.config)
-        if len(choices) == 1:
-            fit = next(iter(choices))
-            against = "the architecture" if told is not None and fit != told else None
-            if fit and told is None and adapter.transposed_hint is False:
-                against = "fan_in_fan_out"
-            if against and said is None and adapter.orientation is not None:
-                words = f"{_shape_words(target, base, adapter)}, which fits only against {against}; see --orientation"
-                self._problems.append((ShapeError, words))
-                return None
-            return fit
-        if is_table(adapter, key):
-            return True
-        settled = settle_square(adapter, told, others, said)
-        if settled is None:
-            words = f"{key}: square, so nothing says if it is stored out × in or in × out; give --orientation ba or ab"
-            self._problems.append((ShapeError, words))
-        elif adapter.transposed_hint is None and said is None and told is None and len(others) != 1:
-            self._guessed.append(key)
-        return settled
+    def _enter_target(self, one: _Applied, target: Target, key: str) -> None:
+        idle = target.delta.magnitude is not None and one.weight == 0
+        for tensor in target.delta.tensors:
+            self._enter(one.position, tensor, "ignored" if idle else "applied", key, "weight 0" if idle else None)
 
-    def _check_target(self, target: Target, key: str) -> None:
+    def _enter_twin(self, one: _Applied, target: Target, first: Target, key: str) -> None:
+        """Enter the second of two changes of one tensor, which an adapter that ties them holds twice."""
+        for tensor in target.delta.tensors:
+            self._enter(one.position, tensor, "ignored", key, f"the change of {first.module}, which is tied to it")
+
+    def _add(self, one: _Applied, target: Target, place: Place, *, transposed: bool) -> None:
+        key = place.key
+        self._check_target(one, target, key)
+        added = Contribution(one.position, target.module, target.delta, one.weight, transposed, place.region)
+        for name in self._names(key, shared=one.adapter.tied):
+            problem = self._change(name).add(added)
+            if problem:
+                self._problems.append((problem[0], f"{key}: {problem[1]}"))
+
+    def _check_target(self, one: _Applied, target: Target, key: str) -> None:
         base = self.tensors[key]
         if base.dtype.name not in MERGEABLE:
             self._problems.append((UnsupportedError, f"{key}: storage type {base.dtype.name} takes no delta"))
@@ -262,64 +328,45 @@ class Placement:
             if factor.dtype.name not in MERGEABLE:
                 words = f"{factor.key}: storage type {factor.dtype.name} of a factor"
                 self._problems.append((UnsupportedError, words))
-        if target.delta.magnitude is not None:
-            self._problems.append((UnsupportedError, f"{key}: DoRA, which cannot be merged into files yet"))
+        if target.delta.magnitude is not None and one.weight != 1:
+            words = f"{key}: DoRA sets the lengths of rows, and has no meaning at weight {one.weight:g}"
+            self._problems.append((UnsupportedError, words))
         self._check_plain(key)
 
     def _check_plain(self, key: str) -> None:
-        """Refuse a tensor that holds quantised numbers, or that the model uses twice."""
-        reason = self._quantised(self.tensors[key].key) if key in self.tensors else None
+        """Refuse a tensor that holds quantised numbers."""
+        reason = self._quantised(self.tensors[key].key)
         if reason:
             self._problems.append((UnsupportedError, f"{key}: quantised, {reason}"))
-        tie = tie_of(self.base, key, self.tensors)
-        if tie:
-            words = f"{key}: {tie} in this model, and the adapter changes only one of the two; ties are not supported"
-            self._problems.append((UnsupportedError, words))
 
-    def _place_replacement(self, adapter: Adapter, replacement: Replacement, weight: float, key: str | None) -> None:
-        tensor = replacement.tensor
-        copied = weight not in (0, 1) and key is not None and _same_bytes(self.tensors[key], tensor)
-        if weight == 0 or copied:
-            self._enter(adapter, tensor, "ignored", key, "the base's own tensor" if copied else "weight 0")
-            return
-        if weight != 1:
-            words = f"{replacement.name}: a whole tensor ({replacement.reason}) cannot be taken at weight {weight:g}"
-            self._problems.append((UnsupportedError, words))
-            return
-        name = key or replacement.name
-        self._check_plain(name)
-        earlier = self.replaced.get(name) or self.appended.get(name)
-        if earlier and not _same_bytes(earlier.tensor, tensor):
-            words = f"{name}: two adapters hold different tensors for it, one of them {adapter.label}"
-            self._problems.append((NamesError, words))
-            return
-        if key is None:
-            self.appended[name] = replacement
-            self._enter(adapter, tensor, "added", name, replacement.reason)
-            return
-        if tensor.shape != self.tensors[key].shape:
-            rows = (
-                f"{adapter.label} has shape {list(tensor.shape)}, {self.base.label} has {list(self.tensors[key].shape)}"
-            )
-            self._problems.append((ShapeError, f"{key}: {rows}{_vocabulary_hint(tensor.shape[0], self.tensors[key])}"))
-            return
-        stored = self.tensors[key].dtype
-        if tensor.dtype != stored and not {tensor.dtype.name, stored.name} <= set(MERGEABLE):
-            words = f"{key}: {tensor.dtype.name} in {adapter.label} cannot become {stored.name}, as the base stores it"
-            self._problems.append((UnsupportedError, words))
-            return
-        self.replaced[key] = replacement
-        self._enter(adapter, tensor, "replaced", key, replacement.reason)
+    # The ledger, and what is wrong
+
+    def keep_replaced(self, reason: str) -> None:
+        """Leave tensors as they are that adapters replaced whole, for that reason, and add none."""
+        reasons = {"replaced": reason, "added": "not in the checkpoint"}
+        self._ledgers = [
+            [
+                replace(entry, outcome="ignored", reason=reasons[entry.outcome]) if entry.outcome in reasons else entry
+                for entry in ledger
+            ]
+            for ledger in self._ledgers
+        ]
+        for change in self.changes.values():
+            change.replaced = None
+            change.rows.clear()
+        self.appended.clear()
 
     def _enter(
-        self,
-        adapter: Adapter,
-        tensor: StoredTensor,
-        outcome: Literal["applied", "replaced", "added", "ignored"],
-        key: str | None,
-        reason: str | None = None,
+        self, position: int, tensor: StoredTensor, outcome: Outcome, key: str | None, reason: str | None = None
     ) -> None:
-        self.ledger.append(LedgerEntry(adapter.label, tensor.key, outcome, key, reason))
+        label = self.adapters[position].label
+        self._ledgers[position].append(LedgerEntry(label, tensor.key, outcome, key, reason))
+
+    def _check_ledgers(self) -> None:
+        for adapter, ledger in zip(self.adapters, self._ledgers, strict=True):
+            if len(ledger) != adapter.stored:
+                found = f"{len(ledger)} of {adapter.stored} tensors"
+                raise LoraCliError("The ledger of this adapter is not complete", file=adapter.label, found=found)
 
     def _raise_problems(self) -> None:
         """Raise one error with every problem of the gravest kind, names before shapes before the rest."""
@@ -334,54 +381,22 @@ class Placement:
                 raise kind(f"{message} ({len(details)})", file=self.base.label, details=details, hint=_hint(details))
 
 
-def _all_adapters(wrapped: Wrapped | None, adapters: Sequence[Adapter]) -> list[Adapter]:
-    return [*([wrapped.adapter] if wrapped else []), *adapters]
+def _guessed_words(guessed: Sequence[str]) -> list[str]:
+    if not guessed:
+        return []
+    several = f" and {len(guessed) - 1} more" if len(guessed) > 1 else ""
+    return [
+        f"{guessed[0]}{several}: square, and taken as stored out × in, like torch.nn.Linear; "
+        "--orientation ab is for in × out, like embeddings and GPT-2"
+    ]
 
 
-def _weights(weights: Sequence[float], adapters: Sequence[Adapter]) -> list[float]:
-    if not weights:
-        return [1.0] * len(adapters)
-    if len(weights) != len(adapters):
-        names = ", ".join(adapter.label for adapter in adapters)
-        raise UsageError(
-            "Give --weight once per adapter, in their order, or not at all",
-            expected=f"{len(adapters)} ({names})",
-            found=len(weights),
-        )
-    bad = [weight for weight in weights if not math.isfinite(weight)]
-    if bad:
-        raise UsageError("A weight must be a finite number", found=bad[0])
-    return list(weights)
+def _is_vocabulary(key: str, stored: StoredTensor) -> bool:
+    return len(stored.shape) in (1, 2) and bool(VOCABULARIES & set(key.split(".")))
 
 
-def _same_bytes(one: StoredTensor, other: StoredTensor) -> bool:
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
-        return False
-    step = 1 << 20
-    with one.shard.source.open() as left, other.shard.source.open() as right:
-        for start in range(0, one.nbytes, step):
-            size = min(step, one.nbytes - start)
-            if left.read(one.offset + start, size) != right.read(other.offset + start, size):
-                return False
-    return True
-
-
-def _shape_words(target: Target, base: StoredTensor, adapter: Adapter) -> str:
-    shape = next(iter(target.delta.stored.values()))
-    factors = ", ".join(f"{tensor.key} {list(tensor.shape)}" for tensor in target.delta.tensors)
-    size = " × ".join(map(str, shape)) if len(shape) > 1 else f"{shape[0]} × 1"
-    words = f"{base.key}: {list(base.shape)} in the base, the delta is ({size}) from {factors}"
-    return words + _vocabulary_hint(shape[0], base)
-
-
-def _vocabulary_hint(rows: int, base: StoredTensor) -> str:
-    parts = base.key.split(".")
-    if not {"embed_tokens", "lm_head", "wte", "word_embeddings", "shared", "embed_out"} & set(parts):
-        return ""
-    return (
-        f"; the vocabulary differs ({rows} rows in the adapter, {base.shape[0]} in the base): take the base that the "
-        "adapter was trained on"
-    )
+def _two_words(name: str, adapter: Adapter) -> str:
+    return f"{name}: two adapters hold different tensors for it, one of them {adapter.label}"
 
 
 def _hint(details: Sequence[str]) -> str | None:
@@ -390,3 +405,7 @@ def _hint(details: Sequence[str]) -> str | None:
     if any("--orientation" in words for words in details):
         return "--orientation ba for torch.nn.Linear (out × in), ab for (in × out)"
     return None
+
+
+def _all_adapters(wrapped: Wrapped | None, adapters: Sequence[Adapter]) -> list[Adapter]:
+    return [*([wrapped.adapter] if wrapped else []), *adapters]

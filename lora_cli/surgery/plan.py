@@ -6,136 +6,19 @@ second implementation of what an operation does.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from lora_cli.adapters.adapter import Adapter, Delta
-from lora_cli.checkpoint.checkpoint import Checkpoint, Shard, StoredTensor
-from lora_cli.checkpoint.dtypes import DType
+from lora_cli.adapters.adapter import Adapter
+from lora_cli.checkpoint.checkpoint import Checkpoint, Shard
 from lora_cli.checkpoint.header import Header
 from lora_cli.checkpoint.sidefiles import SideFile
+from lora_cli.surgery.edit import Edit
 
-if TYPE_CHECKING:
-    from lora_cli.adapters.inits import FreshTensor
-
-MERGEABLE = ("BF16", "F16", "F32", "F64", "F8_E4M3", "F8_E5M2")
-"""Storage types that can take a delta; `arithmetic.rounding.MERGEABLE` has the same as torch's types."""
-
-Operation = Literal["keep", "rename", "cast", "add", "subtract", "replace", "append", "restore"]
 Outcome = Literal["applied", "replaced", "added", "ignored"]
-
-
-@dataclass(frozen=True, slots=True)
-class Contribution:
-    """One delta of one adapter on one tensor.
-
-    Attributes:
-        adapter: Position of the adapter on the command line, from 0.
-        name: Module in the adapter's spelling.
-        delta: The change.
-        weight: The user's weight.
-        transposed: The base stores the matrix as (in × out).
-    """
-
-    adapter: int
-    name: str
-    delta: Delta
-    weight: float
-    transposed: bool
-
-    @property
-    def matrices(self) -> tuple[int, int, int]:
-        """(matrices, rows, columns) as which the delta sees the stored tensor."""
-        rows, columns = self.delta.shape[::-1] if self.transposed else self.delta.shape
-        return self.delta.stack or 1, rows, columns
-
-    def covers(self, shape: tuple[int, ...]) -> bool:
-        """Whether a tensor of this shape is what the delta changes, whole."""
-        count, rows, columns = self.matrices
-        if self.delta.stack is not None:
-            return shape == (count, rows, columns)
-        return bool(shape) and shape[0] == rows and math.prod(shape[1:]) == columns
-
-
-@dataclass(frozen=True, slots=True)
-class Forgotten:
-    """What a merge forgot of one tensor, as an undo file holds it.
-
-    Attributes:
-        how: Which of its preimages each element was, or the `residual` of what is there.
-        stored: The part of the undo file.
-        fragments: Bytes in it for each cut of the tensor.
-    """
-
-    how: Literal["preimages", "residual"]
-    stored: StoredTensor
-    fragments: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Edit:
-    """What happens to one tensor of the output.
-
-    Attributes:
-        key: Its name in the output.
-        operation: `keep` its bytes, `rename` it, `cast` it, `add` or `subtract` deltas, `replace` it by an adapter's
-            tensor, `append` a tensor that the base lacks, or `restore` what it was before a merge.
-        origin: Where its numbers come from: the base, the adapter for replace and append, or a rule for a new factor.
-        dtype: Its storage type in the output.
-        shape: Its shape.
-        begin: First byte within the output's data section.
-        end: One past the last.
-        terms: Deltas that are summed in one exact product.
-        displaced: The base's own tensor, where the adapter's takes its place.
-        forgotten: What a restored tensor needs besides its source.
-    """
-
-    key: str
-    operation: Operation
-    origin: StoredTensor | FreshTensor
-    dtype: DType
-    shape: tuple[int, ...]
-    begin: int
-    end: int
-    terms: tuple[Contribution, ...] = ()
-    displaced: StoredTensor | None = None
-    forgotten: Forgotten | None = None
-
-    @property
-    def source(self) -> StoredTensor:
-        """The stored tensor that its numbers come from; only where `fresh` is None."""
-        assert isinstance(self.origin, StoredTensor)  # noqa: S101 (who asks has looked at `fresh` or `copies`)
-        return self.origin
-
-    @property
-    def fresh(self) -> FreshTensor | None:
-        """The rule that its numbers are made from, for a tensor that is stored nowhere."""
-        return None if isinstance(self.origin, StoredTensor) else self.origin
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes in the output."""
-        return self.end - self.begin
-
-    @property
-    def copies(self) -> bool:
-        """Whether the output's bytes are the source's bytes and need not be looked at.
-
-        Numbers from an adapter are looked at: NaN must not go through.
-        """
-        same = self.fresh is None and not self.terms and self.dtype == self.source.dtype
-        from_adapter = self.operation in ("replace", "append") and self.dtype.name in MERGEABLE
-        return same and not from_adapter and self.operation != "restore"
-
-    @property
-    def matrix(self) -> tuple[int, int]:
-        """(rows, columns) as which blocks and units cut the tensor."""
-        rows = self.shape[0] if self.shape else 1
-        return rows, math.prod(self.shape) // rows if rows else 0
 
 
 @dataclass(frozen=True)
@@ -276,28 +159,33 @@ class Plan:
     @property
     def bytes_to_undo(self) -> int:
         """Bytes that an undo file has at least: what replaced and narrowed tensors lose, and what is dropped."""
-        lost = [e.displaced.nbytes if e.displaced else max(0, e.source.nbytes - e.nbytes) for e in self._changed]
+        lost = [
+            e.displaced.nbytes if e.displaced else max(0, e.source.nbytes - e.nbytes) + _row_bytes(e)
+            for e in self._changed
+        ]
         return sum(lost) + sum(self.checkpoint.tensors[key].nbytes for key in self.dropped if self.operation == "merge")
 
     @property
     def _changed(self) -> Iterable[Edit]:
-        return (e for e in self.edits if e.fresh is None and (e.displaced or e.operation in ("add", "cast")))
+        return (e for e in self.edits if e.fresh is None and (e.displaced or e.rows or e.operation in ("add", "cast")))
 
     @property
     def bytes_to_read(self) -> int:
         """Bytes of base and adapter tensors that are read."""
         factors = {id(tensor): tensor.nbytes for e in self.edits for t in e.terms for tensor in t.delta.tensors}
+        factors |= {id(rows.tensor): rows.tensor.nbytes for e in self.edits for rows in e.rows}
         return sum(edit.source.nbytes for edit in self.edits if edit.fresh is None) + sum(factors.values())
 
     def counts(self) -> dict[str, int]:
         """Tensors by what happens to them: total, edited, copied, added, dropped."""
         operations = Counter(edit.operation for edit in self.edits)
         copied = operations["keep"] + operations["rename"]
+        added = operations["append"] + operations["repeat"]
         return {
             "total": sum(operations.values()),
-            "edited": sum(operations.values()) - copied - operations["append"],
+            "edited": sum(operations.values()) - copied - added,
             "copied": copied,
-            "added": operations["append"],
+            "added": added,
             "dropped": len(self.dropped),
         }
 
@@ -332,7 +220,7 @@ class Plan:
                     "bytes": file.size,
                     "header_bytes": file.header.data_start,
                     "untouched": file.untouched,
-                    "edits": [_edit_dict(edit) for edit in file.edits],
+                    "edits": [edit.as_dict() for edit in file.edits],
                 }
                 for file in self.files
             ],
@@ -349,27 +237,6 @@ class Plan:
         }
 
 
-def _edit_dict(edit: Edit) -> dict[str, Any]:
-    return {
-        "key": edit.key,
-        "operation": edit.operation,
-        "source": {"file": edit.source.shard.name, "key": edit.source.key, "dtype": edit.source.dtype.name}
-        if edit.fresh is None
-        else {"file": None, "key": None, "dtype": edit.dtype.name, "made_by": str(edit.fresh)},
-        "dtype": edit.dtype.name,
-        "shape": list(edit.shape),
-        "begin": edit.begin,
-        "end": edit.end,
-        "terms": [
-            {
-                "adapter": term.adapter,
-                "module": term.name,
-                "kind": term.delta.kind,
-                "rank": term.delta.rank,
-                "scale": term.delta.scale.times(term.weight),
-                "scale_source": term.delta.scale.source,
-                "transposed": term.transposed,
-            }
-            for term in edit.terms
-        ],
-    }
+def _row_bytes(edit: Edit) -> int:
+    """Bytes of the rows that are replaced."""
+    return sum(len(rows.at) for rows in edit.rows) * (edit.source.nbytes // max(1, edit.matrix[0]))

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Literal, NamedTuple
 
 from lora_cli.adapters.adapter import Adapter, Replacement
 from lora_cli.checkpoint.checkpoint import Checkpoint, Shard, StoredTensor
 from lora_cli.checkpoint.dtypes import DTYPES, DType
 from lora_cli.checkpoint.header import Header, render_header
-from lora_cli.checkpoint.sidefiles import SideFile, side_files, tokenizer_files, with_dtype
+from lora_cli.checkpoint.repairs import repaired, with_dtype
+from lora_cli.checkpoint.sidefiles import SideFile, side_files, tokenizer_files
+from lora_cli.surgery.changing import Change
+from lora_cli.surgery.edit import Edit, Operation
 from lora_cli.surgery.fitting import check_base
 from lora_cli.surgery.placing import Placement, PlanOptions
-from lora_cli.surgery.plan import Edit, Operation, OutputFile, Plan
+from lora_cli.surgery.plan import OutputFile, Plan
 
 OUTPUT_DTYPES: Mapping[str, str | None] = {"keep": None, "bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 
@@ -73,34 +75,44 @@ class _Layout:
             adapters=tuple(placed.uses),
             opened=tuple(placed.adapters),
             ledger=tuple(placed.ledger),
-            dropped=tuple(sorted(placed.carried)),
+            dropped=tuple(sorted({*placed.carried, *self._left_layers()})),
             inputs=(*self.base.paths, *(path for adapter in placed.adapters for path in adapter.paths)),
             warnings=(*self._own_warnings(), *placed.warnings, *warnings),
         )
 
     def _own_warnings(self) -> list[str]:
-        added = self.placement.appended.items()
+        placed = self.placement
+        added, tied = placed.appended.items(), placed.views.tied
         return [
             *(f"{self.base.label}: {text}" for text in self.base.warnings),
             *(f"{name} is not in the base and is added ({replacement.reason})" for name, replacement in added),
+            *(f"{name} was one tensor with {tied[name]}, and is stored apart now" for name in placed.apart),
         ]
+
+    def _left_layers(self) -> list[str]:
+        """Tensors of layers that the trained model does not have."""
+        placed = self.placement
+        return [
+            key for key, stored in self.base.tensors.items() if key not in placed.carried and not self._names(stored)
+        ]
+
+    def _names(self, stored: StoredTensor) -> tuple[str, ...]:
+        """Names of a stored tensor in the output; it goes on under the first, and is repeated under others."""
+        placed = self.placement
+        names = placed.views.names(stored)
+        return (*names, *(alias for alias in placed.apart if placed.views.tied[alias] in names))
 
     def _keep_what_was_replaced(self) -> None:
         """Taking an adapter out cannot bring back what it replaced whole: such tensors stay as they are."""
         placed = self.placement
-        placed.ledger = [
-            replace(entry, outcome="ignored", reason=KEPT if entry.outcome == "replaced" else "not in the checkpoint")
-            if entry.outcome in ("replaced", "added")
-            else entry
-            for entry in placed.ledger
-        ]
-        placed.replaced.clear()
-        placed.appended.clear()
+        placed.keep_replaced(KEPT)
 
     def _output_file(self, shard: Shard) -> OutputFile:
         """Lay out the output file that takes the place of one shard; the base's header stands if nothing changed."""
-        stored, carried = self.base.tensors, self.placement.carried
-        rows = [self._row(stored[info.name]) for info in shard.header.tensors if info.name not in carried]
+        carried = self.placement.carried
+        stored = [self.base.tensors[info.name] for info in shard.header.tensors if info.name not in carried]
+        rows = [self._row(tensor, names[0]) for tensor in stored if (names := self._names(tensor))]
+        rows += [self._repeated(tensor, name) for tensor in stored for name in self._names(tensor)[1:]]
         if shard is self.base.shards[-1]:
             rows += [self._new_row(name, replacement) for name, replacement in self.placement.appended.items()]
         same = [(info.name, info.dtype, info.shape) for info in shard.header.tensors]
@@ -119,25 +131,37 @@ class _Layout:
                 row.source.shape,
                 places[row.key].begin,
                 places[row.key].end,
-                tuple(self.placement.terms.get(row.key, ())),
+                tuple(self._change(row.key).terms),
+                tuple(self._change(row.key).rows),
                 row.displaced,
             )
             for row in rows
         ]
         return tuple(sorted(edits, key=lambda edit: (edit.begin, edit.end)))
 
-    def _row(self, stored: StoredTensor) -> _Row:
-        key = self.placement.mapper(stored.key) or stored.key
-        dtype = self._output_dtype(stored.dtype)
+    def _change(self, name: str) -> Change:
+        return self.placement.changes.get(name) or Change()
+
+    def _row(self, stored: StoredTensor, key: str) -> _Row:
+        change, dtype = self._change(key), self._output_dtype(stored.dtype)
         source, displaced = stored, None
         operation: Operation = "keep" if key == stored.key else "rename"
         if dtype != stored.dtype:
             operation = "cast"
-        if key in self.placement.replaced:
-            source, operation, displaced = self.placement.replaced[key].tensor, "replace", stored
-        if key in self.placement.terms:
+        if change.replaced:
+            source, displaced = change.replaced.tensor, stored
+        if change.replaced or change.rows:
+            operation = "replace"
+        if change.terms:
             operation = "add" if self.operation == "merge" else "subtract"
         return _Row(key, operation, source, dtype, displaced)
+
+    def _repeated(self, stored: StoredTensor, name: str) -> _Row:
+        """A tensor of the base under a further name; what an adapter holds whole is as good as new."""
+        replaced = self._change(name).replaced
+        if replaced:
+            return self._new_row(name, replaced)
+        return _Row(name, "repeat", stored, self._output_dtype(stored.dtype))
 
     def _new_row(self, name: str, replacement: Replacement) -> _Row:
         tensor = replacement.tensor
@@ -160,8 +184,11 @@ class _Layout:
     def _side_files(self) -> tuple[list[SideFile], list[str], list[str]]:
         """The small files of the output, what is left out, and what a person should know about it."""
         sides, left_out = side_files(self.base)
+        repairs = [*self.placement.repairs]
         if self.wanted is not None:
-            data = with_dtype(self.base.config, str(DTYPES[self.wanted].torch_name))
+            repairs.append(with_dtype(str(DTYPES[self.wanted].torch_name)))
+        if repairs:
+            data = repaired(self.base.config, *repairs)
             sides = [SideFile(s.name, None, len(data), data) if s.name == "config.json" else s for s in sides]
         warnings = []
         for adapter in self.placement.adapters:

@@ -16,8 +16,9 @@ from lora_cli.arithmetic.floats import BITS
 from lora_cli.arithmetic.ordered import neighbours
 from lora_cli.progress import Progress
 from lora_cli.surgery.budget import Budget
+from lora_cli.surgery.edit import Edit
 from lora_cli.surgery.engine import Workshop
-from lora_cli.surgery.plan import Edit, Plan
+from lora_cli.surgery.plan import Plan
 from lora_cli.surgery.units import Unit, units_of
 from lora_cli.surgery.workers import run_units
 

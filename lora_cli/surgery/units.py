@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from lora_cli.checkpoint.digests import rows_per_cut
 from lora_cli.checkpoint.source import SourceFile
 from lora_cli.surgery.budget import UNIT_BYTES
-from lora_cli.surgery.plan import Edit, OutputFile
+from lora_cli.surgery.edit import Edit
+from lora_cli.surgery.plan import OutputFile
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from lora_cli.errors import (
     UnsupportedError,
     UsageError,
 )
-from lora_cli.surgery.plan import MERGEABLE
+from lora_cli.surgery.edit import MERGEABLE
 
 Shapes = Mapping[str, tuple[int, ...]]
 

@@ -15,7 +15,7 @@ from lora_cli.adapters.deltas import LowRank, LowRankBias, LowRankKernel, LowRan
 from lora_cli.checkpoint.checkpoint import StoredTensor, open_checkpoint
 from lora_cli.checkpoint.manifest import TermRecord
 from lora_cli.errors import MalformedFileError, UnsupportedError
-from lora_cli.surgery.plan import Contribution
+from lora_cli.surgery.edit import Contribution
 from lora_cli.surgery.undo.terms import recall, record
 
 SHAPES: dict[str, tuple[int, ...]] = {

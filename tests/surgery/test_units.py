@@ -15,9 +15,10 @@ from round_trips import gaussian, lora, write_adapter, write_base, write_raw
 from lora_cli.checkpoint import digests
 from lora_cli.surgery import units
 from lora_cli.surgery.budget import UNIT_BYTES
+from lora_cli.surgery.edit import Edit
 from lora_cli.surgery.merge import plan_merge
 from lora_cli.surgery.placing import PlanOptions
-from lora_cli.surgery.plan import Edit, OutputFile, Plan
+from lora_cli.surgery.plan import OutputFile, Plan
 from lora_cli.surgery.units import Unit, units_of
 
 UNTOUCHED = "model-00003-of-00003.safetensors"

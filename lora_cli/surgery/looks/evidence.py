@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -25,8 +25,8 @@ from lora_cli.arithmetic.rounding import slices_for, work_dtype
 from lora_cli.checkpoint.checkpoint import StoredTensor
 from lora_cli.surgery.budget import Budget
 from lora_cli.surgery.compare import Part, parts
+from lora_cli.surgery.edit import Edit
 from lora_cli.surgery.engine import Piece, Workshop
-from lora_cli.surgery.plan import Edit
 from lora_cli.surgery.readers import Readers, open_readers, raw_bytes, torch_dtype
 from lora_cli.surgery.runs import runs
 from lora_cli.surgery.workers import run_units
@@ -198,7 +198,7 @@ class _Products:
         """Those of one matrix of the stack; the last ones are kept."""
         if self._prepared[0] != index:
             load = self._readers.load
-            terms = [term.delta.term(load, term.weight or 1.0, index) for term in self._edit.terms]
+            terms = [replace(term, weight=term.weight or 1.0).term(load, index) for term in self._edit.terms]
             self._prepared = index, [prepare([term], slices=self._slices) for term in terms]
         return self._prepared[1]
 

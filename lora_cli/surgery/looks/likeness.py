@@ -11,10 +11,11 @@ from lora_cli.checkpoint.checkpoint import StoredTensor
 from lora_cli.progress import Progress
 from lora_cli.surgery import distance
 from lora_cli.surgery.budget import Budget
+from lora_cli.surgery.edit import Edit
 from lora_cli.surgery.looks.evidence import asked_of, gather
 from lora_cli.surgery.looks.judgement import FEW, Subject, judge
 from lora_cli.surgery.looks.phrases import Likeness, bare, but_for, elements
-from lora_cli.surgery.plan import Edit, Plan
+from lora_cli.surgery.plan import Plan
 
 if TYPE_CHECKING:
     from lora_cli.surgery.verify import Difference
@@ -98,7 +99,9 @@ def _wholes(
         if edit.fresh is None and edit.source.dtype == edit.dtype
     ]
     from_base = [
-        distance.Pair(edit.key, edit.displaced, candidates[edit.key]) for edit in edits if edit.displaced is not None
+        distance.Pair(edit.key, edit.displaced, candidates[edit.key])
+        for edit in edits
+        if edit.displaced is not None and edit.displaced.shape == edit.shape
     ]
     apart = distance.measure(wanted, threads, progress)
     apart_from_base = distance.measure([pair for pair in from_base if pair.by_value], threads, progress)

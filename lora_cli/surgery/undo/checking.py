@@ -9,7 +9,7 @@ from blake3 import blake3
 from lora_cli.checkpoint.digests import rows_per_cut, tensor_digests
 from lora_cli.checkpoint.manifest import TensorRecord
 from lora_cli.errors import LoraCliError, MalformedFileError, WrongInputError
-from lora_cli.surgery.plan import Edit
+from lora_cli.surgery.edit import Edit
 from lora_cli.surgery.undo.undoing import Undoing
 from lora_cli.surgery.units import Unit
 

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 from lora_cli.arithmetic.fragments import FragmentWriter
 from lora_cli.surgery.budget import BLOCK_ELEMENTS, Budget
+from lora_cli.surgery.edit import Edit
 from lora_cli.surgery.engine import Workshop
 from lora_cli.surgery.identity import factors_of
-from lora_cli.surgery.plan import Edit, Plan
+from lora_cli.surgery.plan import Plan
 from lora_cli.surgery.readers import open_readers, torch_dtype
 from lora_cli.surgery.receipt import own_files
 from lora_cli.surgery.undo.codecs import LENGTHS, Encoder
@@ -34,13 +35,13 @@ def undo_bytes(plan: Plan, budget: Budget, *, embed: bool = False) -> int:
     Raises:
         NumericError: The sample holds numbers that cannot be merged.
     """
-    changing = [edit for edit in plan.edits if edit.nbytes and not edit.copies and edit.operation != "append"]
+    changing = [edit for edit in plan.edits if edit.nbytes and not edit.copies and edit.former]
     chosen = _spread(changing, SAMPLES)
     with one_torch_thread():
         workshop = Workshop(budget.strip_bytes)
         per_byte = [_sampled(edit, workshop) / edit.nbytes for edit in chosen]
     share = sum(per_byte) / len(per_byte) if per_byte else 0.0
-    touched = {(e.displaced or e.source).key for e in plan.edits if e.operation != "append"}
+    touched = {e.former.key for e in plan.edits if e.former}
     stored = sum(tensor.nbytes for key, tensor in plan.checkpoint.tensors.items() if key not in touched)
     numbers = range(len(plan.opened)) if embed else ()
     embedded = sum(tensor.nbytes for number in numbers for tensor in factors_of(plan, number).values())

@@ -12,8 +12,9 @@ from lora_cli.arithmetic.fragments import FragmentWriter
 from lora_cli.checkpoint.digests import file_digest
 from lora_cli.checkpoint.staged import Scratch, Span, StagedFile
 from lora_cli.checkpoint.undo_file import Part, undo_part
+from lora_cli.surgery.edit import Edit
 from lora_cli.surgery.engine import Pieces
-from lora_cli.surgery.plan import Edit, Plan
+from lora_cli.surgery.plan import Plan
 from lora_cli.surgery.readers import open_readers, raw_bytes, torch_dtype
 from lora_cli.surgery.undo.codecs import LENGTHS, Encoder, How
 from lora_cli.surgery.units import Unit
@@ -77,7 +78,7 @@ class Recorder:
         with open_readers() as readers:
             for piece in pieces:
                 after.update(raw_bytes(piece.result))
-                if edit.operation != "append":
+                if edit.former is not None:
                     base = piece.source
                     if edit.displaced is not None:
                         dtype = piece.result.dtype if edit.copies else torch_dtype(edit.displaced.dtype)
@@ -113,5 +114,5 @@ class Recorder:
 
 
 def codec_of(edit: Edit) -> How:
-    """How what a merge forgets of a tensor is kept: a replaced tensor is no map of what was there."""
-    return "residual" if edit.displaced is not None else "preimages"
+    """How what a merge forgets of a tensor is kept: what is replaced is no map of what was there."""
+    return "residual" if edit.displaced is not None or edit.rows else "preimages"

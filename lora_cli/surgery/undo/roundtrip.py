@@ -11,8 +11,8 @@ from lora_cli.checkpoint.checkpoint import Checkpoint, Shard, StoredTensor
 from lora_cli.checkpoint.digests import path_digest, tensor_digests
 from lora_cli.progress import Progress
 from lora_cli.surgery.budget import TILE_ELEMENTS, Budget
+from lora_cli.surgery.edit import Edit
 from lora_cli.surgery.engine import Piece, Workshop
-from lora_cli.surgery.plan import Edit
 from lora_cli.surgery.readers import Readers, open_readers, raw_bytes
 from lora_cli.surgery.receipt import OWN_FILES, beside
 from lora_cli.surgery.undo.checking import Checker, Finding

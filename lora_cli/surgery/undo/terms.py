@@ -5,11 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from lora_cli.adapters.adapter import Delta, Scale
-from lora_cli.adapters.deltas import LowRank, LowRankBias, LowRankKernel, LowRankStack, is_kernel_pair, is_stack_pair
+from lora_cli.adapters.deltas import (
+    BlocksKind,
+    LowRank,
+    LowRankBias,
+    LowRankBlocks,
+    LowRankKernel,
+    LowRankStack,
+    is_block_pair,
+    is_kernel_pair,
+    is_stack_pair,
+)
+from lora_cli.adapters.region import Region
 from lora_cli.checkpoint.checkpoint import StoredTensor
 from lora_cli.checkpoint.manifest import TermRecord
 from lora_cli.errors import MalformedFileError, UnsupportedError
-from lora_cli.surgery.plan import MERGEABLE, Contribution
+from lora_cli.surgery.edit import MERGEABLE, Contribution
 
 Find = Callable[[int, str], StoredTensor]
 """Finds a factor by the position of its adapter and its name."""
@@ -25,6 +36,9 @@ def record(term: Contribution) -> TermRecord:
         scale=delta.scale.times(term.weight),
         swapped=isinstance(delta, LowRank | LowRankKernel) and delta.swapped,
         transposed=term.transposed,
+        outputs=(*term.region.outputs, term.region.of) if term.region else (),
+        rows=term.region.rows if term.region else (),
+        blocks=delta.blocks if isinstance(delta, LowRankBlocks) else 0,
     )
 
 
@@ -41,7 +55,26 @@ def recall(said: TermRecord, key: str, find: Find) -> Contribution:
         MalformedFileError: It has other factors than its kind.
     """
     tensors = [find(said.adapter, name) for name in said.tensors]
-    return Contribution(said.adapter, key, _delta(said, tensors, key), 1.0, said.transposed)
+    delta = _delta(said, tensors, key)
+    return Contribution(said.adapter, key, delta, 1.0, said.transposed, _region(said, delta, key))
+
+
+def _region(said: TermRecord, delta: Delta, key: str) -> Region | None:
+    """The outputs that a term was for; a manifest may say anything, so nothing is counted before it is bounded."""
+    if not said.outputs and not said.rows:
+        return None
+    outputs = delta.shape[0]
+    bounded = all(abs(number) <= outputs for run in said.rows for number in run) and len(said.rows) <= outputs
+    try:
+        begin, end, of = said.outputs
+        region = Region((begin, end), of, said.rows) if bounded and end - begin <= outputs and of < 1 << 48 else None
+    except ValueError:
+        region = None
+    if region is None or not all(0 <= row < outputs for row in region.indices()):
+        raise MalformedFileError(
+            "The undo file is damaged", tensor=key, expected=f"a part of {outputs} outputs", found=str(said.outputs)
+        )
+    return region
 
 
 def _delta(said: TermRecord, tensors: list[StoredTensor], key: str) -> Delta:
@@ -71,6 +104,12 @@ def _matrix(said: TermRecord, tensors: Sequence[StoredTensor], scale: Scale) -> 
     return LowRank(tensors[0], tensors[1], scale, said.swapped, "lora" if said.kind == "lora" else "lora-embedding")
 
 
+def _blocks(said: TermRecord, tensors: Sequence[StoredTensor], scale: Scale) -> Delta | None:
+    kind: BlocksKind = "lora-blocks-a" if said.kind == "lora-blocks-a" else "lora-blocks-b"
+    fits = len(tensors) == 2 and is_block_pair(tensors[0].shape, tensors[1].shape, kind, said.blocks)
+    return LowRankBlocks(tensors[0], tensors[1], scale, kind, said.blocks) if fits else None
+
+
 def _kernel(said: TermRecord, tensors: Sequence[StoredTensor], scale: Scale) -> Delta | None:
     if len(tensors) != 2:
         return None
@@ -91,6 +130,8 @@ def _bias(said: TermRecord, tensors: Sequence[StoredTensor], scale: Scale) -> De
 _KINDS: Mapping[str, Callable[[TermRecord, Sequence[StoredTensor], Scale], Delta | None]] = {
     "lora": _matrix,
     "lora-embedding": _matrix,
+    "lora-blocks-a": _blocks,
+    "lora-blocks-b": _blocks,
     "lora-conv": _kernel,
     "lora-stack": _stack,
     "lora-bias": _bias,

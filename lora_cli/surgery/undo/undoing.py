@@ -18,8 +18,9 @@ from lora_cli.checkpoint.sidefiles import SIDE_FILE_LIMIT, SideFile, belongs, li
 from lora_cli.checkpoint.source import look_at
 from lora_cli.checkpoint.undo_file import UndoFile, factor_part, side_part, stored_part, undo_part
 from lora_cli.errors import MalformedFileError, UnsafeInputError, UnsupportedError, UsageError, WrongInputError
+from lora_cli.surgery.edit import MERGEABLE, Edit, Forgotten, Operation
 from lora_cli.surgery.identity import content_digest, contents
-from lora_cli.surgery.plan import MERGEABLE, AdapterUse, Edit, Forgotten, Operation, OutputFile, Plan, ScaleUse
+from lora_cli.surgery.plan import AdapterUse, OutputFile, Plan, ScaleUse
 from lora_cli.surgery.receipt import OWN_FILES, receipt_path
 from lora_cli.surgery.undo.terms import recall
 
@@ -261,7 +262,17 @@ class _Undoing:
             forgotten = Forgotten("preimages" if said.how == "preimages" else "residual", part, said.fragments)
         elif said.origin != key:
             operation = "rename"
-        edit = Edit(key, operation, source, info.dtype, info.shape, info.begin, info.end, terms, None, forgotten)
+        edit = Edit(
+            key,
+            operation,
+            source,
+            info.dtype,
+            info.shape,
+            info.begin,
+            info.end,
+            terms=terms,
+            forgotten=forgotten,
+        )
         self._check_edit(edit, said)
         return edit
 

@@ -30,8 +30,9 @@ from lora_cli.checkpoint.undo_file import (
     stored_part,
     write_undo_file,
 )
+from lora_cli.surgery.edit import Edit
 from lora_cli.surgery.identity import factors_of
-from lora_cli.surgery.plan import Edit, Plan
+from lora_cli.surgery.plan import Plan
 from lora_cli.surgery.receipt import own_files
 from lora_cli.surgery.undo.recording import Cut, Recorder, codec_of
 from lora_cli.surgery.undo.terms import record
@@ -57,10 +58,10 @@ class UndoWriter:
         self._parts: list[Part] = []
         self.base_digests: dict[str, str] = {}
         self._edits = {
-            (source.shard.name, source.key): (number, edit)
+            (former.shard.name, former.key): (number, edit)
             for number, file in enumerate(plan.files)
             for edit in file.edits
-            if (source := edit.displaced or (edit.source if edit.operation != "append" else None))
+            if (former := edit.former)
         }
 
     def write(self, staging: Staging, name: str) -> int:
@@ -104,7 +105,7 @@ class UndoWriter:
         )
 
     def _appended(self, number: int) -> dict[str, tuple[str, ...]]:
-        edits = [edit for edit in self._plan.files[number].edits if edit.operation == "append"]
+        edits = [edit for edit in self._plan.files[number].edits if edit.former is None]
         return {edit.key: tuple(cut.after for cut in self._recorder.cuts(number, edit)) for edit in edits}
 
     def _tensor(self, shard: Shard, info: TensorInfo) -> TensorRecord:

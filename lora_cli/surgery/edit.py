@@ -1,0 +1,207 @@
+"""What happens to one tensor of an output: the edit, and the deltas that it adds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from lora_cli.adapters.adapter import Delta, Load
+from lora_cli.adapters.region import Region
+from lora_cli.checkpoint.checkpoint import StoredTensor
+from lora_cli.checkpoint.dtypes import DType
+
+if TYPE_CHECKING:
+    from lora_cli.adapters.inits import FreshTensor
+    from lora_cli.arithmetic.product import Term
+
+MERGEABLE = ("BF16", "F16", "F32", "F64", "F8_E4M3", "F8_E5M2")
+"""Storage types that can take a delta; `arithmetic.rounding.MERGEABLE` has the same as torch's types."""
+
+Operation = Literal["keep", "rename", "cast", "add", "subtract", "replace", "append", "repeat", "restore"]
+
+
+@dataclass(frozen=True, slots=True)
+class Contribution:
+    """One delta of one adapter on one tensor.
+
+    Attributes:
+        adapter: Position of the adapter on the command line, from 0.
+        name: Module in the adapter's spelling.
+        delta: The change.
+        weight: The user's weight.
+        transposed: The base stores the matrix as (in × out).
+        region: The outputs of the stored tensor that it changes; None for all of them.
+    """
+
+    adapter: int
+    name: str
+    delta: Delta
+    weight: float
+    transposed: bool
+    region: Region | None = None
+
+    @property
+    def matrices(self) -> tuple[int, int, int]:
+        """(matrices, rows, columns) as which the delta sees the stored tensor."""
+        out, inner = self.delta.shape
+        out = self.region.of if self.region else out
+        return (self.delta.stack or 1, *((inner, out) if self.transposed else (out, inner)))
+
+    @property
+    def outputs(self) -> tuple[int, int]:
+        """First output of the stored tensor that it changes, and one past the last."""
+        return self.region.outputs if self.region else (0, self.delta.shape[0])
+
+    def term(self, load: Load, index: int = 0) -> Term:
+        """Read the factors, of a stack those of matrix `index`, as a product of the stored tensor's full height."""
+        term = self.delta.term(load, self.weight, index)
+        if self.region is None:
+            return term
+        begin, end = self.region.outputs
+        b = term.b.new_zeros((self.region.of, term.b.shape[1]))
+        b[begin:end] = term.b[self.region.indices()]
+        return replace(term, b=b)
+
+    def covers(self, shape: tuple[int, ...]) -> bool:
+        """Whether a tensor of this shape is what the delta changes, whole."""
+        count, rows, columns = self.matrices
+        if self.delta.stack is not None:
+            return shape == (count, rows, columns)
+        return bool(shape) and shape[0] == rows and math.prod(shape[1:]) == columns
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows of a tensor that an adapter holds whole.
+
+    Attributes:
+        tensor: What holds them, (rows × columns).
+        rows: Which rows of that.
+        at: Which rows of the stored tensor become these; each once.
+    """
+
+    tensor: StoredTensor
+    rows: tuple[int, ...]
+    at: tuple[int, ...]
+
+    def between(self, begin: int, end: int) -> Iterator[tuple[int, int]]:
+        """Those with a place from row `begin` of the stored tensor on and before `end`, each as (row, place)."""
+        return ((row, at) for row, at in zip(self.rows, self.at, strict=True) if begin <= at < end)
+
+
+@dataclass(frozen=True, slots=True)
+class Forgotten:
+    """What a merge forgot of one tensor, as an undo file holds it.
+
+    Attributes:
+        how: Which of its preimages each element was, or the `residual` of what is there.
+        stored: The part of the undo file.
+        fragments: Bytes in it for each cut of the tensor.
+    """
+
+    how: Literal["preimages", "residual"]
+    stored: StoredTensor
+    fragments: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """What happens to one tensor of the output.
+
+    Attributes:
+        key: Its name in the output.
+        operation: `keep` its bytes, `rename` it, `cast` it, `add` or `subtract` deltas, `replace` it, or rows of it, by
+            what an adapter holds, `append` a tensor that the base lacks, `repeat` one under a further name, with
+            deltas of its own, or `restore` what it was before a merge.
+        origin: Where its numbers come from: the base, the adapter for what it holds whole, or a rule for a new factor.
+        dtype: Its storage type in the output.
+        shape: Its shape.
+        begin: First byte within the output's data section.
+        end: One past the last.
+        terms: Deltas that are summed in one exact product.
+        rows: Rows that adapters hold; they go over all else.
+        displaced: The base's own tensor, where the adapter's takes its place.
+        forgotten: What a restored tensor needs besides its source.
+    """
+
+    key: str
+    operation: Operation
+    origin: StoredTensor | FreshTensor
+    dtype: DType
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+    terms: tuple[Contribution, ...] = ()
+    rows: tuple[Rows, ...] = ()
+    displaced: StoredTensor | None = None
+    forgotten: Forgotten | None = None
+
+    @property
+    def source(self) -> StoredTensor:
+        """The stored tensor that its numbers come from; only where `fresh` is None."""
+        assert isinstance(self.origin, StoredTensor)  # noqa: S101 (who asks has looked at `fresh` or `copies`)
+        return self.origin
+
+    @property
+    def fresh(self) -> FreshTensor | None:
+        """The rule that its numbers are made from, for a tensor that is stored nowhere."""
+        return None if isinstance(self.origin, StoredTensor) else self.origin
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the output."""
+        return self.end - self.begin
+
+    @property
+    def copies(self) -> bool:
+        """Whether the output's bytes are the source's bytes and need not be looked at.
+
+        Numbers from an adapter are looked at: NaN must not go through.
+        """
+        same = self.fresh is None and not self.terms and not self.rows and self.dtype == self.source.dtype
+        from_adapter = self.operation in ("replace", "append") and self.dtype.name in MERGEABLE
+        return same and not from_adapter and self.operation != "restore"
+
+    @property
+    def former(self) -> StoredTensor | None:
+        """The base's tensor that it was; None where that was none, or one of another shape."""
+        if self.operation in ("append", "repeat"):
+            return None
+        was = self.displaced or self.source
+        return was if was.shape == self.shape else None
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """(rows, columns) as which blocks and units cut the tensor."""
+        rows = self.shape[0] if self.shape else 1
+        return rows, math.prod(self.shape) // rows if rows else 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """The edit as plain values, for printing as JSON."""
+        return {
+            "key": self.key,
+            "operation": self.operation,
+            "source": {"file": self.source.shard.name, "key": self.source.key, "dtype": self.source.dtype.name}
+            if self.fresh is None
+            else {"file": None, "key": None, "dtype": self.dtype.name, "made_by": str(self.fresh)},
+            "dtype": self.dtype.name,
+            "shape": list(self.shape),
+            "begin": self.begin,
+            "end": self.end,
+            "terms": [
+                {
+                    "adapter": term.adapter,
+                    "module": term.name,
+                    "kind": term.delta.kind,
+                    "rank": term.delta.rank,
+                    "scale": term.delta.scale.times(term.weight),
+                    "scale_source": term.delta.scale.source,
+                    "transposed": term.transposed,
+                    "outputs": list(term.outputs),
+                }
+                for term in self.terms
+            ],
+            **({"rows": sum(len(rows.at) for rows in self.rows)} if self.rows else {}),
+        }
