@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lora_cli.arithmetic.product import Term
 
 MatrixKind = Literal["lora", "lora-embedding"]
+BlocksKind = Literal["lora-blocks-a", "lora-blocks-b"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +191,70 @@ class LowRankStack:
 
 
 @dataclass(frozen=True, slots=True)
+class LowRankBlocks:
+    """LoRA of which one factor is block-diagonal (PEFT's BD-LoRA): ΔW = scale · B·A with that factor expanded.
+
+    Its blocks are stored one below the other: A = diag(A₁ … Aₙ) as (rank × in/n), B = diag(B₁ … Bₙ) as (out × rank/n).
+
+    Attributes:
+        a: The factor A.
+        b: The factor B.
+        scale: What multiplies the product.
+        kind: Which of the two has the blocks.
+        blocks: How many there are.
+    """
+
+    a: StoredTensor
+    b: StoredTensor
+    scale: Scale
+    kind: BlocksKind
+    blocks: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the change."""
+        return self.b.shape[0], self.a.shape[1] * (self.blocks if self.kind == "lora-blocks-a" else 1)
+
+    @property
+    def stack(self) -> None:
+        """It is one matrix."""
+        return
+
+    @property
+    def stored(self) -> Mapping[bool, tuple[int, ...]]:
+        """Both ways to store a matrix."""
+        return {False: self.shape, True: self.shape[::-1]}
+
+    @property
+    def magnitude(self) -> None:
+        """There are no lengths apart from directions."""
+        return
+
+    @property
+    def rank(self) -> int:
+        """Rank as the expanded factors have it."""
+        return self.a.shape[0]
+
+    @property
+    def tensors(self) -> tuple[StoredTensor, ...]:
+        """A and B."""
+        return (self.a, self.b)
+
+    def term(self, load: Load, weight: float, index: int = 0) -> Term:
+        """Read the factors and return them expanded, with their scale."""
+        import torch
+
+        from lora_cli.arithmetic.product import Term
+
+        a, b = load(self.a), load(self.b)
+        if self.kind == "lora-blocks-a":
+            a = torch.block_diag(*a.chunk(self.blocks))
+        else:
+            b = torch.block_diag(*b.chunk(self.blocks))
+        return Term(b, a, self.scale.times(weight))
+
+
+@dataclass(frozen=True, slots=True)
 class LowRankBias:
     """The bias of a LoRA B factor: Δbias = scale · b, a product of rank one with a single column."""
 
@@ -233,6 +298,20 @@ class LowRankBias:
 
         b = load(self.b).reshape(-1, 1)
         return Term(b, b.new_ones((1, 1)), self.scale.times(weight))
+
+
+def is_matrix_pair(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
+    """Whether shapes are A (rank, in) and B (out, rank) of a matrix."""
+    return len(a) == len(b) == 2 and a[0] == b[1] and 0 not in a + b
+
+
+def is_block_pair(a: tuple[int, ...], b: tuple[int, ...], kind: BlocksKind, blocks: int) -> bool:
+    """Whether shapes are A (rank, in/blocks) and B (out, rank), or A (rank, in) and B (out, rank/blocks)."""
+    if not (len(a) == len(b) == 2 and 0 not in a + b and blocks > 0):
+        return False
+    if kind == "lora-blocks-a":
+        return a[0] == b[1] and a[0] % blocks == 0
+    return a[0] == b[1] * blocks and b[0] % blocks == 0
 
 
 def is_kernel_pair(a: tuple[int, ...], b: tuple[int, ...]) -> bool:

@@ -5,10 +5,12 @@ A field that nobody here has heard of is refused when it is set: it may change t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+import re
+from collections.abc import Collection, Mapping
 from typing import Any
 
-from lora_cli.errors import MalformedFileError, UnsupportedError
+from lora_cli.adapters.peft_types import check_types
+from lora_cli.errors import UnsupportedError
 
 UNDERSTOOD = {
     "peft_type": "which tuner made the adapter",
@@ -17,12 +19,17 @@ UNDERSTOOD = {
     "use_rslora": "divide alpha by the square root of the rank",
     "rank_pattern": "ranks of single modules; checked against the factors",
     "alpha_pattern": "alphas of single modules",
+    "ensure_weight_tying": "what is done to one of two tied tensors is done to both",
+    "layer_replication": "the layers of the files that the trained model had, some of them several times",
     "fan_in_fan_out": "layout of the base; shapes decide, this settles squares",
     "bias": "which biases were trained; they are in the file",
     "lora_bias": "B factors have biases; they are in the file",
     "modules_to_save": "modules that are in the file whole",
     "init_lora_weights": "how the factors began; some inits changed the base",
+    "peft_version": "who wrote the file; how often it adds one factor of attention",
     "task_type": "which head the fine-tune may have added",
+    "trainable_token_indices": "which rows of a table were trained; they are in the file",
+    "use_bdlora": "which factors are block-diagonal",
     "use_dora": "lengths are learned apart from directions; the magnitudes are in the file",
 }
 
@@ -40,7 +47,8 @@ NEUTRAL = {
     "lora_ga_config": "settings of an init; init_lora_weights says if it was used",
     "megatron_config": "how layers were split in training; files hold whole factors",
     "megatron_core": "name of a Python module",
-    "peft_version": "who wrote the file",
+    "merge_weights": "whether layers of the first PEFT versions merged themselves to be used",
+    "monteclora_config": "how factors were varied in training; what is used is plain LoRA",
     "qalora_group_size": "only read with use_qalora",
     "revision": "a name; shown, never opened",
     "runtime_config": "never saved with a meaning",
@@ -49,20 +57,21 @@ NEUTRAL = {
 }
 
 REFUSED = {
-    "alora_invocation_tokens": "activated LoRA acts on some tokens only; no merged weight does that",
-    "arrow_config": "Arrow routes between adapters at run time; no merged weight does that",
-    "ensure_weight_tying": "adapters on tied weights are not supported",
-    "kasa_config": "KaSA truncated the base before training",
-    "layer_replication": "the trained model had more layers than the files",
-    "monteclora_config": "MonteCLoRA samples its factors",
+    "alora_invocation_tokens": "activated LoRA acts on some tokens only, which no merged weight does; serve it apart",
+    "arrow_config": "Arrow picks among adapters at run time, which no merged weight does; merge one of these adapters",
+    "enable_lora": "the first PEFT versions could give only some outputs of a module factors; that is not supported",
+    "kasa_config": "KaSA took singular values off the base, and the file lacks what is left of it; merge it by PEFT",
     "target_parameters": "LoRA on expert parameters is not supported",
-    "trainable_token_indices": "single trained token rows are not supported",
-    "use_bdlora": "block-diagonal factors are not supported",
-    "use_qalora": "QA-LoRA pools its inputs; no merged weight of full precision does that",
+    "use_qalora": "QA-LoRA pools its inputs, for quantised weights only; serve it apart",
 }
 
-PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
-"""Values of init_lora_weights that leave the base as it was."""
+_INIT = "init_lora_weights"
+_PLAIN_INITS = ("gaussian", "orthogonal", "eva", "mica")
+"""Those that leave the base as it was; so do true, false and null."""
+_TAKING_INITS = re.compile(r"pissa(_niter_\d+)?|olora|corda|lora_ga")
+"""Those that take the product of the first factors off the base."""
+_ANY_CASE = ("gaussian", "olora", "mica")
+"""Those that PEFT compares in any case."""
 
 
 def check_fields(config: Mapping[str, Any], *, file: str, ignore: Collection[str] = ()) -> tuple[str, ...]:
@@ -90,8 +99,32 @@ def check_fields(config: Mapping[str, Any], *, file: str, ignore: Collection[str
             found=tuner,
         )
     ignored = refuse_set_fields(config, UNDERSTOOD, file=file, ignore=ignore)
-    _check_types(config, file)
+    check_types(config, file)
+    if _INIT in ignore and _taking(config.get(_INIT)):
+        ignored = tuple(sorted({*ignored, _INIT}))
     return ignored
+
+
+def initial_of(config: Mapping[str, Any], ignored: Collection[str]) -> str | None:
+    """The init that took its first factors off the base; None where the base was left alone.
+
+    A file that PEFT converted (`path_initial_model_for_weight_conversion`) says that it began plainly.
+
+    Args:
+        config: A config that was checked.
+        ignored: What `check_fields` said is ignored: then the base given is the one that the init left.
+    """
+    return None if _INIT in ignored else _taking(config.get(_INIT))
+
+
+def layers_of(config: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """The stored layer of each layer of the trained model, where `layer_replication` says so.
+
+    Args:
+        config: A config that was checked.
+    """
+    runs = config.get("layer_replication")
+    return tuple(layer for first, end in runs for layer in range(first, end)) if runs else None
 
 
 def refuse_set_fields(
@@ -102,7 +135,7 @@ def refuse_set_fields(
     Raises:
         UnsupportedError: With all of them.
     """
-    refused = {name: _reason(name) for name, value in config.items() if _refused(name, value, understood)}
+    refused = {name: _reason(name, value) for name, value in config.items() if _refused(name, value, understood)}
     ignored = tuple(sorted(set(refused) & set(ignore)))
     problems = [f"{name} = {str(config[name])[:60]}: {why}" for name, why in refused.items() if name not in ignored]
     if problems:
@@ -116,59 +149,29 @@ def refuse_set_fields(
 
 
 def _refused(name: str, value: object, understood: Collection[str]) -> bool:
-    if name == "init_lora_weights":
-        # `1 in (True,)` is true in Python; compare types as well.
-        return not any(value is plain or (isinstance(plain, str) and value == plain) for plain in PLAIN_INITS)
+    if name == _INIT:
+        plain = value is None or isinstance(value, bool) or _init_name(value) in _PLAIN_INITS
+        return not plain and not (name in understood and _taking(value))
     is_set = value not in (None, False, "", [], {})
     return is_set and name not in understood and name not in NEUTRAL
 
 
-def _reason(name: str) -> str:
-    if name == "init_lora_weights":
+def _init_name(value: object) -> str | None:
+    if not isinstance(value, str):
+        return None
+    return value.lower() if value.lower() in _ANY_CASE else value
+
+
+def _taking(value: object) -> str | None:
+    name = _init_name(value)
+    return name if name and _TAKING_INITS.fullmatch(name) else None
+
+
+def _reason(name: str, value: object) -> str:
+    if name != _INIT:
+        return REFUSED.get(name, "unknown field; it may change the arithmetic")
+    if value == "loftq":
+        return "LoftQ quantised the base before training; merge into the base as LoftQ left it, and ignore this field"
+    if _taking(value):
         return "this init changed the base; merging into the original base would be wrong"
-    return REFUSED.get(name, "unknown field; it may change the arithmetic")
-
-
-def _check_types(config: Mapping[str, Any], file: str) -> None:
-    for name, (words, fits) in _TYPES.items():
-        if name in config and not fits(config[name]):
-            raise MalformedFileError(
-                "A field of the adapter's config has the wrong type",
-                file=file,
-                tensor=name,
-                expected=words,
-                found=repr(config[name])[:60],
-            )
-
-
-def _is_rank(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 31
-
-
-def _is_number(value: object) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return -LARGEST < value < LARGEST
-
-
-def _is_flag(value: object) -> bool:
-    return value is None or isinstance(value, bool)
-
-
-def _maps_to(fits: Callable[[object], bool]) -> Callable[[object], bool]:
-    return lambda value: value is None or (isinstance(value, dict) and all(map(fits, value.values())))
-
-
-LARGEST = 1e30
-"""Alphas beyond this are no alphas."""
-
-_TYPES: Mapping[str, tuple[str, Callable[[object], bool]]] = {
-    "r": ("a whole number", _is_rank),
-    "lora_alpha": ("a number", _is_number),
-    "rank_pattern": ("an object of whole numbers", _maps_to(_is_rank)),
-    "alpha_pattern": ("an object of numbers", _maps_to(_is_number)),
-    "modules_to_save": ("a list", lambda value: value is None or isinstance(value, list)),
-    "use_dora": ("true or false", _is_flag),
-    "use_rslora": ("true or false", _is_flag),
-    "fan_in_fan_out": ("true or false", _is_flag),
-}
+    return "unknown init; it may have changed the base"

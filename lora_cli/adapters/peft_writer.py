@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from lora_cli.adapters.adapter import Scale
-from lora_cli.adapters.formats.peft import HEADS
+from lora_cli.adapters.formats.peft_wholes import HEADS
 from lora_cli.adapters.targets import Selected, added_heads
 from lora_cli.errors import UnsupportedError
 

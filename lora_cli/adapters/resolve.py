@@ -1,23 +1,24 @@
 """Which base tensor each name of an adapter means.
 
-The base's own keys are the only truth: a spelling counts when it turns every name of the adapter into one of them. One
-rewrite is chosen for the whole adapter; a name is mapped, or it is unmapped and stands in the error with the keys
-nearest to it. Underscores are never turned into dots.
+The base's own keys are the only truth, and beside them the names that its model's modules have today: a spelling counts
+when it turns every name of the adapter into one of these. One rewrite is chosen for the whole adapter; a name is
+mapped, or it is unmapped and stands in the error with the keys nearest to it. Underscores are never turned into dots.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from importlib import resources
 from itertools import islice
+from types import MappingProxyType
 from typing import Any
 
+from lora_cli.adapters.conversions import tables
 from lora_cli.adapters.names import First, Identity, Mapper, Prefix, Subtree
 from lora_cli.adapters.region import Place, whole
+from lora_cli.adapters.spelling import Shaped, Spelling, spelling, writers
 from lora_cli.errors import NamesError, UsageError
 
 Rewrite = tuple[Mapper, ...]
@@ -32,11 +33,19 @@ _NUMBER = re.compile(r"\d+")
 
 @dataclass(frozen=True, slots=True)
 class Unmapped:
-    """A name that no base key answers to, with the nearest keys, and what the user's maps made of it if they did."""
+    """A name that no base key answers to.
+
+    Attributes:
+        name: The name.
+        nearest: The keys that look most like it.
+        told: What the user's maps made of it, if they did.
+        reason: Why what the base holds of it is no place for it.
+    """
 
     name: str
     nearest: tuple[str, ...]
     told: str | None = None
+    reason: str | None = None
 
 
 @dataclass(frozen=True)
@@ -76,38 +85,102 @@ def parse_maps(maps: Iterable[str]) -> tuple[Subtree, ...]:
 
 def resolve(
     names: Sequence[str],
-    base_keys: Iterable[str],
+    base: Mapping[str, Shaped],
     *,
+    config: Mapping[str, Any] = MappingProxyType({}),
     maps: Sequence[Subtree] = (),
     file: str = "",
 ) -> Resolution:
-    """Find the base key of each name.
+    """Find where the base holds each parameter.
 
     Args:
         names: Full parameter names in the adapter's spelling, such as `model.layers.0.q_proj.weight`.
-        base_keys: Keys of the base, wrapped ones already folded.
+        base: Tensors of the base by key, wrapped ones already folded.
+        config: The base's `config.json`, for the names that its model's modules have.
         maps: What the user said with `--map`; these decide for the names they concern.
         file: The adapter's label, for messages.
 
     Raises:
         NamesError: Two rewrites fit and disagree, two names mean one key, or one name could mean two keys.
     """
-    ordered = list(base_keys)
-    keys = set(ordered)
+    known = _Names(base, spelling(config, base))
     told = {name: new for name in names if (new := _told(name, maps)) is not None}
     rest = [name for name in names if name not in told]
-    chosen, found = _choose(rest, keys, file)
+    chosen, found = _choose(rest, known, file)
     for name, new in told.items():
-        key = _key_of(new, keys)
-        if key is not None:
-            found[name] = key
+        places = known(new)
+        if places is not None:
+            found[name] = places
     _refuse_doubles(found, file)
     lost = [name for name in names if name not in found]
-    described = "; ".join([*(str(leaf) for leaf in maps), _describe(chosen)])
     # The first few show what is wrong; looking for the neighbours of thousands would take minutes.
-    near = {name: nearest(told.get(name, name), ordered) for name in lost[:NEAREST_SHOWN]}
-    places = {name: (Place(key),) for name, key in found.items()}
-    return Resolution(described, places, tuple(Unmapped(name, near.get(name, ()), told.get(name)) for name in lost))
+    near = {name: nearest(told.get(name, name), list(base)) for name in lost[:NEAREST_SHOWN]}
+    unmapped = (
+        Unmapped(name, near.get(name, ()), told.get(name), known.reason(told.get(name) or _rewritten(chosen, name)))
+        for name in lost
+    )
+    described = "; ".join([*(str(leaf) for leaf in maps), _describe(chosen, found, known)])
+    return Resolution(described, found, tuple(unmapped))
+
+
+class _Names:
+    """Every name that means a parameter of the base: its keys, today's names of modules, and older ones of these."""
+
+    def __init__(self, base: Mapping[str, Shaped], spelled: Spelling) -> None:
+        self.base = base
+        self.spelled = spelled
+        self._newest: dict[str, str] = {}
+        self._stored: dict[str, tuple[Place, ...]] = {}
+
+    def __call__(self, name: str) -> tuple[Place, ...] | None:
+        """Where it is; None for a name that means nothing."""
+        key = _key_of(name, self.base)
+        if key is not None:
+            return self._own(key)
+        if not self.spelled.places:
+            return None
+        key = _key_of(name, self.spelled.places) or _key_of(self.newest(name), self.spelled.places)
+        return self.spelled.places[key] if key is not None else None
+
+    def _own(self, key: str) -> tuple[Place, ...]:
+        """A stored tensor under its own name; the module of the same name may hold it turned."""
+        today = self.spelled.places.get(key, ())
+        if any(place.key == key for place in today):
+            return today
+        return self._stored.setdefault(key, (Place(key),))
+
+    def newest(self, name: str) -> str:
+        """What the modules are called now."""
+        if name not in self._newest:
+            self._newest[name] = self.spelled.newest(name)
+        return self._newest[name]
+
+    def is_stored(self, name: str) -> bool:
+        """Whether it is a key of the base."""
+        return _key_of(name, self.base) is not None
+
+    def reason(self, name: str) -> str | None:
+        """Why a parameter that the base holds has no place."""
+        return self.spelled.apart.get(name) or self.spelled.apart.get(self.newest(name))
+
+    def rewrites(self) -> list[Rewrite]:
+        """Every rewrite from adapter to base spelling, simplest first."""
+        table = writers()
+        spellings = [(), *((mapper,) for mapper in [*_both_ways(table["backbones"]), *_families(table)])]
+        spellings += [(mapper,) for mapper in self._into_parts()]
+        rewrites: list[Rewrite] = [*spellings]
+        for prefix in table["wrappers"]:
+            # A wrapper's prefix stands before all others: it comes off first, and goes on last.
+            rewrites += [(Prefix(prefix, ""), *steps) for steps in spellings]
+            rewrites += [(*steps, Prefix("", prefix)) for steps in spellings]
+        return sorted(rewrites, key=len)
+
+    def _into_parts(self) -> Iterator[Mapper]:
+        """From the names of a text model of its own to those of the same model inside this one."""
+        for part in self.spelled.conversions.parts:
+            if part.path and part.is_decoder and f"{part.path}." != part.prefix:
+                yield Prefix(part.prefix, f"{part.path}.")
+                yield Prefix("", f"{part.path}.")
 
 
 def _told(name: str, maps: Sequence[Subtree]) -> str | None:
@@ -124,15 +197,15 @@ def nearest(name: str, keys: Sequence[str]) -> tuple[str, ...]:
     return tuple(difflib.get_close_matches(name, candidates, n=2, cutoff=0.4))
 
 
-def _choose(names: Sequence[str], keys: set[str], file: str) -> tuple[Rewrite, dict[str, str]]:
+def _choose(names: Sequence[str], known: _Names, file: str) -> tuple[Rewrite, dict[str, tuple[Place, ...]]]:
     """Take the rewrite that fits most names; names as they are win over any other that fits as many."""
-    best: list[tuple[Rewrite, dict[str, str]]] = []
+    best: list[tuple[Rewrite, dict[str, tuple[Place, ...]]]] = []
     most = -1
     sample = names[:: max(1, len(names) // 64)]
-    for rewrite in _rewrites():
-        if best and not _apply(rewrite, sample, keys):
+    for rewrite in known.rewrites():
+        if best and not _apply(rewrite, sample, known):
             continue  # most rewrites concern none of the names; do not try them on all
-        found = _apply(rewrite, names, keys)
+        found = _apply(rewrite, names, known)
         if len(found) > most:
             most, best = len(found), []
         if len(found) == most and all(found != other for _, other in best):
@@ -144,33 +217,40 @@ def _choose(names: Sequence[str], keys: set[str], file: str) -> tuple[Rewrite, d
             "The adapter's names fit the base in two ways",
             file=file,
             details=[
-                f"{_describe(rewrite)}: {name} is {key}"
+                f"{_steps(rewrite)}: {name} is {places[0].key}"
                 for rewrite, found in best[:2]
-                for name, key in islice(found.items(), 2)
+                for name, places in islice(found.items(), 2)
             ],
             hint="say which with --map OLD=NEW",
         )
     return best[0] if most > 0 else ((), {})
 
 
-def _apply(rewrite: Rewrite, names: Sequence[str], keys: set[str]) -> dict[str, str]:
-    found = {}
-    for name in names:
-        new = name
-        for step in rewrite:
-            changed = step(new)
-            new = new if changed is None else changed
-        key = _key_of(new, keys)
-        if key is not None:
-            found[name] = key
-    return found
+def _apply(rewrite: Rewrite, names: Sequence[str], known: _Names) -> dict[str, tuple[Place, ...]]:
+    return {name: places for name in names if (places := known(_rewritten(rewrite, name))) is not None}
 
 
-def _describe(rewrite: Rewrite) -> str:
+def _rewritten(rewrite: Rewrite, name: str) -> str:
+    for step in rewrite:
+        changed = step(name)
+        name = name if changed is None else changed
+    return name
+
+
+def _steps(rewrite: Rewrite) -> str:
     return ", then ".join(map(str, rewrite)) or str(Identity())
 
 
-def _key_of(name: str, keys: set[str]) -> str | None:
+def _describe(rewrite: Rewrite, found: Iterable[str], known: _Names) -> str:
+    """The rewrite for people: steps, and whether the names are those of modules, which the base stores otherwise."""
+    if all(known.is_stored(_rewritten(rewrite, name)) for name in found):
+        return _steps(rewrite)
+    kind = known.spelled.conversions.kind
+    modules = f"as the modules of {kind} are called in transformers {tables()['transformers']}"
+    return ", then ".join([*map(str, rewrite), modules])
+
+
+def _key_of(name: str, keys: Collection[str]) -> str | None:
     """The key itself; or, for bare matrices saved under their own name, the key without `.weight`."""
     bare = name.removesuffix(".weight")
     if name in keys and bare != name and bare in keys:
@@ -180,44 +260,16 @@ def _key_of(name: str, keys: set[str]) -> str | None:
     return bare if bare in keys else None
 
 
-def _refuse_doubles(found: Mapping[str, str], file: str) -> None:
-    seen: dict[str, str] = {}
+def _refuse_doubles(found: Mapping[str, tuple[Place, ...]], file: str) -> None:
+    seen: dict[Place, str] = {}
     doubles = []
-    for name, key in found.items():
-        if key in seen:
-            doubles.append(f"{seen[key]} and {name} are both {key}")
-        seen[key] = name
+    for name, places in found.items():
+        for place in places:
+            if place in seen:
+                doubles.append(f"{seen[place]} and {name} are both {place.key}")
+            seen[place] = name
     if doubles:
         raise NamesError("Two names of the adapter mean one tensor of the base", file=file, details=doubles)
-
-
-def tied_to(name: str) -> str | None:
-    """The name under which a checkpoint stores what a model also reaches as `name`, where that is known."""
-    for alias, stored in _table()["tied"]:
-        if name == alias or name.endswith(f".{alias}"):
-            return name.removesuffix(alias) + str(stored)
-    return None
-
-
-@lru_cache(maxsize=1)
-def _table() -> Mapping[str, Any]:
-    import yaml
-
-    table: Mapping[str, Any] = yaml.safe_load((resources.files("lora_cli") / "data" / "names.yaml").read_text("utf-8"))
-    return table
-
-
-@lru_cache(maxsize=1)
-def _rewrites() -> tuple[Rewrite, ...]:
-    """Every rewrite from adapter to base spelling, simplest first."""
-    table = _table()
-    spellings: list[Rewrite] = [(), *((m,) for m in _both_ways(table["backbones"])), *((m,) for m in _families(table))]
-    rewrites = [*spellings]
-    for prefix in table["wrappers"]:
-        # A wrapper's prefix stands before all others: it comes off first, and goes on last.
-        rewrites += [(Prefix(prefix, ""), *spelling) for spelling in spellings]
-        rewrites += [(*spelling, Prefix("", prefix)) for spelling in spellings]
-    return tuple(sorted(rewrites, key=len))
 
 
 def _both_ways(prefixes: Iterable[str]) -> Iterator[Mapper]:

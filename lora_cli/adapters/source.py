@@ -53,11 +53,13 @@ class ReadOptions:
         alpha: Overrides every alpha (`--alpha`).
         scale: Overrides the scale as a whole (`--scale`).
         ignore_fields: Config fields that are set, not understood, and may be ignored.
+        initial: Adapters as they were before training, one for each whose init took its first factors off the base.
     """
 
     alpha: float | None = None
     scale: float | None = None
     ignore_fields: tuple[str, ...] = ()
+    initial: tuple[str, ...] = ()
 
 
 def look_at_adapter(path: Path, *, label: str | None = None) -> AdapterSource:

@@ -66,7 +66,8 @@ def stacked(terms: Sequence[Term]) -> tuple[Tensor, Tensor]:
 def singular_values(terms: Sequence[Term]) -> Tensor:
     """Return the singular values of `Σ scale·B·A`, largest first; at most as many as the smallest of out, in and K.
 
-    Off by a few float64 roundings of ‖B‖·‖A‖, which is much where like products cancel. Errors are `stacked`'s.
+    Off by a few float64 roundings of ‖B‖·‖A‖, which is much where like products cancel. Errors are `stacked`'s, and a
+    NumericError where the product overflows.
     """
     left, right = stacked(terms)
     values: Tensor = torch.linalg.svdvals(_core(left, right))
@@ -101,8 +102,15 @@ def largest_magnitude(terms: Sequence[Term]) -> float:
 
 
 def _core(left: Tensor, right: Tensor) -> Tensor:
-    """Return a matrix of at most K × K with the singular values of left·right."""
-    return _triangle(left) @ _triangle(right.T).T
+    """Return a matrix of at most K × K with the singular values of left·right.
+
+    Raises:
+        NumericError: Its elements overflow.
+    """
+    core = _triangle(left) @ _triangle(right.T).T
+    if not bool(torch.isfinite(core).all()):
+        raise NumericError("The product overflows")
+    return core
 
 
 def _triangle(matrix: Tensor) -> Tensor:

@@ -15,9 +15,17 @@ step outside. Both are functions of (m, delta) alone and use nothing but element
 that whoever reads an undo stream finds what its writer found. **What `survey` flags is part of the format
 of that stream**: another rule needs another version.
 
-f is evaluated in one place, `Preimages._reached`, and guessed backwards in one other, `_guess`. A map with
-a positive factor for each row is as monotone: it would multiply in the first, divide in the second, and be
-surveyed by `_survey_neighbours`, which tries f itself.
+**Gains.** A merge may multiply each sum by a gain g of its own, as DoRA does:
+
+    f(w) = round_storage( round_work( g · round_work( work(w) + delta ) ) )
+
+where a zero that nothing is added to keeps its sign, as above, so that a gain of 1 is the same f. It is as monotone;
+g < 0 only changes the sign of the results of -g. With g = 0 all base values whose sums have one sign are one
+interval. Spacings no longer say where there are several, so that f itself is tried at the candidate's neighbours
+(`_survey_results`). That rule, too, is part of the format.
+
+f is evaluated in one place, `_Map.ahead`, and guessed backwards in one other, `_Map.back`; for whole tiles `survey`
+does the same in buffers.
 """
 
 from __future__ import annotations
@@ -32,7 +40,7 @@ from torch import Tensor
 from lora_cli.arithmetic.edges import Flags, Values, by_pattern, edges_of, stepped, values_at
 from lora_cli.arithmetic.floats import fraction_bits
 from lora_cli.arithmetic.ordered import Bits, bits_view, largest_key, to_ordered
-from lora_cli.arithmetic.rounding import cast, work_dtype
+from lora_cli.arithmetic.rounding import bounded, cast, work_dtype
 
 Counts = NDArray[np.unsignedinteger[Any]]
 
@@ -49,6 +57,37 @@ class Intervals(NamedTuple):
     spare: Counts
 
 
+class _Map(NamedTuple):
+    """What is done to base values before the result is rounded to storage.
+
+    Attributes:
+        subtrahend: The negative delta of each, every zero +0.0: a zero that it is taken from keeps its sign, as in
+            `TileKernel.merge`.
+        gains: What each sum is multiplied by, not negative; None where there is nothing but sums.
+    """
+
+    subtrahend: Values
+    gains: Values | None
+
+    def at(self, places: NDArray[np.intp]) -> _Map:
+        return _Map(self.subtrahend[places], None if self.gains is None else self.gains[places])
+
+    def ahead(self, values: Values) -> Values:
+        """Return what becomes of base values, in their place."""
+        values -= self.subtrahend
+        if self.gains is not None:
+            values *= self.gains
+        return values
+
+    def back(self, results: Values) -> Values:
+        """Return about what became these; a gain of 0 leaves no number."""
+        if self.gains is None:
+            return results + self.subtrahend
+        values: Values = results / self.gains
+        values += self.subtrahend
+        return values
+
+
 class Preimages:
     """The inverse of the merge between two storage dtypes, with buffers for one tile. One for each thread.
 
@@ -63,41 +102,57 @@ class Preimages:
         self._top = largest_key(base)
         self._largest = torch.finfo(base).max
         self._difference = torch.empty(elements, dtype=self.work)
+        self._results = torch.empty(elements, dtype=merged)
         self._patterns = tuple(np.empty(elements, f"i{base.itemsize}") for _ in range(2))
         self._flags = tuple(np.empty(elements, np.bool_) for _ in range(2))
 
-    def survey(self, merged: Tensor, delta: Tensor, out: Tensor) -> Flags:
+    def survey(self, merged: Tensor, delta: Tensor, out: Tensor, gains: Tensor | None = None) -> Flags:
         """Write the candidates of one tile, and flag where other base values may merge to the same.
 
-        A candidate is round_storage(merged - delta), as `TileKernel.subtract` has it, but the largest finite
-        value where that overflows.
+        A candidate is round_storage(merged - delta), or round_storage(round_work(merged / gain) - delta), as
+        `TileKernel.subtract` has it, but the largest finite value where that overflows.
 
         Args:
             merged: A flat tile of results, in their storage dtype, finite.
             delta: The deltas, in the working type, every zero +0.0.
             out: Where the candidates go, in the storage dtype of the base. It shares no memory with the
                 others.
+            gains: What each sum was multiplied by, in the working type.
 
         Returns:
             A flag for each element, perhaps in a buffer that the next call overwrites. An element with
             several preimages that is overlooked (ties between subnormals in bytes) only costs space later.
         """
-        difference = self._difference[: merged.numel()]
-        if merged.dtype.itemsize == 1:
-            patterns = bits_view(merged).view(np.uint8)
-            by_pattern(merged.dtype, self.work).take(patterns, out=difference.numpy(), mode="clip")
-        else:
-            difference.copy_(merged)
-        torch.sub(difference, delta, out=difference).clamp_(-self._largest, self._largest)
-        if self.work == torch.float64 and self.base.itemsize <= 2:
-            cast(difference, out)
-        else:
-            out.copy_(difference)
+        difference = self._loaded(merged)
+        if gains is not None:
+            torch.div(difference, gains, out=difference)
+        torch.sub(difference, delta, out=difference)
+        if gains is not None:
+            self._store(bounded(difference, self.base), out)
+            return self._survey_results(merged, out, delta, gains)
+        self._store(difference.clamp_(-self._largest, self._largest), out)
         if self.base != self.merged:
             return self._survey_spacings(merged, out)
         if self.base == torch.float64:
-            return self._survey_neighbours(bits_view(merged), bits_view(out), delta.numpy())
+            return self._survey_neighbours(bits_view(merged), bits_view(out), _map(delta.numpy(), None))
         return self._survey_patterns(bits_view(merged), bits_view(out), bits_view(difference))
+
+    def _loaded(self, stored: Tensor) -> Tensor:
+        """Return a tile in the working type, in the buffer; beyond the finite values infinity."""
+        values = self._difference[: stored.numel()]
+        if stored.dtype.itemsize == 1:
+            patterns = bits_view(stored).view(np.uint8)
+            by_pattern(stored.dtype, self.work).take(patterns, out=values.numpy(), mode="clip")
+        else:
+            values.copy_(stored)
+        return values
+
+    def _store(self, values: Tensor, out: Tensor) -> None:
+        """Round a tile that fits into `out`."""
+        if self.work == torch.float64 and out.dtype.itemsize <= 2:
+            cast(values, out)
+        else:
+            out.copy_(values)
 
     def _survey_patterns(self, merged: Bits, candidate: Bits, difference: Bits) -> Flags:
         """Flag by comparing patterns, which is quick where both dtypes are one.
@@ -133,70 +188,93 @@ class Preimages:
         flags: Flags = magnitude.numpy() <= widest.numpy()
         return flags
 
-    def _survey_neighbours(self, merged: Bits, candidate: Bits, delta: Values) -> Flags:
+    def _survey_neighbours(self, merged: Bits, candidate: Bits, change: _Map) -> Flags:
         """Flag by trying the candidate's neighbours: right for any map, and for float64, where ties are common."""
         edges = edges_of(merged, self.merged, self.work)
         keys = to_ordered(candidate)
         one = keys.dtype.type(1)
-        flags = self._reached(keys - one, delta, edges.least)
-        flags |= ~self._reached(keys + one, delta, edges.beyond)
+        flags = self._reached(keys - one, change, edges.least)
+        flags |= ~self._reached(keys + one, change, edges.beyond)
         return flags
 
-    def intervals(self, merged: Bits, delta: Values) -> Intervals:
+    def _survey_results(self, merged: Tensor, candidate: Tensor, delta: Tensor, gains: Tensor) -> Flags:
+        """Flag where a neighbour of the candidate merges to the same result, and at zeros, which have each other."""
+        bits, results = bits_view(candidate), bits_view(merged)
+        neighbour = self._patterns[0][: bits.size]
+        stored, found = torch.from_numpy(neighbour).view(self.base), self._results[: bits.size]
+        flags, same = (buffer[: bits.size] for buffer in self._flags)
+        np.bitwise_and(bits, np.iinfo(bits.dtype).max, out=neighbour)
+        np.equal(neighbour, 0, out=flags)
+        for step in (1, -1):
+            np.add(bits, step, out=neighbour)
+            values = self._loaded(stored)
+            torch.add(values, delta, out=values)
+            torch.mul(values, gains, out=values)
+            self._store(bounded(values, self.merged), found)
+            np.equal(bits_view(found), results, out=same)
+            flags |= same
+        return flags
+
+    def intervals(self, merged: Bits, delta: Values, gains: Values | None = None) -> Intervals:
         """Return the base values that merge to each result.
 
         Args:
             merged: Patterns of results, finite, in any number.
             delta: The delta of each, in the working type, every zero +0.0.
+            gains: What each sum was multiplied by, in the working type.
 
         Returns:
             The exact intervals. Of a result that no base value merges to the numbers mean nothing, but each
             is a possible key.
         """
+        if gains is not None:
+            merged = np.where(np.signbit(gains), merged ^ np.iinfo(merged.dtype).min, merged)
+        change = _map(delta, gains)
         edges = edges_of(merged, self.merged, self.work)
-        first = self._first(edges.least, delta)
-        end = self._first(edges.beyond, delta)
-        _part_zeros(first, end, merged, delta)
+        first = self._first(edges.least, change)
+        end = self._first(edges.beyond, change)
         spare: Counts = (end - first).view(f"u{end.itemsize}")
         spare -= spare > 0
         return Intervals(first, spare)
 
-    def _first(self, threshold: Values, delta: Values) -> Bits:
-        """Return the lowest key whose sum is at least `threshold`; one beyond the largest if there is none."""
-        guess = self._guess(threshold, delta, closely=self.base == self.work)
-        reached = self._reached(guess, delta, threshold)
+    def _first(self, threshold: Values, change: _Map) -> Bits:
+        """Return the lowest key whose result is at least `threshold`; one beyond the largest if there is none."""
+        guess = self._guess(threshold, change, closely=self.base == self.work)
+        reached = self._reached(guess, change, threshold)
         first: Bits = guess + ~reached
         # `first` and the key below it are the guess and another. One must reach the threshold, one must not.
         other: Bits = first - reached
-        proven = self._reached(other, delta, threshold) ^ reached
+        proven = self._reached(other, change, threshold) ^ reached
         if not proven.all():
             at = np.flatnonzero(~proven)
-            first[at] = self._search(threshold[at], delta[at])
+            first[at] = self._search(threshold[at], change.at(at))
         return first
 
-    def _guess(self, threshold: Values, delta: Values, *, closely: bool) -> Bits:
-        """Return the key of a base value near to where sums begin to reach the threshold; it may be infinite.
+    def _guess(self, threshold: Values, change: _Map, *, closely: bool) -> Bits:
+        """Return the key of a base value near to where results begin to reach the threshold; it may be infinite.
 
         They do so from the middle between the threshold and the number below on, not from itself. That
         matters where the base is spaced as narrowly as the working type, or nearly cancels.
         """
-        with np.errstate(over="ignore", invalid="ignore"):
-            values = threshold - delta
+        with np.errstate(all="ignore"):
+            values = change.back(threshold)
             if closely:
                 values -= (threshold - stepped(threshold, -1)) / 2
         return to_ordered(bits_view(torch.from_numpy(values).to(self.base)))
 
-    def _reached(self, keys: Bits, delta: Values, threshold: Values) -> Flags:
-        """Return whether the sums of base values and deltas are at least `threshold`: all there is of f."""
-        with np.errstate(over="ignore", invalid="ignore"):
-            sums = values_at(keys, self.base, self.work)
-            sums += delta
-            reached: Flags = sums >= threshold
+    def _reached(self, keys: Bits, change: _Map, threshold: Values) -> Flags:
+        """Return whether what base values become is at least `threshold`: all there is of f."""
+        with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+            values = change.ahead(values_at(keys, self.base, self.work))
+            reached: Flags = values >= threshold
+        # As a number -0.0 is not below +0.0, as a result it is.
+        zeros = np.flatnonzero(threshold.view(f"i{threshold.itemsize}") == 0)
+        reached[zeros] &= ~np.signbit(values[zeros])
         return reached
 
-    def _search(self, threshold: Values, delta: Values) -> Bits:
+    def _search(self, threshold: Values, change: _Map) -> Bits:
         """Return what `_first` does, by bisection, which gallops away from a closer guess until it can halve."""
-        near = self._guess(threshold, delta, closely=True)
+        near = self._guess(threshold, change, closely=True)
         low, high = np.full_like(near, ~self._top - 1), np.full_like(near, self._top + 1)
         first, at, reach, one = high.copy(), np.arange(near.size), 2, near.dtype.type(1)
         while at.size:
@@ -204,7 +282,7 @@ class Preimages:
             middle = (low & high) + ((low ^ high) >> 1)
             probe = np.maximum(np.minimum(middle, anchor + reach), anchor - reach)
             probe = np.maximum(np.minimum(probe, high - one), low + one)
-            reached = self._reached(probe, delta[at], threshold[at])
+            reached = self._reached(probe, change.at(at), threshold[at])
             low, high = np.where(reached, low, probe), np.where(reached, probe, high)
             first[at] = high
             open_ = np.flatnonzero(high - low != 1)
@@ -213,9 +291,5 @@ class Preimages:
         return first
 
 
-def _part_zeros(first: Bits, end: Bits, merged: Bits, delta: Values) -> None:
-    """Where nothing was added each zero kept its sign, which comparing sums as numbers does not see."""
-    unchanged = np.flatnonzero(delta == 0)
-    results = merged[unchanged]
-    first[unchanged[results == 0]] = 0
-    end[unchanged[results == np.iinfo(merged.dtype).min]] = 0
+def _map(delta: Values, gains: Values | None) -> _Map:
+    return _Map(0 - delta, None if gains is None else np.abs(gains))

@@ -4,6 +4,11 @@
     merged = the base's own bits                             where delta is ±0
              round_storage( round_work( work(w) + delta ) )  elsewhere
 
+A gain g, which DoRA has, multiplies what would be rounded to storage, zeros that keep their signs among it; so a gain
+of 1 changes nothing:
+
+    merged = round_storage( round_work( g · round_work( work(w) + delta ) ) )
+
 The working type is float32 for storage of at most 16 bits and float64 for wider; the wider of input and
 output decides. Only elementwise IEEE operations are used, each written as a pass of its own: fused ones
 (`addcmul`, `add(alpha=)`) round differently from one machine to the next.
@@ -12,7 +17,7 @@ output decides. Only elementwise IEEE operations are used, each written as a pas
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Literal
 
@@ -109,34 +114,52 @@ class TileKernel:
         """Return round_work(product), every zero as +0.0, in `out` or a buffer that the next call overwrites."""
         return self._signed(product, torch.add, out)
 
-    def merge(self, base: Tensor, product: Tensor, out: Tensor) -> Tensor:
-        """Add the product to the base and round into `out`.
+    def merge(self, base: Tensor, product: Tensor, out: Tensor, gains: Tensor | None = None) -> Tensor:
+        """Add the product to the base, multiply by the gains, and round into `out`.
 
         Args:
             base: The tile of the base, in its storage dtype.
             product: The exact product's tile, float64, of the same shape; or its delta, in the working type.
             out: Where the merged tile goes, in the storage dtype of the output.
+            gains: What each sum is multiplied by, in the working type: of the tile's shape, or one that is
+                broadcast to it.
 
         Returns:
             `out`.
 
         Raises:
-            NumericError: The base holds NaN or infinity, or a sum does not fit in the output's dtype.
+            NumericError: The base holds NaN or infinity, or a result does not fit in the output's dtype.
         """
         # Where delta is ±0 the base's own bits must stay, but -0.0 + 0.0 is +0.0. So subtract the negative:
         # 0 - delta makes +0.0 of either zero, and w - (+0.0) is w, its sign included. (IEEE 754, 6.3.)
-        return self._subtract(base, self._signed(product, torch.sub), out)
+        addend = self._signed(product, torch.sub)
+        total = self._taken(base, addend, out, gains)
+        torch.sub(total, addend, out=total)
+        if gains is not None:
+            torch.mul(total, gains, out=total)
+        if not _all_below(total, overflow_limit(out.dtype)):
+            raise _overflow(base, total, out.dtype)
+        return self._rounded(total, out)
 
-    def subtract(self, merged: Tensor, product: Tensor, out: Tensor) -> Tensor:
-        """Take the product off again, approximately: what merging rounded away does not come back.
+    def subtract(self, merged: Tensor, product: Tensor, out: Tensor, gains: Tensor | None = None) -> Tensor:
+        """Divide by the gains and take the product off again, approximately: what rounding took does not come back.
 
-        The same as `merge` with the opposite product; arguments and result are as there. A result beyond the largest
-        value of the dtype becomes that value: rounding in the merge can have carried a weight that far.
+        The opposite of `merge`; arguments and result are as there. A result beyond the largest value of the dtype
+        becomes that value: rounding in the merge can have carried a weight that far. What a gain of 0 made 0 stays 0.
 
         Raises:
             NumericError: The merged tile holds NaN or infinity.
         """
-        return self._subtract(merged, self.delta(product), out, clamp=True)
+        addend = self.delta(product)
+        total = self._taken(merged, addend, out, gains)
+        if gains is not None:
+            torch.div(total, gains, out=total)
+        torch.sub(total, addend, out=total)
+        if not _all_below(total, overflow_limit(out.dtype)):
+            if not bool(torch.isfinite(merged.to(torch.float64)).all()):
+                raise _overflow(merged, total, out.dtype)
+            bounded(total, out.dtype)
+        return self._rounded(total, out)
 
     def _signed(self, product: Tensor, operation: _Operation, out: Tensor | None = None) -> Tensor:
         """Return zero plus or minus round_work(product): no zero of the result has a sign."""
@@ -144,26 +167,25 @@ class TileKernel:
         rounded = product if product.dtype == self.work else self._addend.copy_(product)
         return operation(self._zero, rounded, out=self._addend if out is None else out)
 
-    def _subtract(self, stored: Tensor, addend: Tensor, out: Tensor, *, clamp: bool = False) -> Tensor:
-        """Round work(stored) - addend into `out`."""
-        self._check_tiles(stored, addend, out)
-        total = self._total.copy_(stored)
-        torch.sub(total, addend, out=total)
-        if not _all_below(total, overflow_limit(out.dtype)):
-            if not (clamp and bool(torch.isfinite(stored.to(torch.float64)).all())):
-                raise _overflow(stored, total, out.dtype)
-            largest = torch.finfo(out.dtype).max
-            total.clamp_(-largest, largest)
+    def _taken(self, stored: Tensor, addend: Tensor, out: Tensor, gains: Tensor | None) -> Tensor:
+        """Return the stored tile in the working type, in the buffer for sums."""
+        self._check_tiles(stored, addend, out, gains)
+        return self._total.copy_(stored)
+
+    def _rounded(self, total: Tensor, out: Tensor) -> Tensor:
+        """Round sums that fit, which are used up, into `out`."""
         if self.work == torch.float64 and out.dtype.itemsize <= 2:
-            _make_sticky(total, addend)
+            _make_sticky(total, self._addend)
         return out.copy_(total)
 
-    def _check_tiles(self, stored: Tensor, addend: Tensor, out: Tensor) -> None:
+    def _check_tiles(self, stored: Tensor, addend: Tensor, out: Tensor, gains: Tensor | None) -> None:
         if self.work != work_dtype(stored.dtype, out.dtype):
             raise UsageError("The kernel adds in another type than this tile needs", found=dtype_name(self.work))
         if not stored.shape == addend.shape == out.shape:
             shapes = " and ".join(str(tuple(tensor.shape)) for tensor in (addend, out))
             raise ShapeError("The tiles differ in shape", expected=tuple(stored.shape), found=shapes)
+        if gains is not None:
+            _check_gains(gains, stored.shape, self.work)
 
     def _take_shape(self, shape: tuple[int, ...]) -> None:
         """Cut the buffers to a shape; mostly it is the one of the tile before."""
@@ -174,6 +196,21 @@ class TileKernel:
             raise ShapeError("The tile is larger than the buffers", expected=self.elements, found=elements)
         self._product, self._addend, self._total = (buffer[:elements].view(shape) for buffer in self._buffers)
         self._shape = shape
+
+
+def _check_gains(gains: Tensor, shape: Sequence[int], work: torch.dtype) -> None:
+    if gains.dtype != work:
+        expected = dtype_name(work)
+        raise UsageError("The gains are not in the working type", expected=expected, found=dtype_name(gains.dtype))
+    sizes = zip(gains.shape[::-1], shape[::-1], strict=False)
+    if gains.dim() > len(shape) or any(size not in (1, whole) for size, whole in sizes):
+        raise ShapeError("The gains do not fit the tile", expected=tuple(shape), found=tuple(gains.shape))
+
+
+def bounded(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Make of values, in place, what `dtype` can hold: of larger ones its largest, of NaN 0."""
+    largest = torch.finfo(dtype).max
+    return values.nan_to_num_(0.0).clamp_(-largest, largest)
 
 
 def cast(source: Tensor, out: Tensor) -> Tensor:

@@ -12,18 +12,24 @@ Threads that encode and decode must not flush subnormal numbers to zero, as thos
 The dtype may change in the merge. The intervals are then of the base's values, their edges the result's.
 To a wider dtype hardly anything is forgotten. From float32 to bfloat16 every element has some 2^16
 preimages, and its index is as long as what was cut off.
+
+Sums may have been multiplied by gains. The stream does not say so: whoever keeps it knows that there are gains, as
+it knows the deltas. What is flagged and which intervals there are then follows from (m, delta, g) alone, in the
+same way on every machine, and is as much a part of the format as it is without.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from lora_cli.arithmetic.edges import Flags, Values
+from lora_cli.arithmetic.edges import Flags
 from lora_cli.arithmetic.floats import dtype_name
 from lora_cli.arithmetic.ordered import Bits, bits_view, from_ordered, to_ordered
 from lora_cli.arithmetic.packing import (
@@ -58,25 +64,27 @@ _CODES = {
 _WIDTHS = {base << 8 | merged: dtype.itemsize for dtype, base in _CODES.items() for merged in _CODES.values()}
 
 
-def encode(base: Tensor, merged: Tensor, delta: Tensor) -> bytes:
-    """Return what decoding needs to make the base's bits from the merged values and the deltas.
+def encode(base: Tensor, merged: Tensor, delta: Tensor, gains: Tensor | None = None) -> bytes:
+    """Return what decoding needs to make the base's bits from the merged values, the deltas and the gains.
 
     Args:
         base: A contiguous block of base values, of any shape. Whatever they are, they come back; those that
             do not merge to what is there cost their own bytes and four more each.
         merged: What merging the deltas made of them, in the storage dtype of the output.
         delta: The deltas in the working type, every zero +0.0, as `TileKernel.delta` gives them.
+        gains: What each sum was multiplied by, one for each element, in the working type. None is not the
+            same as ones: the values merged are, but not the stream.
 
     Returns:
         A stream as `packing` describes. Equal arguments give equal bytes on every machine.
 
     Raises:
-        ShapeError: The three differ in shape, one is not contiguous, or the block is too large.
-        UsageError: The deltas are not in the working type.
+        ShapeError: The tensors differ in shape, one is not contiguous, or the block is too large.
+        UsageError: Deltas or gains are not in the working type, or only a part of a block has gains.
         UnsupportedError: A dtype cannot take a delta.
     """
     encoder = Encoder(base.dtype, merged.dtype)
-    encoder.add(base, merged, delta)
+    encoder.add(base, merged, delta, gains)
     return encoder.finish()
 
 
@@ -94,13 +102,13 @@ class Encoder:
         self._overlooked: list[Positions] = []
         self._patterns: list[Bits] = []
 
-    def add(self, base: Tensor, merged: Tensor, delta: Tensor) -> None:
+    def add(self, base: Tensor, merged: Tensor, delta: Tensor, gains: Tensor | None = None) -> None:
         """Take the next run of elements of the block. Arguments and errors are those of `encode`."""
-        _check(base, merged, delta)
+        _check(base, merged, delta, gains)
         bits = bits_view(base.view(-1))
         candidates = torch.empty(min(base.numel(), _TILE), dtype=base.dtype)
         begin = self._block.elements
-        surveys = self._block.surveys(merged, delta, lambda tile: candidates[: tile.stop - tile.start])
+        surveys = self._block.surveys(merged, delta, gains, lambda tile: candidates[: tile.stop - tile.start])
         for tile, candidate, flags, at in surveys:
             here = bits[tile]
             self._base.append(here[at])
@@ -125,7 +133,7 @@ class Encoder:
         return write_stream(self._block.kind, self._block.elements, encode_choices(keys, intervals), exceptions)
 
 
-def decode(merged: Tensor, delta: Tensor, stream: Buffer, out: Tensor) -> Tensor:
+def decode(merged: Tensor, delta: Tensor, stream: Buffer, out: Tensor, gains: Tensor | None = None) -> Tensor:
     """Write the base's own bits into `out`.
 
     Args:
@@ -133,9 +141,10 @@ def decode(merged: Tensor, delta: Tensor, stream: Buffer, out: Tensor) -> Tensor
         delta: Its deltas, bit for bit as they were.
         stream: What `encode` returned.
         out: Where the base values go, in their storage dtype; contiguous, in memory of its own.
+        gains: Its gains, bit for bit as they were, if it had any.
 
     Returns:
-        `out`. It is the base if merged values and deltas are those that were encoded: that they are not
+        `out`. It is the base if merged values, deltas and gains are those that were encoded: that they are not
         cannot always be seen here.
 
     Raises:
@@ -145,11 +154,11 @@ def decode(merged: Tensor, delta: Tensor, stream: Buffer, out: Tensor) -> Tensor
         UnsupportedError: As in `encode`.
     """
     block = _Block(out.dtype, merged.dtype)
-    _check(out, merged, delta)
+    _check(out, merged, delta, gains)
     values = out.view(-1)
     bits = bits_view(values)
     choices, exceptions = read_stream(stream, block.kind, bits.size, bits.dtype)
-    for _ in block.surveys(merged, delta, lambda tile: values[tile]):
+    for _ in block.surveys(merged, delta, gains, lambda tile: values[tile]):
         pass
     suspects, intervals = block.suspects()
     bits[suspects] = from_ordered(decode_choices(choices, intervals))
@@ -192,38 +201,34 @@ class _Block:
         self.base = base
         self.kind = _CODES[base] << 8 | _CODES[merged]
         self.elements = 0
-        self._nothing = (
-            np.empty(0, np.int64),
-            bits_view(torch.empty(0, dtype=merged)),
-            torch.empty(0, dtype=self._preimages.work).numpy(),
-        )
+        self._gained: bool | None = None
         self._waiting = 0
-        self._pending: list[tuple[Positions, Bits, Values]] = []
-        self._found: list[tuple[Positions, Bits, Counts]] = []
+        self._pending: list[tuple[NDArray[Any], ...]] = []
+        none = bits_view(torch.empty(0, dtype=base))
+        nowhere: Positions = np.empty(0, np.int64)
+        self._found: list[tuple[Positions, Bits, Counts]] = [(nowhere, none, none.view(f"u{base.itemsize}"))]
 
     def surveys(
-        self, merged: Tensor, delta: Tensor, out: Callable[[slice], Tensor]
+        self, merged: Tensor, delta: Tensor, gains: Tensor | None, out: Callable[[slice], Tensor]
     ) -> Iterator[tuple[slice, Tensor, Flags, Positions]]:
         """Survey the next run of elements tile by tile, writing the candidates where `out` says.
 
         Yields:
             The tile within the run, its candidates, flags, and where in the tile these are set.
         """
-        if delta.dtype != self._preimages.work:
-            work = dtype_name(self._preimages.work)
-            raise UsageError("The deltas are not in the working type", expected=work, found=dtype_name(delta.dtype))
-        merged, delta = merged.view(-1), delta.view(-1)
-        bits, numbers = bits_view(merged), delta.numpy()
+        self._take_kind(delta, gains)
+        merged, maps = merged.view(-1), [numbers.view(-1) for numbers in (delta, gains) if numbers is not None]
+        bits = bits_view(merged)
         begin, self.elements = self.elements, self.elements + bits.size
         if self.elements > MAX_ELEMENTS:
             raise ShapeError("The block is too large", expected=f"at most {MAX_ELEMENTS}", found=self.elements)
         for start in range(0, bits.size, _TILE):
             tile = slice(start, min(start + _TILE, bits.size))
-            candidate = out(tile)
-            flags = self._preimages.survey(merged[tile], delta[tile], candidate)
+            candidate, here = out(tile), [numbers[tile] for numbers in maps]
+            flags = self._preimages.survey(merged[tile], here[0], candidate, *here[1:])
             at = _where(flags)
             yield tile, candidate, flags, at
-            self._pending.append((at + (begin + start), bits[tile][at], numbers[tile][at]))
+            self._pending.append((at + (begin + start), bits[tile][at], *(numbers.numpy()[at] for numbers in here)))
             self._waiting += at.size
             if self._waiting >= _BATCH:
                 self._settle()
@@ -234,12 +239,22 @@ class _Block:
         positions, first, spare = (np.concatenate(column) for column in zip(*self._found, strict=True))
         return positions, Intervals(first, spare)
 
+    def _take_kind(self, delta: Tensor, gains: Tensor | None) -> None:
+        for what, numbers in (("deltas", delta), ("gains", gains)):
+            if numbers is not None and numbers.dtype != self._preimages.work:
+                work, found = dtype_name(self._preimages.work), dtype_name(numbers.dtype)
+                raise UsageError(f"The {what} are not in the working type", expected=work, found=found)
+        if self._gained not in (None, gains is not None):
+            raise UsageError("A block has a gain for each of its elements, or for none")
+        self._gained = gains is not None
+
     def _settle(self) -> None:
-        columns = zip(self._nothing, *self._pending, strict=True)
-        positions, merged, delta = (np.concatenate(column) for column in columns)
+        if not self._pending:
+            return
+        positions, *columns = (np.concatenate(column) for column in zip(*self._pending, strict=True))
         self._pending.clear()
         self._waiting = 0
-        self._found.append((positions, *self._preimages.intervals(merged, delta)))
+        self._found.append((positions, *self._preimages.intervals(*columns)))
 
 
 def _where(flags: Flags) -> Positions:
@@ -260,9 +275,10 @@ def _where(flags: Flags) -> Positions:
     return at
 
 
-def _check(base: Tensor, merged: Tensor, delta: Tensor) -> None:
-    if not base.shape == merged.shape == delta.shape:
-        shapes = f"{tuple(merged.shape)} and {tuple(delta.shape)}"
+def _check(base: Tensor, merged: Tensor, delta: Tensor, gains: Tensor | None) -> None:
+    others = [tensor for tensor in (merged, delta, gains) if tensor is not None]
+    if any(tensor.shape != base.shape for tensor in others):
+        shapes = " and ".join(str(tuple(tensor.shape)) for tensor in others)
         raise ShapeError("The tensors of a block differ in shape", expected=tuple(base.shape), found=shapes)
-    if not (base.is_contiguous() and merged.is_contiguous() and delta.is_contiguous()):
+    if not all(tensor.is_contiguous() for tensor in (base, *others)):
         raise ShapeError("The tensors of a block must be contiguous")

@@ -62,6 +62,7 @@ class TensorRecord(_Record, frozen=True):
         source_digests: Of each cut of that; those of the base if empty.
         fragments: Bytes of what the undo file holds for each cut.
         terms: What was added, for preimages.
+        gains: Digest of what its outputs were multiplied by; empty if they were not.
     """
 
     key: str
@@ -71,6 +72,7 @@ class TensorRecord(_Record, frozen=True):
     source_digests: tuple[Digest, ...] = ()
     fragments: tuple[int, ...] = ()
     terms: tuple[TermRecord, ...] = ()
+    gains: Digest | Literal[""] = ""
 
     @property
     def origin(self) -> str:

@@ -6,6 +6,9 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
+_SCALED_IF_TIED = {"t5", "mt5", "umt5", "longt5", "pop2piano", "switch_transformers", "udop"}
+"""T5 reads off the flag whether its decoder scales what it gives; two tensors that differ are not tied in any case."""
+
 Repair = Callable[[dict[str, Any]], dict[str, Any]]
 """Takes one level of a config and returns what is to stand there; inner levels are repaired before it."""
 
@@ -37,6 +40,8 @@ def with_dtype(torch_name: str) -> Repair:
 
 def untied(level: dict[str, Any]) -> dict[str, Any]:
     """Say that embedding and head are two tensors."""
+    if level.get("model_type") in _SCALED_IF_TIED:
+        return level
     # The default differs from model to model, so it stands wherever there is a vocabulary, and on top of all.
     speaks = {"tie_word_embeddings", "vocab_size", "architectures"} & level.keys()
     return level | {"tie_word_embeddings": False} if speaks else level

@@ -8,8 +8,9 @@ from typing import Any
 from lora_cli.checkpoint.checkpoint import Checkpoint
 
 EMBEDDINGS = {"embed_tokens", "wte", "word_embeddings", "shared", "embed_in", "tok_embeddings"}
-_HEADS = {"lm_head", "embed_out", "decoder"}
-_ROLES = EMBEDDINGS | _HEADS
+HEADS = {"lm_head", "embed_out", "decoder"}
+TABLES = EMBEDDINGS | HEADS
+"""Modules with a row for each entry of the vocabulary, as they are mostly called."""
 _WITH_HEAD = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM", "ForPreTraining")
 
 
@@ -23,15 +24,15 @@ def tie_of(checkpoint: Checkpoint, key: str, keys: Iterable[str]) -> str | None:
     """
     module, _, parameter = key.rpartition(".")
     role = module.rpartition(".")[2]
-    if parameter != "weight" or role not in _ROLES or not _may_tie(checkpoint.config):
+    if parameter != "weight" or role not in TABLES or not may_tie(checkpoint.config):
         return None
-    partners = _HEADS if role in EMBEDDINGS else EMBEDDINGS
+    partners = HEADS if role in EMBEDDINGS else EMBEDDINGS
     modules = {other.rpartition(".")[0].rpartition(".")[2] for other in keys if other.endswith(".weight")}
     stored_twice = bool(modules & partners) and role in modules
     return None if stored_twice else f"{'head' if role in EMBEDDINGS else 'embedding'} and {role} are one tensor"
 
 
-def _may_tie(config: Mapping[str, Any]) -> bool:
+def may_tie(config: Mapping[str, Any]) -> bool:
     """Whether the config ties the pair, or says nothing of a model that has a head, which then is tied by default."""
     levels = [config, *(level for level in config.values() if isinstance(level, dict))]
     said = [level["tie_word_embeddings"] for level in levels if "tie_word_embeddings" in level]

@@ -7,6 +7,7 @@ the digest of the manifest, which has or leads to a digest or checksum of everyt
     stored/KEY             a tensor of the base that the merged checkpoint lacks, as it was
     factor/N/NAME          a factor of adapter N, where it was embedded
     undo/KEY               bytes: the fragments of a tensor's cuts, one after another
+    gains/KEY              what the outputs of a tensor were multiplied by
     header/FILE            bytes: the header of a file of the base, compressed
     side/NAME              bytes: a small file of the base; the older undo file among them
     manifest               bytes: the manifest, compressed
@@ -58,6 +59,11 @@ def factor_part(adapter: int, name: str) -> str:
 def undo_part(key: str) -> str:
     """Name of the part that holds the fragments of a tensor."""
     return f"undo/{key}"
+
+
+def gains_part(key: str) -> str:
+    """Name of the part that holds what the outputs of a tensor were multiplied by."""
+    return f"gains/{key}"
 
 
 def header_part(name: str) -> str:
@@ -203,6 +209,11 @@ def copied_file(name: str, path: Path) -> Part:
 def given(name: str, data: bytes) -> Part:
     """Bytes that are at hand."""
     return Part(name, len(data), lambda file, at: file.write(at, data))
+
+
+def numbers(name: str, dtype: DType, data: bytes) -> Part:
+    """Numbers that are at hand, one after the other."""
+    return Part(name, len(data), lambda file, at: file.write(at, data), dtype, (len(data) * 8 // dtype.bits,))
 
 
 def packed(name: str, data: bytes) -> Part:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import takewhile
+from itertools import pairwise, takewhile
+from math import ceil
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 from lora_cli.cli.text import shown
@@ -56,6 +58,34 @@ class Facts:
         yield table
 
 
+class Bars:
+    """Numbers from the largest down as a row of bars on a linear scale, in a cell of a table.
+
+    A bar is as high as its number's share of the first one, in eighths, rounded up: what is there is seen, and a blank
+    is nothing but rounding. Of more numbers than bars each bar has the mean of some neighbours.
+    """
+
+    MOST = 16
+    """Bars in a row."""
+
+    def __init__(self, numbers: Sequence[float]) -> None:
+        self._numbers = list(numbers)
+
+    def drawn(self, *, ascii_only: bool) -> str:
+        """The bars, or characters from thin to thick where a terminal knows only ASCII."""
+        first = max(self._numbers, default=0.0)
+        if not first:
+            return ""
+        marks = " .:-=+*#@" if ascii_only else " ▁▂▃▄▅▆▇█"
+        count = min(self.MOST, len(self._numbers))
+        edges = [bar * len(self._numbers) // count for bar in range(count + 1)]
+        heights = [fmean(self._numbers[begin:end]) / first for begin, end in pairwise(edges)]
+        return "".join(marks[ceil(8 * height) if height > _NOTHING else 0] for height in heights)
+
+
+_NOTHING = 1e-12
+
+
 def grid(heads: Sequence[str], rows: Iterable[Sequence[object]], right: Iterable[int] = ()) -> NameTable:
     """A table of named things, with a head and no lines but one.
 
@@ -76,6 +106,10 @@ class NameTable:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         from rich.measure import Measurement
 
+        self._rows = [
+            [cell.drawn(ascii_only=options.ascii_only) if isinstance(cell, Bars) else cell for cell in row]
+            for row in self._rows
+        ]
         if options.max_width < NARROW:
             yield from (line("  ".join("" if cell is None else str(cell) for cell in row)) for row in self._rows)
             return

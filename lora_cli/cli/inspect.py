@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lora_cli.cli import options as opt
+from lora_cli.cli import spectrum as singular_values
 from lora_cli.cli.draw import facts, grid, line
 from lora_cli.cli.output import Output
 from lora_cli.cli.text import count, number, size
@@ -36,6 +37,13 @@ def inspect(
     base: Annotated[
         str | None, typer.Option("--base", metavar="BASE", help="Show the base key that each module resolves to.")
     ] = None,
+    spectrum: Annotated[
+        bool,
+        typer.Option(
+            "--spectrum",
+            help="Read the factors: the singular values of every change, and how much of the rank is used.",
+        ),
+    ] = False,
     alpha: opt.AlphaOption = None,
     scale: opt.ScaleOption = None,
     map_: opt.MapOption = None,
@@ -47,6 +55,10 @@ def inspect(
 
     For an adapter: format, kind, and rank, alpha, scale and its source per module. For a checkpoint: architecture,
     shards, types, and what is quantised, tied or wrapped.
+
+    With --spectrum the factors are read. For each module: the norm of the change, its largest singular value, how many
+    hold 90% and 99% of the energy (of the squared norm), and all of them as bars as high as their share of the largest;
+    from 17 on a bar is the mean of neighbours.
     """
     from lora_cli.surgery import inspect as surgery
     from lora_cli.surgery.placing import PlanOptions
@@ -57,7 +69,7 @@ def inspect(
         orientation=orientation,
         read=opt.read_options(alpha, scale, ignore_field),
     )
-    result = surgery.inspect(path, base=base, options=options, progress=output.progress())
+    result = surgery.inspect(path, base=base, options=options, spectrum=spectrum, progress=output.progress())
     for warning in result.warnings:
         output.warn(warning)
     output.result(result, "inspect", lambda: view(result, everything=output.verbose))
@@ -86,23 +98,29 @@ def view(result: InspectResult, *, everything: bool) -> Iterator[RenderableType]
             ("undo", _undo(result)),
         ]
     )
-    rows = ROWS if not everything else max(len(result.modules), len(result.tensors))
+    listed = len(result.spectrum.modules if result.spectrum else result.modules or result.tensors)
+    rows = listed if everything else ROWS
     if result.modules:
-        yield from _modules(result, rows)
+        yield _scales(result)
+    if result.spectrum:
+        yield from singular_values.view(result.spectrum, rows)
+    elif result.modules:
+        yield line()
+        yield _modules(result.modules, rows)
     elif result.tensors:
         yield line()
         heads = ["tensor", "type", "shape", *(["shard"] if len(result.shards) > 1 else [])]
         yield grid(heads, [_tensor_row(tensor)[: len(heads)] for tensor in result.tensors[:rows]])
-    hidden = max(len(result.modules), len(result.tensors)) - rows
-    if hidden > 0:
-        yield line(f"… and {hidden:,} more (-v or --json lists all)", style="dim")
+    if listed > rows:
+        yield line(f"… and {listed - rows:,} more (-v or --json lists all)", style="dim")
 
 
 def _tensor_row(tensor: TensorInfo) -> list[object]:
     return [tensor.key, tensor.dtype, _shape(tensor.shape), tensor.shard.removesuffix(".safetensors")]
 
 
-def _modules(result: InspectResult, rows: int) -> Iterator[RenderableType]:
+def _scales(result: InspectResult) -> RenderableType:
+    """How strong the modules are, and how many of them the base has."""
     scales = Counter((m.scale, m.scale_source) for m in result.modules if m.scale is not None)
     said = [
         f"{number(scale)} = {source}, {count(n, 'module')}"
@@ -110,17 +128,19 @@ def _modules(result: InspectResult, rows: int) -> Iterator[RenderableType]:
         if scale is not None
     ]
     resolved = [module for module in result.modules if module.key]
-    renamed = any(module.key not in (module.module, f"{module.module}.weight") for module in resolved)
-    yield facts(
+    return facts(
         [
             *(("scale", words) for words in said[:SCALES]),
             ("", f"and {len(said) - SCALES} more scales" if len(said) > SCALES else None),
             ("base", f"{len(resolved)} of {count(len(result.modules), 'name')} found" if resolved else None),
         ]
     )
-    yield line()
+
+
+def _modules(modules: Sequence[ModuleInfo], rows: int) -> RenderableType:
+    renamed = any(module.key not in (None, module.module, f"{module.module}.weight") for module in modules)
     heads = ["module", "rank", "alpha", "scale", "shape", "type", *(["base key"] if renamed else [])]
-    yield grid(heads, [_module_row(module)[: len(heads)] for module in result.modules[:rows]], right=(1, 2, 3))
+    return grid(heads, [_module_row(module)[: len(heads)] for module in modules[:rows]], right=(1, 2, 3))
 
 
 def _module_row(module: ModuleInfo) -> list[object]:

@@ -55,6 +55,7 @@ def merge(
     allow_unmapped: opt.UnmappedOption = False,
     orientation: opt.OrientationOption = None,
     ignore_field: opt.IgnoreFieldOption = None,
+    initial: opt.InitialOption = None,
     tokenizer: TokenizerOption = "base",
     threads: opt.ThreadsOption = None,
     memory: opt.MemoryOption = None,
@@ -75,7 +76,7 @@ def merge(
         allow_unmapped=allow_unmapped,
         tokenizer=tokenizer,
         orientation=orientation,
-        read=opt.read_options(alpha, scale, ignore_field),
+        read=opt.read_options(alpha, scale, ignore_field, initial),
     )
     budget = opt.memory_bytes(memory)
     if dry:

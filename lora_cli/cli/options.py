@@ -86,6 +86,16 @@ IgnoreFieldOption = Annotated[
         rich_help_panel=_NAMES,
     ),
 ]
+InitialOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--initial",
+        metavar="ADAPTER",
+        help="The adapter as it was before training, where its init changed the base (PiSSA, OLoRA, CorDA, LoRA-GA). "
+        "Repeat, in their order.",
+        rich_help_panel=_NAMES,
+    ),
+]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace OUT where lora-cli itself wrote all of it.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")]
 ThreadsOption = Annotated[
@@ -139,7 +149,12 @@ def _paragraphs(doc: str) -> str:
     return "\n\n".join(" ".join(part.split()) for part in inspect.cleandoc(doc).split("\n\n"))
 
 
-def read_options(alpha: float | None, scale: float | None, ignore_field: list[str] | None = None) -> ReadOptions:
+def read_options(
+    alpha: float | None,
+    scale: float | None,
+    ignore_field: list[str] | None = None,
+    initial: list[str] | None = None,
+) -> ReadOptions:
     """Check and collect what the user says about reading adapters.
 
     Raises:
@@ -152,7 +167,7 @@ def read_options(alpha: float | None, scale: float | None, ignore_field: list[st
     for name, value in (("--alpha", alpha), ("--scale", scale)):
         if value is not None and not math.isfinite(value):
             raise UsageError(f"{name} must be a finite number", found=value)
-    return ReadOptions(alpha, scale, tuple(ignore_field or ()))
+    return ReadOptions(alpha, scale, tuple(ignore_field or ()), tuple(initial or ()))
 
 
 def memory_bytes(text: str | None) -> int | None:

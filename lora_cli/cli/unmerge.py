@@ -51,6 +51,7 @@ def unmerge(
     allow_unmapped: opt.UnmappedOption = False,
     orientation: opt.OrientationOption = None,
     ignore_field: opt.IgnoreFieldOption = None,
+    initial: opt.InitialOption = None,
     threads: opt.ThreadsOption = None,
     memory: opt.MemoryOption = None,
 ) -> None:
@@ -72,7 +73,7 @@ def unmerge(
         maps=tuple(map_ or ()),
         allow_unmapped=allow_unmapped,
         orientation=orientation,
-        read=opt.read_options(alpha, scale, ignore_field),
+        read=opt.read_options(alpha, scale, ignore_field, initial),
     )
     budget = opt.memory_bytes(memory)
     if dry:

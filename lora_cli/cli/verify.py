@@ -62,6 +62,7 @@ def verify(
     allow_unmapped: opt.UnmappedOption = False,
     orientation: opt.OrientationOption = None,
     ignore_field: opt.IgnoreFieldOption = None,
+    initial: opt.InitialOption = None,
     threads: opt.ThreadsOption = None,
     memory: opt.MemoryOption = None,
 ) -> None:
@@ -90,7 +91,7 @@ def verify(
                 maps=tuple(map_ or ()),
                 allow_unmapped=allow_unmapped,
                 orientation=orientation,
-                read=opt.read_options(alpha, scale, ignore_field),
+                read=opt.read_options(alpha, scale, ignore_field, initial),
             ),
             roundtrip=roundtrip,
             undo=undo,

@@ -1,8 +1,8 @@
 """Merging into a weight in memory and taking it out again, with the bits that the surgery on files would write.
 
 The product is exact and the sum is rounded once (`arithmetic.rounding`); what rounding forgets is kept in memory as an
-undo file keeps it (`arithmetic.undo`), for DoRA as a compressed residual. All of it is computed on the CPU, from
-wherever the weight is, and does not depend on that.
+undo file keeps it (`arithmetic.undo`). All of it is computed on the CPU, from wherever the weight is, and does not
+depend on that.
 """
 
 from __future__ import annotations
@@ -14,11 +14,10 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
-from lora_cli.arithmetic import dora, residual, undo
+from lora_cli.arithmetic import dora, undo
 from lora_cli.arithmetic.floats import dtype_name
 from lora_cli.arithmetic.product import Term, prepare
-from lora_cli.arithmetic.rounding import TileKernel, cast, check_flush_to_zero, slices_for, work_dtype
-from lora_cli.arithmetic.zstd import compress, decompress
+from lora_cli.arithmetic.rounding import TileKernel, check_flush_to_zero, slices_for, work_dtype
 from lora_cli.errors import ShapeError, WrongInputError
 
 BLOCK_ELEMENTS = 1 << 18
@@ -50,7 +49,7 @@ class Forgotten:
 
     Attributes:
         change: What was merged.
-        gains: For DoRA, what each output's row was multiplied by.
+        gains: For DoRA, what each output's row was multiplied by, in the working type.
         dtype: Storage type of the matrix.
         digest: BLAKE3 of the merged bytes.
         streams: What undoes each block.
@@ -71,8 +70,8 @@ def merge(weight: Tensor, change: Change) -> tuple[Tensor, Forgotten]:
         change: What is added to it.
 
     Returns:
-        A new tensor of the weight's type, shape and device, without DoRA bit for bit what `lora-cli merge` writes; and
-        what `unmerge` needs.
+        A new tensor of the weight's type, shape and device, bit for bit what `lora-cli merge` writes; and what
+        `unmerge` needs.
 
     Raises:
         UnsupportedError: The weight's type takes no delta.
@@ -86,13 +85,9 @@ def merge(weight: Tensor, change: Change) -> tuple[Tensor, Forgotten]:
     streams = []
     for rows, delta in bench.deltas():
         base, result = bench.matrix[rows], merged[rows]
-        if gains is None:
-            bench.kernel.merge(base, delta, result)
-            streams.append(undo.encode(base, result, delta))
-        else:
-            factors = bench.along_outputs(gains, rows)
-            cast((base.to(bench.kernel.work) + delta) * factors, result)
-            streams.append(compress(residual.encode(base, _back(result, delta, factors))))
+        factors = bench.along_outputs(gains, rows)
+        bench.kernel.merge(base, delta, result, factors)
+        streams.append(undo.encode(base, result, delta, factors))
     forgotten = Forgotten(change, gains, weight.dtype, _digest(merged), tuple(streams))
     return bench.like_the_weight(merged), forgotten
 
@@ -107,13 +102,7 @@ def unmerge(weight: Tensor, forgotten: Forgotten) -> Tensor:
     bench = _Bench(weight, forgotten.change)
     base = torch.empty_like(bench.matrix)
     for (rows, delta), stream in zip(bench.deltas(), forgotten.streams, strict=True):
-        merged, result = bench.matrix[rows], base[rows]
-        if forgotten.gains is None:
-            undo.decode(merged, delta, stream, result)
-        else:
-            candidate = _back(merged, delta, bench.along_outputs(forgotten.gains, rows))
-            size = residual.HEADER_BYTES + candidate.nbytes
-            residual.decode(candidate, decompress(stream, size), result)
+        undo.decode(bench.matrix[rows], delta, stream, base[rows], bench.along_outputs(forgotten.gains, rows))
     return bench.like_the_weight(base)
 
 
@@ -163,13 +152,16 @@ class _Bench:
         shape = self._product.shape[::-1] if change.transposed else self._product.shape
         if shape != self.matrix.shape:
             raise ShapeError("The change does not fit the weight", expected=tuple(self.matrix.shape), found=shape)
-        self._height = max(1, BLOCK_ELEMENTS // max(1, self.matrix.shape[1]))
+        # Rows that are inputs come in whole runs, so that their squares can be summed block by block.
+        step = dora.RUN if change.transposed else 1
+        height = step * max(1, BLOCK_ELEMENTS // step // max(1, self.matrix.shape[1]))
+        self._height = min(height, max(1, self.matrix.shape[0]))
         self.kernel = TileKernel(work, self._height * self.matrix.shape[1])
 
     def deltas(self) -> Iterator[tuple[slice, Tensor]]:
         """Yield the rows of each block and what is added to them, in a buffer that the next block overwrites."""
         height, columns = self.matrix.shape
-        buffer = torch.empty((min(self._height, height), columns), dtype=self.kernel.work)
+        buffer = torch.empty((self._height, columns), dtype=self.kernel.work)
         for start in range(0, height, self._height):
             rows = slice(start, min(start + self._height, height))
             product = self.kernel.product(self._product, rows, slice(0, columns), transposed=self._transposed)
@@ -177,23 +169,24 @@ class _Bench:
 
     def square_sums(self) -> Tensor:
         """The squared length of each output's row of W + Δ, (out,)."""
-        whole = torch.cat([self.matrix[rows].to(self.kernel.work) + delta for rows, delta in self.deltas()])
-        return dora.square_sums(whole.T if self._transposed else whole)
+        blocks = (self.matrix[rows].to(self.kernel.work) + delta for rows, delta in self.deltas())
+        if not self._transposed:
+            return torch.cat([dora.square_sums(block) for block in blocks])
+        sums = dora.SquareSums(self.matrix.shape[1])
+        for block in blocks:
+            sums.add(block)
+        return dora.total(sums.groups())
 
-    def along_outputs(self, gains: Tensor, rows: slice) -> Tensor:
-        """One number for each output, as it meets these rows of the stored matrix."""
-        return gains.unsqueeze(0) if self._transposed else gains[rows].unsqueeze(1)
+    def along_outputs(self, gains: Tensor | None, rows: slice) -> Tensor | None:
+        """The gain of each element of these rows of the stored matrix, or none."""
+        if gains is None:
+            return None
+        across = gains.unsqueeze(0) if self._transposed else gains[rows].unsqueeze(1)
+        return across.expand(self.matrix[rows].shape).contiguous()
 
     def like_the_weight(self, matrix: Tensor) -> Tensor:
         """A result in the shape and place of the weight."""
         return matrix.view(self._weight.shape).to(self._weight.device)
-
-
-def _back(merged: Tensor, delta: Tensor, factors: Tensor) -> Tensor:
-    """What the base nearly was before a DoRA merge; the residual makes it exact, whatever this is."""
-    nearly = torch.nan_to_num(merged.to(delta.dtype) / factors - delta, nan=0.0)
-    largest = torch.finfo(merged.dtype).max
-    return nearly.clamp_(-largest, largest).to(merged.dtype)
 
 
 def _digest(matrix: Tensor) -> bytes:

@@ -148,7 +148,7 @@ class Injection(PlainNames):
             LoraCliError: Names, shapes or fields that do not fit. The model is then as before.
         """
         tensors = self._plain_tensors()
-        found = find(folder, list(tensors), options or ReadOptions()).without_copies(self._places(), tensors)
+        found = find(folder, tensors, options or ReadOptions()).without_copies(self._places(), tensors)
         doubly = self._wholes.shared_with(list(found.wholes))
         if doubly:
             hint = "load it into a model of its own, or without these tensors"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from lora_cli.adapters.resolve import resolve
 from lora_cli.adapters.source import ReadOptions
 from lora_cli.checkpoint.digests import bytes_digest, rows_per_cut
 from lora_cli.checkpoint.dtypes import dtype_for_torch
+from lora_cli.checkpoint.tied import TABLES
 from lora_cli.errors import NamesError, ShapeError, UnsupportedError
 from lora_cli.nn.config import LoRAConfig
 from lora_cli.nn.layer import LoRALayer
@@ -69,7 +70,7 @@ class Found:
         )
 
     def without_copies(self, frozen: Collection[str], tensors: Mapping[str, Tensor]) -> Found:
-        """The same without weights of layers with factors, which PEFT stores beside those of an embedding.
+        """The same without the base's own weights, which PEFT stores beside factors of tables, and resized tables.
 
         Args:
             frozen: Modules that have factors already.
@@ -79,12 +80,14 @@ class Found:
             UnsupportedError: The model's own weight there is another.
         """
         layers = {*frozen, *self.targets}
-        copies = {key: whole for key, whole in self.wholes.items() if key.removesuffix(".weight") in layers}
+        copies = {
+            key: whole for key, whole in self.wholes.items() if whole.of_base or key.removesuffix(".weight") in layers
+        }
         with open_readers() as readers:
             others = [key for key, whole in copies.items() if not _equal(readers.load(whole.tensor), tensors[key])]
         if others:
             raise UnsupportedError(
-                "The adapter holds weights whole that get factors too, and the model's are others",
+                "The adapter holds weights of its base, and the model's are others",
                 file=self.adapter.label,
                 details=others,
                 hint="load these weights into the model first",
@@ -149,12 +152,12 @@ class Among:
         return module.name in self.names
 
 
-def find(folder: str | Path, plain_names: Collection[str], options: ReadOptions) -> Found:
+def find(folder: str | Path, tensors: Mapping[str, Tensor], options: ReadOptions) -> Found:
     """Open an adapter and find the places that it is for.
 
     Args:
         folder: A PEFT folder, or a file that `lora-cli merge` takes.
-        plain_names: Names of the model's parameters, as a checkpoint has them.
+        tensors: Parameters and buffers of the model, by plain name.
         options: How it is read: `--alpha`, `--scale` and fields to ignore.
 
     Raises:
@@ -163,12 +166,10 @@ def find(folder: str | Path, plain_names: Collection[str], options: ReadOptions)
         LoraCliError: What reading the files raises.
     """
     adapter = open_adapter(Path(folder), options)
-    biases = [target.name for target in adapter.targets if target.parameter != "weight"]
-    if biases:
-        raise UnsupportedError("LoRA layers have no bias of their own", file=adapter.label, details=biases)
+    _refuse_what_no_layer_does(adapter)
     replacements = {replacement.name: replacement for replacement in adapter.replacements}
     names = [*(target.name for target in adapter.targets), *replacements]
-    found = resolve(names, plain_names, file=adapter.label)
+    found = resolve(names, tensors, file=adapter.label)
     lost = [name.name for name in found.unmapped] + [tensor.key for tensor in adapter.unread]
     if lost:
         raise NamesError("The adapter has tensors with no place in the model", file=adapter.label, details=lost)
@@ -177,6 +178,30 @@ def find(folder: str | Path, plain_names: Collection[str], options: ReadOptions)
         {found.keys[target.name].removesuffix(".weight"): target for target in adapter.targets},
         {found.keys[name]: replacement for name, replacement in replacements.items()},
     )
+
+
+def _refuse_what_no_layer_does(adapter: Adapter) -> None:
+    """Refuse an adapter of which layers beside frozen weights could do only a part."""
+    for reason, names in _beyond_layers(adapter):
+        if names:
+            hint = "merge it into the base's files (lora-cli merge), and load those"
+            raise UnsupportedError(reason, file=adapter.label, details=names, hint=hint)
+
+
+def _beyond_layers(adapter: Adapter) -> Iterator[tuple[str, list[str]]]:
+    """What no layer does, and what of it the adapter asks for."""
+    yield "LoRA layers have no bias of their own", [t.name for t in adapter.targets if t.parameter == "bias"]
+    attention = [target.name for target in adapter.targets if target.parameter == "in_proj_weight"]
+    yield "PEFT and layers here mean two things by an adapter of attention", attention
+    yield "No layer trains single rows of a table", [rows.name for rows in adapter.rows]
+    layers = adapter.layers or ()
+    repeated = [] if layers == tuple(range(len(layers))) else [f"layer_replication makes layers {layers}"]
+    yield "The adapter is for a model in which layers are repeated", repeated
+    tables = [target.name for target in adapter.targets if target.delta.kind == "lora-embedding"]
+    tables += [whole.name for whole in adapter.replacements if not TABLES.isdisjoint(whole.name.split(".")[-2:-1])]
+    yield "The adapter changes tied tensors as one (ensure_weight_tying)", tables if adapter.tied else []
+    initial = [] if adapter.initial is None else [f"init_lora_weights is {adapter.initial}"]
+    yield "The init of the adapter changed its base, and the files do not say how", initial
 
 
 def _fill(layer: LoRALayer, target: Target, readers: Readers, name: str) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lora_cli.adapters.adapter import Scale
-from lora_cli.adapters.formats.peft import PREFIX
+from lora_cli.adapters.formats.peft_keys import PREFIX
 from lora_cli.adapters.peft_writer import adapter_config, peft_keys, rendered, target_names, task_type
 from lora_cli.adapters.source import CONFIG_FILE
 from lora_cli.checkpoint.checkpoint import ADAPTER_FILE

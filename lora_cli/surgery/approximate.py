@@ -64,7 +64,21 @@ def plan_subtraction(
     opened = open_adapters(adapters, options.read, progress)
     made = plan(merged, opened, options, operation="unmerge")
     _refuse_other_scales(merged, receipt, made)
+    _refuse_lost(merged, made)
     return made
+
+
+def _refuse_lost(merged: Checkpoint, made: Plan) -> None:
+    """Refuse what no subtraction comes near: lengths that were replaced, layers that were repeated."""
+    stretched = [edit.key for edit in made.edits if any(term.delta.magnitude for term in edit.terms)]
+    repeats = [adapter.label for adapter in made.opened if adapter.layers]
+    if stretched or repeats:
+        raise UnsupportedError(
+            "DoRA replaced the lengths of these weights" if stretched else "The adapter repeated layers of the base",
+            file=merged.label,
+            details=stretched or repeats,
+            hint="only the undo file of the merge has what they were: name it with --undo",
+        )
 
 
 def kept(made: Plan) -> tuple[str, ...]:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import MutableMapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-from lora_cli.adapters.adapter import Replacement
+from lora_cli.adapters.adapter import Delta, Replacement
 from lora_cli.checkpoint.checkpoint import StoredTensor
 from lora_cli.errors import LoraCliError, ShapeError, UnsupportedError
 from lora_cli.surgery.edit import Contribution, Rows
 from lora_cli.surgery.views import Views
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 _STEP = 1 << 20
 
@@ -49,7 +54,8 @@ class Change:
 
     def like(self, other: Change) -> bool:
         """Whether both do the same."""
-        same = [id(term) for term in self.terms] == [id(term) for term in other.terms] and self.rows == other.rows
+        same = [id(term) for term in self.terms] == [id(term) for term in other.terms]
+        same = same and len(self.rows) == len(other.rows) and all(map(_rows_alike, self.rows, other.rows))
         one, two = self.replaced, other.replaced
         if one is None or two is None:
             return same and one is two
@@ -57,23 +63,48 @@ class Change:
 
 
 def settle_ties(views: Views, changes: MutableMapping[str, Change]) -> tuple[str, ...]:
-    """Say which names can no longer share a tensor; of others only what is done to the shared one is left.
+    """Say which names can no longer share a tensor; if there are none, only what is done to the shared ones is left.
+
+    A config says at once of all ties of a model whether there are any, so that none are left if one cannot be.
 
     Args:
         views: The names.
         changes: What is done to each.
     """
-    apart: list[str] = []
     untouched = Change()
-    for key in dict.fromkeys(views.tied.values()):
-        _, *aliases = views.group(key)
-        own = changes.get(key, untouched)
-        if all(changes.get(alias, untouched).like(own) for alias in aliases):
-            for alias in aliases:
-                changes.pop(alias, None)
-        else:
-            apart += aliases
-    return tuple(apart)
+    if not all(changes.get(alias, untouched).like(changes.get(key, untouched)) for alias, key in views.tied.items()):
+        return tuple(views.tied)
+    for alias in views.tied:
+        changes.pop(alias, None)
+    return ()
+
+
+def deltas_alike(one: Delta, other: Delta) -> bool:
+    """Whether the factors of two deltas are the same, or each the other's transposed, as of a table and its head."""
+    if one.scale.times() != other.scale.times() or len(one.tensors) != len(other.tensors):
+        return False
+    if all(contents_alike(mine, theirs) for mine, theirs in zip(one.tensors, other.tensors, strict=True)):
+        return True
+    pairs = zip(one.tensors[:2], reversed(other.tensors[:2]), strict=True)
+    return len(one.tensors) == 2 and all(_transposed_alike(mine, theirs) for mine, theirs in pairs)
+
+
+def _transposed_alike(one: StoredTensor, other: StoredTensor) -> bool:
+    if one.dtype != other.dtype or one.shape != other.shape[::-1] or len(one.shape) != 2:
+        return False
+    return bool((_bits(one) == _bits(other).T).all())
+
+
+def _bits(tensor: StoredTensor) -> NDArray[np.unsignedinteger[Any]]:
+    import numpy as np  # only here: plans are made without it
+
+    with tensor.shard.source.open() as reader:
+        data = reader.read(tensor.offset, tensor.nbytes)
+    return np.frombuffer(data, f"u{tensor.dtype.bits // 8}").reshape(tensor.shape)
+
+
+def _rows_alike(one: Rows, other: Rows) -> bool:
+    return (one.rows, one.at) == (other.rows, other.at) and contents_alike(one.tensor, other.tensor)
 
 
 def contents_alike(one: StoredTensor, other: StoredTensor) -> bool:

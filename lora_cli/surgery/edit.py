@@ -124,6 +124,7 @@ class Edit:
         rows: Rows that adapters hold; they go over all else.
         displaced: The base's own tensor, where the adapter's takes its place.
         forgotten: What a restored tensor needs besides its source.
+        gains: What its outputs were multiplied by in the merge; where deltas are to be added they say it themselves.
     """
 
     key: str
@@ -137,6 +138,7 @@ class Edit:
     rows: tuple[Rows, ...] = ()
     displaced: StoredTensor | None = None
     forgotten: Forgotten | None = None
+    gains: StoredTensor | None = None
 
     @property
     def source(self) -> StoredTensor:

@@ -6,7 +6,7 @@ of a piece, the number of workers or the order of work.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -14,16 +14,16 @@ import torch
 
 from lora_cli.adapters.inits import FreshTensor
 from lora_cli.arithmetic.fragments import read_fragment
-from lora_cli.arithmetic.product import ExactProduct, Term, prepare
-from lora_cli.arithmetic.rounding import TileKernel, cast, check_flush_to_zero, slices_for, work_dtype
+from lora_cli.arithmetic.rounding import TileKernel, cast, check_flush_to_zero, work_dtype
 from lora_cli.checkpoint.digests import rows_per_cut
 from lora_cli.errors import LoraCliError, MalformedFileError, NumericError
-from lora_cli.surgery.bands import Band, bands_of, covered
-from lora_cli.surgery.budget import BLOCK_ELEMENTS, TILE_COLUMNS, TILE_ELEMENTS
+from lora_cli.surgery.budget import BLOCK_ELEMENTS, TILE_ELEMENTS
 from lora_cli.surgery.edit import MERGEABLE, Edit
+from lora_cli.surgery.gains import Gains
+from lora_cli.surgery.products import Products, typed
 from lora_cli.surgery.readers import Readers, open_readers, raw_bytes, torch_dtype
-from lora_cli.surgery.runs import Run, runs
-from lora_cli.surgery.undo.codecs import LENGTHS, decode
+from lora_cli.surgery.runs import Block
+from lora_cli.surgery.undo.codecs import LENGTHS, Summand, decode
 
 
 class Piece(NamedTuple):
@@ -34,6 +34,7 @@ class Piece(NamedTuple):
         source: The flat elements it was made from. Of a copied tensor these are bytes.
         result: The flat elements of the output.
         delta: What was added or taken off, in the working type, every zero +0.0; of tensors that take deltas.
+        gains: What the sum was multiplied by, of each element, where it was.
         ends_block: Whether a block ends with it. No piece is longer than a block.
     """
 
@@ -41,6 +42,7 @@ class Piece(NamedTuple):
     source: torch.Tensor
     result: torch.Tensor
     delta: torch.Tensor | None = None
+    gains: torch.Tensor | None = None
     ends_block: bool = True
 
 
@@ -55,9 +57,9 @@ class Workshop:
         check_flush_to_zero()
         self._input = torch.empty(strip_bytes, dtype=torch.uint8)
         self._output = torch.empty(strip_bytes, dtype=torch.uint8)
-        self._deltas = torch.empty(0, dtype=torch.uint8)
         self._kernels: dict[torch.dtype, TileKernel] = {}
-        self._prepared: tuple[Edit, int, dict[int, ExactProduct]] | None = None
+        self._products = Products()
+        self._gains = Gains(self._products)
 
     def pieces(self, edit: Edit, begin: int, end: int) -> Pieces:
         """Yield the output of rows `begin` to `end` of a tensor, piece by piece.
@@ -101,25 +103,26 @@ class Workshop:
         kernel, reader = self.kernel(stored, out), readers.of(edit.source)
         step = kernel.subtract if edit.operation == "subtract" else kernel.merge
         for block in self._blocks(edit, begin, end):
-            deltas = self._delta(edit, readers, block, kernel)
+            gains = self._gains.of(edit, block, kernel, readers)
+            deltas = self._products.delta(edit, block, kernel, readers)
             for first in range(0, block.elements, TILE_ELEMENTS):
                 last = min(first + TILE_ELEMENTS, block.elements)
-                source, result = _typed(self._input, stored, last - first), _typed(self._output, out, last - first)
+                source, result = typed(self._input, stored, last - first), typed(self._output, out, last - first)
                 reader.read_into(edit.source.offset + (block.offset + first) * stored.itemsize, raw_bytes(source))
-                delta = deltas[first:last]
-                step(source, delta, result)
+                delta, gain = deltas[first:last], None if gains is None else gains[first:last]
+                step(source, delta, result, gain)
                 _lay_rows(edit, block.offset + first, result, readers)
-                yield Piece(block.offset + first, source, result, delta, last == block.elements)
+                yield Piece(block.offset + first, source, result, delta, gain, last == block.elements)
 
     def _cast(self, edit: Edit, begin: int, end: int, readers: Readers) -> Iterator[Piece]:
         stored, out = torch_dtype(edit.source.dtype), torch_dtype(edit.dtype)
         reader = readers.of(edit.source)
         for block in self._blocks(edit, begin, end):
-            source = _typed(self._input, stored, block.elements)
+            source = typed(self._input, stored, block.elements)
             reader.read_into(edit.source.offset + block.offset * stored.itemsize, raw_bytes(source))
             if edit.displaced is not None or edit.operation == "append":
                 _check_finite(source)
-            result = cast(source, _typed(self._output, out, block.elements))
+            result = cast(source, typed(self._output, out, block.elements))
             _lay_rows(edit, block.offset, result, readers)
             yield Piece(block.offset, source, result)
 
@@ -129,11 +132,13 @@ class Workshop:
         stored, out = torch_dtype(edit.source.dtype), torch_dtype(edit.dtype)
         kernel, reader, streams = self.kernel(stored, out), readers.of(edit.source), _streams(edit, begin, readers)
         for block in self._blocks(edit, begin, end):
-            source = _typed(self._input, stored, block.elements)
+            source = typed(self._input, stored, block.elements)
             reader.read_into(edit.source.offset + block.offset * stored.itemsize, raw_bytes(source))
-            delta = self._delta(edit, readers, block, kernel) if edit.terms else None
-            result = _typed(self._output, out, block.elements)
-            yield Piece(block.offset, source, decode(edit.forgotten.how, source, delta, _next(streams), result), delta)
+            gains = self._gains.of(edit, block, kernel, readers)
+            delta = self._products.delta(edit, block, kernel, readers) if edit.terms else None
+            result, change = typed(self._output, out, block.elements), Summand(delta, gains)
+            decode(edit.forgotten.how, source, change, _next(streams), result)
+            yield Piece(block.offset, source, result, delta, gains)
         _check_ended(streams)
 
     def _restored_bytes(self, edit: Edit, begin: int, end: int, readers: Readers) -> Iterator[Piece]:
@@ -142,11 +147,11 @@ class Workshop:
         streams = _streams(edit, begin, readers)
         for piece in self._copied(edit, begin, end, readers):
             target = self._output[: piece.source.numel()]
-            decode(edit.forgotten.how, piece.source, None, _next(streams), target)
+            decode(edit.forgotten.how, piece.source, Summand(), _next(streams), target)
             yield Piece(piece.offset, piece.source, target)
         _check_ended(streams)
 
-    def _blocks(self, edit: Edit, begin: int, end: int) -> Iterator[_Block]:
+    def _blocks(self, edit: Edit, begin: int, end: int) -> Iterator[Block]:
         """Cut rows into blocks that are contiguous in memory and fit the buffers."""
         width = max(torch_dtype(edit.source.dtype).itemsize, torch_dtype(edit.dtype).itemsize)
         elements, columns = min(BLOCK_ELEMENTS, self._input.numel() // width), edit.matrix[1]
@@ -154,54 +159,11 @@ class Workshop:
             for row in range(begin, end):
                 for start in range(0, columns, elements):
                     stop = min(start + elements, columns)
-                    yield _Block(row * columns + start, slice(row, row + 1), slice(start, stop))
+                    yield Block(row * columns + start, slice(row, row + 1), slice(start, stop))
             return
         height = max(1, elements // max(1, columns))
         for row in range(begin, end, height):
-            yield _Block(row * columns, slice(row, min(row + height, end)), slice(0, columns))
-
-    def _delta(self, edit: Edit, readers: Readers, block: _Block, kernel: TileKernel) -> torch.Tensor:
-        """The flat deltas of a block, in strips narrow enough for the columns of A to stay in the cache."""
-        nbytes = block.elements * kernel.work.itemsize
-        if self._deltas.numel() < nbytes:
-            self._deltas = torch.empty(nbytes, dtype=torch.uint8)
-        delta = _typed(self._deltas, kernel.work, block.elements)
-        bands = bands_of(edit.terms)
-        if not covered(bands, edit.terms[0]):
-            delta.zero_()
-        for run in _runs(edit, block):
-            matrix = delta[run.place].view(run.shape)
-            for band in bands:
-                self._add_band(edit, band, run, matrix, readers, kernel)
-        return delta
-
-    def _add_band(
-        self, edit: Edit, band: Band, run: Run, matrix: torch.Tensor, readers: Readers, kernel: TileKernel
-    ) -> None:
-        """Write the deltas of some outputs into the part of a block that has them."""
-        transposed = edit.terms[0].transposed
-        rows, columns = (run.rows, band.within(run.columns)) if transposed else (band.within(run.rows), run.columns)
-        if rows.start >= rows.stop or columns.start >= columns.stop:
-            return
-        part = matrix[_moved(rows, -run.rows.start), _moved(columns, -run.columns.start)]
-        product = self._product(edit, run.number, band, readers)
-        rows, columns = (rows, _moved(columns, -band.begin)) if transposed else (_moved(rows, -band.begin), columns)
-        for down, across in _tiles(part.shape):
-            tile = product, _moved(down, rows.start), _moved(across, columns.start)
-            kernel.delta(kernel.product(*tile, transposed=transposed), out=part[down, across])
-
-    def _product(self, edit: Edit, index: int, band: Band, readers: Readers) -> ExactProduct:
-        """The products of a matrix, kept for its next block and cut: preparing wide factors takes as long as a cut."""
-        if self._prepared is None or self._prepared[0] is not edit or self._prepared[1] != index:
-            self._prepared = None  # never those of two matrices in memory
-            self._prepared = edit, index, {}
-        products = self._prepared[2]
-        if band.begin not in products:
-            work = work_dtype(torch_dtype(edit.source.dtype), torch_dtype(edit.dtype))
-            terms = [term.term(readers.load, index) for term in band.terms]
-            terms = [Term(term.b[band.begin : band.end], term.a, term.scale) for term in terms]
-            products[band.begin] = prepare(terms, slices=slices_for(work))
-        return products[band.begin]
+            yield Block(row * columns, slice(row, min(row + height, end)), slice(0, columns))
 
     def kernel(self, *storages: torch.dtype) -> TileKernel:
         """The tile kernel for these storage types."""
@@ -209,22 +171,6 @@ class Workshop:
         if work not in self._kernels:
             self._kernels[work] = TileKernel(work, TILE_ELEMENTS)
         return self._kernels[work]
-
-
-class _Block(NamedTuple):
-    """A contiguous part of a matrix: the index of its first element, and which rows and columns it has."""
-
-    offset: int
-    rows: slice
-    columns: slice
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.rows.stop - self.rows.start, self.columns.stop - self.columns.start
-
-    @property
-    def elements(self) -> int:
-        return self.shape[0] * self.shape[1]
 
 
 def _streams(edit: Edit, begin: int, readers: Readers) -> Iterator[bytes]:
@@ -277,31 +223,6 @@ def _check_finite(tensor: torch.Tensor) -> None:
     broken = int((~torch.isfinite(wide)).sum())
     if broken:
         raise NumericError("The adapter's tensor holds NaN or infinity", found=f"{broken} values in one piece")
-
-
-def _runs(edit: Edit, block: _Block) -> Iterator[Run]:
-    """The block itself, or of a stack its parts in each matrix."""
-    if edit.terms[0].delta.stack is None:
-        yield Run(slice(0, block.elements), 0, block.rows, block.columns)
-        return
-    yield from runs(block.offset, block.elements, edit.terms[0].matrices, block.elements)
-
-
-def _tiles(shape: Sequence[int]) -> Iterator[tuple[slice, slice]]:
-    rows, columns = shape
-    width = min(columns, TILE_COLUMNS)
-    height = max(1, TILE_ELEMENTS // max(1, width))
-    for left in range(0, columns, width):
-        for top in range(0, rows, height):
-            yield slice(top, min(top + height, rows)), slice(left, min(left + width, columns))
-
-
-def _moved(part: slice, by: int) -> slice:
-    return slice(part.start + by, part.stop + by)
-
-
-def _typed(buffer: torch.Tensor, dtype: torch.dtype, elements: int) -> torch.Tensor:
-    return buffer[: elements * dtype.itemsize].view(dtype)
 
 
 @contextmanager

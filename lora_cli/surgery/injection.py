@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lora_cli.adapters.formats.peft import PREFIX
+from lora_cli.adapters.formats.peft_keys import PREFIX
 from lora_cli.adapters.inits import ZEROS, FreshTensor
 from lora_cli.adapters.names import Wrap, colliding
 from lora_cli.adapters.peft_writer import adapter_config, is_bare, peft_keys, rendered, target_names, task_type

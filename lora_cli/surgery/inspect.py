@@ -1,4 +1,4 @@
-"""Inspect: what is this file? From headers and configs only, without torch."""
+"""Inspect: what is this file? From headers and configs only, without torch, unless numbers are asked for."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from typing import Any, Literal
 from lora_cli.adapters.adapter import Adapter
 from lora_cli.adapters.formats import read_adapter
 from lora_cli.adapters.source import CONFIG_FILE, ReadOptions, look_at_adapter
-from lora_cli.adapters.wrapped import wrapped_modules
+from lora_cli.adapters.wrapped import unwrap, wrapped_modules
 from lora_cli.checkpoint.checkpoint import ADAPTER_FILE, Checkpoint, StoredTensor, open_checkpoint, open_shard
 from lora_cli.checkpoint.hub import Location, locate
 from lora_cli.checkpoint.quantised import Quantised, method
-from lora_cli.errors import LoraCliError, MissingScaleError
+from lora_cli.errors import LoraCliError, MissingScaleError, UsageError
 from lora_cli.progress import SILENT, Progress
 from lora_cli.surgery.placing import PlanOptions
 from lora_cli.surgery.planning import plan
 from lora_cli.surgery.receipt import find_receipt
 from lora_cli.surgery.results import Reference, open_base
+from lora_cli.surgery.spectrum import AdapterSpectrum, adapter_spectrum, module_name
 from lora_cli.surgery.undo.summary import UndoSummary, undo_summary
 
 Kind = Literal["adapter", "checkpoint", "merged"]
@@ -88,6 +89,7 @@ class InspectResult:
         wrapped: Modules that hold a base weight and factors.
         receipt: What lora-cli wrote beside it when it made it.
         undo: Whether and how the merge can be undone; None without an undo file.
+        spectrum: Singular values of what the factors change; None where they were not asked for.
         warnings: What a person should look at.
     """
 
@@ -110,6 +112,7 @@ class InspectResult:
     wrapped: tuple[str, ...] = ()
     receipt: Mapping[str, Any] | None = None
     undo: UndoSummary | None = None
+    spectrum: AdapterSpectrum | None = None
     warnings: tuple[str, ...] = field(default=())
 
 
@@ -118,6 +121,7 @@ def inspect(
     *,
     base: Reference | None = None,
     options: PlanOptions | None = None,
+    spectrum: bool = False,
     progress: Progress = SILENT,
 ) -> InspectResult:
     """Say what a path or Hub id holds, from headers only.
@@ -126,16 +130,20 @@ def inspect(
         reference: An adapter or a checkpoint.
         base: Resolve the adapter's names against this checkpoint.
         options: How the adapter is read and its names are mapped.
-        progress: Hears of downloads.
+        spectrum: Read the factors, an adapter's or a wrapped checkpoint's own, and find the singular values of what
+            they change (see `adapter_spectrum`).
+        progress: Hears of downloads, and of factors that are read.
 
     Raises:
+        UsageError: The spectrum of a checkpoint without factors.
+        NumericError: A factor whose spectrum is wanted holds NaN or infinity.
         LoraCliError: What opening it raises.
     """
     options = options or PlanOptions()
     place = locate_any(reference, progress)
     if is_adapter(place.path):
-        return _inspect_adapter(place, base, options, progress)
-    return _inspect_checkpoint(place)
+        return _inspect_adapter(place, base, options, spectrum, progress)
+    return _inspect_checkpoint(place, options, spectrum, progress)
 
 
 def locate_any(reference: Reference, progress: Progress) -> Location:
@@ -178,7 +186,7 @@ _ADAPTER_PARTS |= {"lora_embedding_A", "lora_embedding_B"}
 
 
 def _inspect_adapter(
-    place: Location, base: Reference | None, options: PlanOptions, progress: Progress
+    place: Location, base: Reference | None, options: PlanOptions, spectrum: bool, progress: Progress
 ) -> InspectResult:
     adapter, scaled = _read_adapter(place, options.read)
     keys: dict[tuple[str, str], str] = {}
@@ -188,7 +196,7 @@ def _inspect_adapter(
         keys = {(entry.tensor, ""): entry.key for entry in made.ledger if entry.key}
     modules = [
         ModuleInfo(
-            module=target.module if target.parameter == "weight" else target.name,
+            module=module_name(target),
             key=keys.get((target.delta.tensors[0].key, "")),
             rank=target.delta.rank,
             alpha=target.delta.scale.alpha if target.delta.scale.rank else None,
@@ -227,6 +235,7 @@ def _inspect_adapter(
         base=str(named) if named else None,
         modules=tuple(modules),
         receipt=find_receipt(place.path),
+        spectrum=adapter_spectrum(adapter, progress, scaled=scaled) if spectrum else None,
         warnings=(*adapter.warnings, *_unread_warning(adapter), *(() if scaled else (NO_SCALE,))),
     )
 
@@ -248,7 +257,7 @@ def _unread_warning(adapter: Adapter) -> tuple[str, ...]:
     return (f"{len(names)} tensors belong to no pair of factors: {', '.join(names[:4])}",) if names else ()
 
 
-def _inspect_checkpoint(place: Location) -> InspectResult:
+def _inspect_checkpoint(place: Location, options: PlanOptions, spectrum: bool, progress: Progress) -> InspectResult:
     checkpoint = open_checkpoint(place.path, label=place.label, links_inside=place.links_inside)
     receipt = find_receipt(place.path)
     merged = receipt is not None and receipt.get("operation") == "merge"
@@ -274,8 +283,21 @@ def _inspect_checkpoint(place: Location) -> InspectResult:
         wrapped=wrapped_modules(checkpoint),
         receipt=receipt,
         undo=undo_summary(place.path),
+        spectrum=_own_spectrum(checkpoint, options.read, progress) if spectrum else None,
         warnings=checkpoint.warnings,
     )
+
+
+def _own_spectrum(checkpoint: Checkpoint, options: ReadOptions, progress: Progress) -> AdapterSpectrum:
+    """The spectrum of the factors that a wrapped checkpoint carries."""
+    wrapped = unwrap(checkpoint, options)
+    if wrapped is None:
+        raise UsageError(
+            "Only factors have a spectrum, and this checkpoint holds none",
+            file=checkpoint.label,
+            hint="name an adapter; lora-cli diff --rank looks at the change between two checkpoints",
+        )
+    return adapter_spectrum(wrapped.adapter, progress, scaled=True)
 
 
 def _count_quantised(checkpoint: Checkpoint) -> int:

@@ -9,12 +9,10 @@ from lora_cli.adapters.adapter import Adapter, Delta, Target
 from lora_cli.adapters.layout import Orientation, bears_witness, by_architecture, is_table, settle_square
 from lora_cli.adapters.region import Place
 from lora_cli.checkpoint.checkpoint import Checkpoint
+from lora_cli.checkpoint.tied import TABLES
 
 Placed = tuple[Target, Place]
 """A target and one of the places that store it."""
-
-VOCABULARIES = {"embed_tokens", "lm_head", "wte", "word_embeddings", "shared", "embed_out"}
-"""Parts of names of tensors that have as many rows as there are tokens."""
 
 
 @dataclass(frozen=True)
@@ -134,9 +132,14 @@ def _with_outputs(shape: tuple[int, ...], place: Place, *, transposed: bool) -> 
     return (*shape[:-1], outputs) if transposed else (outputs, *shape[1:])
 
 
+def is_vocabulary(key: str) -> bool:
+    """Whether a tensor has a row for each token, by its name."""
+    return not (TABLES | {"predictions", "proj_out"}).isdisjoint(key.split("."))
+
+
 def vocabulary_hint(rows: int, key: str, shape: tuple[int, ...]) -> str:
     """Words for a table that has another number of rows than an adapter's."""
-    if not VOCABULARIES & set(key.split(".")) or not shape:
+    if not is_vocabulary(key) or not shape:
         return ""
     return (
         f"; the vocabulary differs ({rows} rows in the adapter, {shape[0]} in the base): take the base that the "

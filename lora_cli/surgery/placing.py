@@ -4,26 +4,27 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 from lora_cli.adapters.adapter import Adapter, Replacement, RowReplacement, Target
-from lora_cli.adapters.conversions import ties
 from lora_cli.adapters.layout import Orientation
 from lora_cli.adapters.names import Identity, Mapper
 from lora_cli.adapters.region import Place, whole
 from lora_cli.adapters.resolve import Resolution, parse_maps, resolve
 from lora_cli.adapters.source import ReadOptions
+from lora_cli.adapters.ties import ties
 from lora_cli.adapters.wrapped import Wrapped, unwrap
 from lora_cli.checkpoint.checkpoint import Checkpoint, StoredTensor
 from lora_cli.checkpoint.quantised import Quantised
 from lora_cli.checkpoint.repairs import Repair, untied, with_layers, with_vocabulary
-from lora_cli.errors import LoraCliError, NamesError, ShapeError, UnsupportedError
-from lora_cli.surgery.changing import Change, contents_alike, settle_ties
+from lora_cli.errors import NamesError, ShapeError, UnsupportedError
+from lora_cli.surgery.accounts import Accounts
+from lora_cli.surgery.changing import Change, contents_alike, deltas_alike, settle_ties
 from lora_cli.surgery.edit import MERGEABLE, Contribution, Rows
-from lora_cli.surgery.lying import VOCABULARIES, lie, vocabulary_hint
+from lora_cli.surgery.lying import is_vocabulary, lie, vocabulary_hint
 from lora_cli.surgery.matching import check_mapped, left_out, unused_maps
-from lora_cli.surgery.plan import AdapterUse, LedgerEntry, Outcome, ScaleUse
+from lora_cli.surgery.plan import AdapterUse, ScaleUse
 from lora_cli.surgery.views import Views, views_of
 from lora_cli.surgery.weighting import with_weights
 
@@ -76,7 +77,7 @@ class Placement:
         appended: New key → its tensor.
         apart: Names that share a tensor in the base and get one of their own.
         repairs: What config.json has to say otherwise.
-        ledger: What became of every adapter tensor.
+        accounts: What became of every adapter tensor.
         uses: How each adapter is used.
         warnings: What a person should look at.
 
@@ -101,9 +102,9 @@ class Placement:
         self.repairs: list[Repair] = [with_layers(self.views.layers)] if self.views.layers else []
         self.uses: list[AdapterUse] = []
         self.warnings = [f"{adapter.label}: {text}" for adapter in self.adapters for text in adapter.warnings]
-        self._ledgers: list[list[LedgerEntry]] = [[] for _ in self.adapters]
-        self._problems: list[tuple[type[LoraCliError], str]] = []
+        self.accounts = Accounts(base.label, self.adapters)
         self._guessed: list[str] = []
+        self._resized: dict[str, tuple[int, int]] = {}
         self._quantised = Quantised(base)
         applied = [self._resolved(position, adapter) for position, adapter in enumerate(self.adapters)]
         # What stands in place of a tensor decides what shape a delta finds there.
@@ -111,18 +112,13 @@ class Placement:
             self._place_wholes(one)
         for one in applied:
             self._place_targets(one)
-        self._raise_problems()
-        self._check_ledgers()
+        self._settle_vocabulary()
+        self.accounts.settle()
         self.apart = settle_ties(self.views, self.changes)
         if self.apart:
             self.repairs.append(untied)
         self.warnings += unused_maps(options.maps, self.adapters)
         self.warnings += _guessed_words(self._guessed)
-
-    @property
-    def ledger(self) -> list[LedgerEntry]:
-        """What became of every adapter tensor."""
-        return [entry for ledger in self._ledgers for entry in ledger]
 
     def _views(self) -> Views:
         plain = {
@@ -145,11 +141,11 @@ class Placement:
         """Find the names of one adapter, and enter what has none."""
         weight = self.weights[position]
         maps = parse_maps(self.options.maps)
-        found = resolve(adapter.names, self.tensors, maps=maps, file=adapter.label)
+        found = resolve(adapter.names, self.tensors, config=self.base.config, maps=maps, file=adapter.label)
         new = frozenset(r.name for r in adapter.replacements if r.may_be_new and r.name not in found.places)
         check_mapped(adapter, found, set(new), allow_unmapped=self.options.allow_unmapped)
         for tensor, reason in left_out(adapter, found, set(new)):
-            self._enter(position, tensor, "ignored", None, reason)
+            self.accounts.enter(position, tensor, "ignored", None, reason)
         scales = Counter((t.delta.scale.times(weight), t.delta.scale.source) for t in adapter.targets)
         self.uses.append(
             AdapterUse(
@@ -185,12 +181,12 @@ class Placement:
         tensor, key = replacement.tensor, whole(places)
         copied = one.weight not in (0, 1) and key is not None and contents_alike(self.tensors[key], tensor)
         if one.weight == 0 or copied:
-            self._enter(one.position, tensor, "ignored", key, "the base's own tensor" if copied else "weight 0")
+            self.accounts.enter(one.position, tensor, "ignored", key, "the base's own tensor" if copied else "weight 0")
         elif one.weight != 1:
             words = (
                 f"{replacement.name}: a whole tensor ({replacement.reason}) cannot be taken at weight {one.weight:g}"
             )
-            self._problems.append((UnsupportedError, words))
+            self.accounts.problem(UnsupportedError, words)
         elif not places:
             self._append(one, replacement)
         elif key is None:
@@ -202,8 +198,8 @@ class Placement:
     def _append(self, one: _Applied, replacement: Replacement) -> None:
         earlier = self.appended.setdefault(replacement.name, replacement)
         if not contents_alike(earlier.tensor, replacement.tensor):
-            self._problems.append((NamesError, _two_words(replacement.name, one.adapter)))
-        self._enter(one.position, replacement.tensor, "added", replacement.name, replacement.reason)
+            self.accounts.problem(NamesError, _two_words(replacement.name, one.adapter))
+        self.accounts.enter(one.position, replacement.tensor, "added", replacement.name, replacement.reason)
 
     def _replace(self, one: _Applied, replacement: Replacement, key: str) -> None:
         tensor = replacement.tensor
@@ -212,29 +208,42 @@ class Placement:
         for name in self._names(key, shared=shared):
             change = self._change(name)
             if change.replaced and not contents_alike(change.replaced.tensor, tensor):
-                self._problems.append((NamesError, _two_words(name, one.adapter)))
+                self.accounts.problem(NamesError, _two_words(name, one.adapter))
                 return
             change.replaced = change.replaced or replacement
         if not self._fits_whole(one.adapter, tensor, key):
             return
-        self._enter(one.position, tensor, "replaced", key, replacement.reason)
+        self.accounts.enter(one.position, tensor, "replaced", key, replacement.reason)
 
     def _fits_whole(self, adapter: Adapter, tensor: StoredTensor, key: str) -> bool:
         stored = self.tensors[key]
         resized = tensor.shape != stored.shape
-        if resized and not (_is_vocabulary(key, stored) and tensor.shape[1:] == stored.shape[1:]):
+        if resized and not (is_vocabulary(key) and tensor.shape[1:] == stored.shape[1:]):
             rows = f"{adapter.label} has shape {list(tensor.shape)}, {self.base.label} has {list(stored.shape)}"
             words = f"{key}: {rows}{vocabulary_hint(tensor.shape[0] if tensor.shape else 0, key, stored.shape)}"
-            self._problems.append((ShapeError, words))
+            self.accounts.problem(ShapeError, words)
             return False
         if tensor.dtype != stored.dtype and not {tensor.dtype.name, stored.dtype.name} <= set(MERGEABLE):
             taken = f"{tensor.dtype.name} in {adapter.label} cannot become {stored.dtype.name}"
             words = f"{key}: {taken}, as the base stores it"
-            self._problems.append((UnsupportedError, words))
+            self.accounts.problem(UnsupportedError, words)
             return False
         if resized:
-            self.repairs.append(with_vocabulary(stored.shape[0], tensor.shape[0]))
+            self._resized[key] = stored.shape[0], tensor.shape[0]
         return True
+
+    def _settle_vocabulary(self) -> None:
+        """A vocabulary that has other entries now has them in every tensor that has a row for each."""
+        for before, after in dict.fromkeys(self._resized.values()):
+            self.repairs.append(with_vocabulary(before, after))
+            left = [
+                key
+                for key, tensor in self.tensors.items()
+                if tensor.shape[:1] == (before,) and is_vocabulary(key) and self._shape(key) == tensor.shape
+            ]
+            if left or len({size for old, size in self._resized.values() if old == before}) > 1:
+                words = f"{', '.join(self._resized)}: {after} rows in the adapter, and {', '.join(left)} has {before}"
+                self.accounts.problem(ShapeError, f"{words}; the vocabulary would be of two sizes")
 
     def _place_part(self, one: _Applied, replacement: Replacement, place: Place) -> None:
         """Replace the part of a tensor that a parameter is, or by a part of a parameter."""
@@ -242,36 +251,38 @@ class Placement:
         rows = tuple(region.indices()) if region else ()
         if place.turned or tensor.shape[1:] != stored.shape[1:] or max(rows, default=0) >= tensor.shape[0]:
             words = f"{place.key}: {list(stored.shape)} in the base, and {replacement.name} is {list(tensor.shape)}"
-            self._problems.append((ShapeError, words))
+            self.accounts.problem(ShapeError, words)
             return
         assert region is not None  # noqa: S101 (a place that is not turned and not whole has one)
         self._check_plain(place.key)
         self._change(place.key).rows.append(Rows(tensor, rows, tuple(range(*region.outputs))))
-        if all(entry.tensor != tensor.key for entry in self._ledgers[one.position]):
-            self._enter(one.position, tensor, "replaced", place.key, replacement.reason)
+        if not self.accounts.has(one.position, tensor):
+            self.accounts.enter(one.position, tensor, "replaced", place.key, replacement.reason)
 
     def _place_rows(self, one: _Applied, change: RowReplacement, place: Place) -> None:
         tensor, shape = change.tensor, self._shape(place.key)
         if one.weight == 0:
-            self._enter(one.position, tensor, "ignored", place.key, "weight 0")
+            self.accounts.enter(one.position, tensor, "ignored", place.key, "weight 0")
             return
         if one.weight != 1:
             words = f"{change.name}: trained rows ({change.reason}) cannot be taken at weight {one.weight:g}"
-            self._problems.append((UnsupportedError, words))
+            self.accounts.problem(UnsupportedError, words)
             return
         if place.region or place.turned or tensor.shape[1:] != shape[1:] or max(change.rows, default=-1) >= shape[0]:
             words = (
                 f"{place.key}: {list(shape)} in the base, and the adapter has rows of {list(tensor.shape[1:])} "
                 f"up to number {max(change.rows, default=0)}"
             )
-            self._problems.append((ShapeError, words))
+            self.accounts.problem(ShapeError, words)
             return
         self._check_plain(place.key)
         rows = Rows(tensor, tuple(range(len(change.rows))), change.rows)
-        # Both ends of a tie read the trained rows: PEFT ties its own rows too.
-        for name in self._names(place.key, shared=True):
+        # PEFT ties rows that are trained of the embedding alone, and leaves them apart where the head has its own.
+        group = self.views.group(place.key)
+        trained = {p.key for other in one.adapter.rows for p in one.found.places.get(other.name, ())} & {*group}
+        for name in self._names(place.key, shared=one.adapter.tied or trained == {group[0]}):
             self._change(name).rows.append(rows)
-        self._enter(one.position, tensor, "replaced", place.key, change.reason)
+        self.accounts.enter(one.position, tensor, "replaced", place.key, change.reason)
 
     def _shape(self, key: str) -> tuple[int, ...]:
         """The shape of a tensor as deltas find it."""
@@ -284,7 +295,8 @@ class Placement:
         placed = [(target, place) for target in one.adapter.targets for place in one.found.places.get(target.name, ())]
         shapes = {key: self._shape(key) for key in self.tensors}
         lying = lie(one.adapter, placed, shapes, self.base, self.options.orientation)
-        self._problems += [(ShapeError, words) for words in lying.problems]
+        for words in lying.problems:
+            self.accounts.problem(ShapeError, words)
         self._guessed += lying.guessed
         entered: set[int] = set()
         shared: dict[str, Target] = {}
@@ -304,12 +316,19 @@ class Placement:
     def _enter_target(self, one: _Applied, target: Target, key: str) -> None:
         idle = target.delta.magnitude is not None and one.weight == 0
         for tensor in target.delta.tensors:
-            self._enter(one.position, tensor, "ignored" if idle else "applied", key, "weight 0" if idle else None)
+            self.accounts.enter(
+                one.position, tensor, "ignored" if idle else "applied", key, "weight 0" if idle else None
+            )
 
     def _enter_twin(self, one: _Applied, target: Target, first: Target, key: str) -> None:
         """Enter the second of two changes of one tensor, which an adapter that ties them holds twice."""
+        if not deltas_alike(target.delta, first.delta):
+            words = f"{target.module} and {first.module} are tied by ensure_weight_tying, and their factors differ"
+            self.accounts.problem(NamesError, words)
         for tensor in target.delta.tensors:
-            self._enter(one.position, tensor, "ignored", key, f"the change of {first.module}, which is tied to it")
+            self.accounts.enter(
+                one.position, tensor, "ignored", key, f"the change of {first.module}, which is tied to it"
+            )
 
     def _add(self, one: _Applied, target: Target, place: Place, *, transposed: bool) -> None:
         key = place.key
@@ -318,67 +337,26 @@ class Placement:
         for name in self._names(key, shared=one.adapter.tied):
             problem = self._change(name).add(added)
             if problem:
-                self._problems.append((problem[0], f"{key}: {problem[1]}"))
+                self.accounts.problem(problem[0], f"{key}: {problem[1]}")
 
     def _check_target(self, one: _Applied, target: Target, key: str) -> None:
         base = self.tensors[key]
         if base.dtype.name not in MERGEABLE:
-            self._problems.append((UnsupportedError, f"{key}: storage type {base.dtype.name} takes no delta"))
+            self.accounts.problem(UnsupportedError, f"{key}: storage type {base.dtype.name} takes no delta")
         for factor in target.delta.tensors:
             if factor.dtype.name not in MERGEABLE:
                 words = f"{factor.key}: storage type {factor.dtype.name} of a factor"
-                self._problems.append((UnsupportedError, words))
+                self.accounts.problem(UnsupportedError, words)
         if target.delta.magnitude is not None and one.weight != 1:
             words = f"{key}: DoRA sets the lengths of rows, and has no meaning at weight {one.weight:g}"
-            self._problems.append((UnsupportedError, words))
+            self.accounts.problem(UnsupportedError, words)
         self._check_plain(key)
 
     def _check_plain(self, key: str) -> None:
         """Refuse a tensor that holds quantised numbers."""
         reason = self._quantised(self.tensors[key].key)
         if reason:
-            self._problems.append((UnsupportedError, f"{key}: quantised, {reason}"))
-
-    # The ledger, and what is wrong
-
-    def keep_replaced(self, reason: str) -> None:
-        """Leave tensors as they are that adapters replaced whole, for that reason, and add none."""
-        reasons = {"replaced": reason, "added": "not in the checkpoint"}
-        self._ledgers = [
-            [
-                replace(entry, outcome="ignored", reason=reasons[entry.outcome]) if entry.outcome in reasons else entry
-                for entry in ledger
-            ]
-            for ledger in self._ledgers
-        ]
-        for change in self.changes.values():
-            change.replaced = None
-            change.rows.clear()
-        self.appended.clear()
-
-    def _enter(
-        self, position: int, tensor: StoredTensor, outcome: Outcome, key: str | None, reason: str | None = None
-    ) -> None:
-        label = self.adapters[position].label
-        self._ledgers[position].append(LedgerEntry(label, tensor.key, outcome, key, reason))
-
-    def _check_ledgers(self) -> None:
-        for adapter, ledger in zip(self.adapters, self._ledgers, strict=True):
-            if len(ledger) != adapter.stored:
-                found = f"{len(ledger)} of {adapter.stored} tensors"
-                raise LoraCliError("The ledger of this adapter is not complete", file=adapter.label, found=found)
-
-    def _raise_problems(self) -> None:
-        """Raise one error with every problem of the gravest kind, names before shapes before the rest."""
-        messages: dict[type[LoraCliError], str] = {
-            NamesError: "Two adapters want different things of one tensor",
-            ShapeError: "Shapes of adapter and base do not fit",
-            UnsupportedError: "Some targets cannot take this adapter",
-        }
-        for kind, message in messages.items():
-            details = [words for found, words in self._problems if found is kind]
-            if details:
-                raise kind(f"{message} ({len(details)})", file=self.base.label, details=details, hint=_hint(details))
+            self.accounts.problem(UnsupportedError, f"{key}: quantised, {reason}")
 
 
 def _guessed_words(guessed: Sequence[str]) -> list[str]:
@@ -391,20 +369,8 @@ def _guessed_words(guessed: Sequence[str]) -> list[str]:
     ]
 
 
-def _is_vocabulary(key: str, stored: StoredTensor) -> bool:
-    return len(stored.shape) in (1, 2) and bool(VOCABULARIES & set(key.split(".")))
-
-
 def _two_words(name: str, adapter: Adapter) -> str:
     return f"{name}: two adapters hold different tensors for it, one of them {adapter.label}"
-
-
-def _hint(details: Sequence[str]) -> str | None:
-    if any("quantised" in words for words in details):
-        return "merge into the 16-bit checkpoint that the quantised one was made from"
-    if any("--orientation" in words for words in details):
-        return "--orientation ba for torch.nn.Linear (out × in), ab for (in × out)"
-    return None
 
 
 def _all_adapters(wrapped: Wrapped | None, adapters: Sequence[Adapter]) -> list[Adapter]:

@@ -74,7 +74,7 @@ class _Layout:
             left_out=tuple(left_out),
             adapters=tuple(placed.uses),
             opened=tuple(placed.adapters),
-            ledger=tuple(placed.ledger),
+            ledger=placed.accounts.ledger,
             dropped=tuple(sorted({*placed.carried, *self._left_layers()})),
             inputs=(*self.base.paths, *(path for adapter in placed.adapters for path in adapter.paths)),
             warnings=(*self._own_warnings(), *placed.warnings, *warnings),
@@ -105,7 +105,11 @@ class _Layout:
     def _keep_what_was_replaced(self) -> None:
         """Taking an adapter out cannot bring back what it replaced whole: such tensors stay as they are."""
         placed = self.placement
-        placed.keep_replaced(KEPT)
+        placed.accounts.keep_replaced(KEPT)
+        for change in placed.changes.values():
+            change.replaced = None
+            change.rows.clear()
+        placed.appended.clear()
 
     def _output_file(self, shard: Shard) -> OutputFile:
         """Lay out the output file that takes the place of one shard; the base's header stands if nothing changed."""

@@ -62,7 +62,8 @@ def prove(plan: Plan, budget: Budget, progress: Progress) -> Iterator[tuple[str,
 
 def _count(edit: Edit, unit: Unit, workshop: Workshop) -> Count:
     count = Count()
-    for _, merged, candidate, delta, _ in workshop.pieces(edit, unit.begin, unit.end):
+    for piece in workshop.pieces(edit, unit.begin, unit.end):
+        merged, candidate, delta = piece.source, piece.result, piece.delta
         assert delta is not None  # noqa: S101 (asked for)
         below, above = neighbours(candidate)
         low, hit, high = (_bits(_merged(value, delta)) == _bits(merged) for value in (below, candidate, above))

@@ -16,7 +16,9 @@ from lora_cli.adapters.formats import open_adapter
 from lora_cli.adapters.source import ReadOptions
 from lora_cli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from lora_cli.checkpoint.hub import locate
+from lora_cli.errors import UsageError
 from lora_cli.progress import SILENT, Progress
+from lora_cli.surgery.weighting import with_initial
 
 Reference = str | Path
 """A local path or a Hub id, as users write it."""
@@ -34,12 +36,29 @@ def listed(references: Iterable[Reference]) -> list[Reference]:
 
 
 def open_adapters(references: Iterable[Reference], options: ReadOptions, progress: Progress = SILENT) -> list[Adapter]:
-    """Open adapters from paths or Hub ids; one alone may be given without a list."""
-    adapters = []
-    for reference in listed(references):
-        place = locate(str(reference), role="adapter", progress=progress)
-        adapters.append(open_adapter(place.path, options, label=place.label))
-    return adapters
+    """Open adapters from paths or Hub ids; one alone may be given without a list.
+
+    Raises:
+        UsageError: Not one adapter as it was before training for each that needs it.
+        LoraCliError: What `check_initial` and reading the files raise.
+    """
+    adapters = [_open_adapter(reference, options, progress) for reference in listed(references)]
+    before = [_open_adapter(reference, options, progress) for reference in options.initial]
+    wanting = [adapter for adapter in adapters if adapter.initial]
+    if before and len(before) != len(wanting):
+        raise UsageError(
+            "Give --initial once for each adapter whose init changed the base, in their order",
+            expected=f"{len(wanting)} ({', '.join(adapter.label for adapter in wanting) or 'no adapter needs it'})",
+            found=len(before),
+        )
+    pairs = zip(wanting, before, strict=False)
+    trained = {id(adapter): with_initial(adapter, initial) for adapter, initial in pairs}
+    return [trained.get(id(adapter), adapter) for adapter in adapters]
+
+
+def _open_adapter(reference: Reference, options: ReadOptions, progress: Progress) -> Adapter:
+    place = locate(str(reference), role="adapter", progress=progress)
+    return open_adapter(place.path, options, label=place.label)
 
 
 @dataclass

@@ -47,3 +47,21 @@ def runs(offset: int, elements: int, matrices: tuple[int, int, int], longest: in
         columns = slice(0, width) if whole else slice(column, column + count)
         yield Run(slice(at, at + count), index, slice(row, row + max(1, whole)), columns)
         at += count
+
+
+class Block(NamedTuple):
+    """A part of a tensor as a matrix: the index of its first element, and which rows and columns it has."""
+
+    offset: int
+    rows: slice
+    columns: slice
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """How many rows and columns."""
+        return self.rows.stop - self.rows.start, self.columns.stop - self.columns.start
+
+    @property
+    def elements(self) -> int:
+        """How many elements."""
+        return self.shape[0] * self.shape[1]

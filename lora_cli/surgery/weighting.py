@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from lora_cli.adapters.adapter import Adapter
-from lora_cli.errors import UnsupportedError, UsageError
+from lora_cli.errors import UnsupportedError, UsageError, WrongInputError
 
 
 def with_weights(adapters: Sequence[Adapter], weights: Sequence[float]) -> tuple[list[Adapter], list[float]]:
@@ -21,11 +22,11 @@ def with_weights(adapters: Sequence[Adapter], weights: Sequence[float]) -> tuple
         UnsupportedError: An adapter whose first factors were taken off its base, and nothing says which they were.
     """
     given = _weights(weights, adapters)
-    both = [pair for adapter, weight in zip(adapters, given, strict=True) for pair in _with_initial(adapter, weight)]
+    both = [pair for adapter, weight in zip(adapters, given, strict=True) for pair in _with_before(adapter, weight)]
     return [adapter for adapter, _ in both], [weight for _, weight in both]
 
 
-def _with_initial(adapter: Adapter, weight: float) -> Iterator[tuple[Adapter, float]]:
+def _with_before(adapter: Adapter, weight: float) -> Iterator[tuple[Adapter, float]]:
     yield adapter, weight
     if adapter.initial is None:
         return
@@ -37,6 +38,34 @@ def _with_initial(adapter: Adapter, weight: float) -> Iterator[tuple[Adapter, fl
             "merge into the changed base that it was trained on, with --ignore-field init_lora_weights",
         )
     yield adapter.before, -weight
+
+
+def with_initial(adapter: Adapter, before: Adapter) -> Adapter:
+    """Return an adapter that knows what it was before training: W - scale·B₀·A₀ was its base then.
+
+    (PEFT, `LoraModel.subtract_mutated_init`, puts both into one adapter of twice the rank; the sum is the same.)
+
+    Raises:
+        WrongInputError: It cannot have been this adapter: other targets, shapes or scales.
+    """
+    said, found = (
+        {target.name: (target.delta.shape, target.delta.rank, target.delta.scale.times()) for target in one.targets}
+        for one in (adapter, before)
+    )
+    if said != found:
+        differing = sorted(name for name in said.keys() | found.keys() if said.get(name) != found.get(name))
+        raise WrongInputError(
+            "The adapter given with --initial is not this one before its training",
+            file=before.label,
+            expected=f"the targets, ranks and scales of {adapter.label}",
+            details=differing,
+        )
+    whole = [change.tensor for change in before.replacements] + [change.tensor for change in before.rows]
+    reason = "as it was before training"
+    skipped = (*before.skipped, *((tensor, reason) for tensor in whole))
+    bare = replace(before, label=f"{before.label} ({reason})", replacements=(), rows=(), skipped=skipped, initial=None)
+    # The layers and ties of the model are those of the trained adapter.
+    return replace(adapter, before=replace(bare, layers=adapter.layers, tied=adapter.tied))
 
 
 def _weights(weights: Sequence[float], adapters: Sequence[Adapter]) -> list[float]:

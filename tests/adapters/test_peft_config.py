@@ -13,12 +13,12 @@ from models import quiet
 from tiny import ALPHA, MODULES, RANK, adapter_tensors, write_adapter
 
 from lora_cli.adapters.formats import open_adapter
-from lora_cli.adapters.peft_config import NEUTRAL, REFUSED, UNDERSTOOD, check_fields
+from lora_cli.adapters.peft_config import NEUTRAL, REFUSED, UNDERSTOOD, check_fields, initial_of
 from lora_cli.adapters.source import ReadOptions
 from lora_cli.errors import MalformedFileError, ShapeError, UnsupportedError
 
-OLDER: frozenset[str] = frozenset()
-"""Fields that PEFT once wrote and no longer knows; none of those known here so far."""
+OLDER = {"enable_lora", "merge_weights"}
+"""Fields that PEFT once wrote and no longer knows."""
 PLAIN: dict[str, Any] = {"peft_type": "LORA", "r": 8, "lora_alpha": 16}
 
 
@@ -49,24 +49,52 @@ def test_a_fresh_config_is_accepted(lora_config: Any, tmp_path: Path) -> None:
     with quiet():
         lora_config(target_modules=["q_proj"], task_type="CAUSAL_LM").save_pretrained(tmp_path)
     written = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert set(written) >= set(UNDERSTOOD) | set(REFUSED)  # those with a default, too
+    assert set(written) >= (set(UNDERSTOOD) | set(REFUSED)) - OLDER  # those with a default, too
     assert check_fields(written, file="adapter_config.json") == ()
 
 
 def test_every_init_that_peft_knows_is_judged(lora_config: Any) -> None:
-    """Those that change the base would give a wrong merge; the others are plain LoRA when they are saved."""
+    """Some take their factors off the base, which the caller has to undo; others are plain LoRA when they are saved."""
     said = str(next(field.type for field in dataclasses.fields(lora_config) if field.name == "init_lora_weights"))
-    changes_base = {"olora", "pissa", "pissa_niter_[number of iters]", "corda", "loftq"}
+    taking = {"olora", "pissa", "corda"}
     plain = {"gaussian", "eva", "orthogonal", "mica"}
-    assert set(re.findall(r"'([^']+)'", said)) == changes_base | plain
-    harmless: list[object] = [*plain, True, False, None]
-    harmful: list[object] = [*changes_base, "pissa_niter_4", "lora_ga", "PiSSA", "something new", 1, 0, [], {}, ""]
-    for init in harmless:
-        check_fields(PLAIN | {"init_lora_weights": init}, file="c")
-    for init in harmful:
-        with pytest.raises(UnsupportedError) as caught:
-            check_fields(PLAIN | {"init_lora_weights": init}, file="c")
-        assert any(line.startswith("init_lora_weights = ") for line in caught.value.details)
+    assert set(re.findall(r"'([^']+)'", said)) == taking | plain | {"pissa_niter_[number of iters]", "loftq"}
+    for init in [*plain, "Gaussian", "MiCA", True, False, None]:
+        config = PLAIN | {"init_lora_weights": init}
+        assert check_fields(config, file="c") == ()
+        assert initial_of(config, ()) is None
+    for init in [*taking, "pissa_niter_4", "lora_ga", "OLoRA"]:
+        config = PLAIN | {"init_lora_weights": init}
+        assert check_fields(config, file="c") == ()
+        assert initial_of(config, ()) == init.lower()
+        ignored = check_fields(config, file="c", ignore=["init_lora_weights"])
+        assert ignored == ("init_lora_weights",)
+        assert initial_of(config, ignored) is None
+
+
+HARMFUL: list[object] = ["loftq", "PiSSA", "pissa_niter_", "something new", 1, 0, [], {}, ""]
+
+
+@pytest.mark.parametrize("init", HARMFUL, ids=repr)
+def test_other_inits_are_refused(init: object) -> None:
+    config = PLAIN | {"init_lora_weights": init}
+    with pytest.raises(UnsupportedError) as caught:
+        check_fields(config, file="c")
+    (line,) = caught.value.details
+    assert line.startswith("init_lora_weights = ")
+    assert ("quantised the base" if init == "loftq" else "unknown init") in line
+    assert check_fields(config, file="c", ignore=["init_lora_weights"]) == ("init_lora_weights",)
+
+
+def test_a_plain_file_is_read_for_no_changed_base(tmp_path: Path) -> None:
+    """Its format has no word for what an init took off."""
+    adapter = write_adapter(tmp_path / "a", init_lora_weights="pissa")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    del config["peft_type"]
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedError) as caught:
+        open_adapter(adapter)
+    assert "this init changed the base" in caught.value.details[0]
 
 
 @pytest.mark.parametrize("field", REFUSED)
@@ -111,6 +139,13 @@ WRONG: list[tuple[str, Any]] = [
     *((field, value) for field in ("r", "lora_alpha") for value in BAD.values() if (field, value) != ("r", HUGE)),
     *(("r", 0.5), ("r", 8.0), ("rank_pattern", ["q"]), ("alpha_pattern", "q"), ("modules_to_save", "head")),
     *(("use_rslora", "true"), ("use_rslora", 1), ("fan_in_fan_out", "yes"), ("fan_in_fan_out", 1)),
+    *(("ensure_weight_tying", 1), ("use_bdlora", True), ("use_bdlora", ["q_proj"]), ("use_bdlora", {"nblocks": 0})),
+    *(("use_bdlora", {"nblocks": 2.0}), ("use_bdlora", {"nblocks": 2, "target_modules_bd_a": "q_proj"})),
+    *(("use_bdlora", {"target_modules_bd_b": [3]}), ("use_bdlora", {"nblocks": 2, "match_strict": "no"})),
+    *(("layer_replication", value) for value in (3, [3], [[0]], [[0, 1, 2]], [[1, 1]], [[-1, 2]], [[0, "2"]])),
+    *(("layer_replication", value) for value in ([[0, 1 << 17]], [[0, 1 << 16], [0, 1]], {"0": 2})),
+    *(("trainable_token_indices", value) for value in (3, [-1], ["3"], [True], [3.0], {"embed_tokens": 3})),
+    *(("trainable_token_indices", value) for value in ({"embed_tokens": [-1]}, "3", [1 << 40])),
     *((f"{kind}_pattern", {"q_proj": value}) for kind in ("rank", "alpha") for value in ("x", *BAD.values())),
 ]
 

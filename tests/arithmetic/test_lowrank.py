@@ -102,6 +102,9 @@ def test_numbers_and_shapes_that_make_no_sense_are_refused() -> None:
             lowrank.singular_values([Term(term.b, term.a, broken)])
         with pytest.raises(NumericError):
             lowrank.frobenius_norm([Term(term.b, term.a.clone().fill_(broken), 1.0)])
+    for measure in (lowrank.singular_values, lowrank.frobenius_norm):
+        with pytest.raises(NumericError, match="product overflows"):
+            measure([Term(term.b.double() * 1e200, term.a.double() * 1e200, 1.0)])
     with pytest.raises(ShapeError):
         lowrank.singular_values([])
     with pytest.raises(ShapeError):

@@ -6,25 +6,22 @@ import math
 from collections.abc import Iterator
 from fractions import Fraction
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
 import reference
 import torch
-from numpy.typing import NDArray
+from lines import REFUSED, Keys, keys_of, line, merge_keys, stored
 from patterns import DTYPES, from_patterns, gaussian, same_bits
 from torch import Tensor
 
 from lora_cli.arithmetic.edges import Values, by_pattern, edges_of, values_at
-from lora_cli.arithmetic.ordered import Bits, bits_view, from_ordered, largest_key, to_ordered
+from lora_cli.arithmetic.ordered import Bits, bits_view, largest_key
 from lora_cli.arithmetic.preimages import Intervals, Preimages
 from lora_cli.arithmetic.rounding import TileKernel, cast, overflow_limit, work_dtype
 
-Keys = NDArray[np.int64]
-
 SMALL = [name for name, form in reference.FORMATS.items() if form.width <= 16]
-#: Beyond the keys of any dtype: where a sum is refused.
-REFUSED = 1 << 62
 
 
 @pytest.fixture(autouse=True)
@@ -34,32 +31,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def line(dtype: torch.dtype) -> Keys:
-    """All finite keys."""
-    top = largest_key(dtype)
-    return np.arange(~top, top + 1)
-
-
-def stored(keys: Keys, dtype: torch.dtype) -> Tensor:
-    return torch.from_numpy(from_ordered(keys.astype(f"i{dtype.itemsize}"))).view(dtype)
-
-
-def keys_of(tensor: Tensor) -> Keys:
-    return to_ordered(bits_view(tensor)).astype(np.int64)
-
-
-def merge_keys(base: Tensor, deltas: Tensor, merged: torch.dtype) -> Keys:
-    """What the merge kernel makes of base values, as keys; where it refuses, keys beyond all others."""
-    work = deltas.dtype
-    totals = base.to(work) + deltas
-    fits = totals.abs() < overflow_limit(merged)
-    kernel = TileKernel(work, base.numel())
-    out = kernel.merge(base[fits], deltas[fits].double(), torch.empty(int(fits.sum()), dtype=merged))
-    keys = np.where(totals.numpy() > 0, REFUSED, -REFUSED)
-    keys[fits.numpy()] = keys_of(out)
-    return keys
 
 
 def some_deltas(seed: int, base: torch.dtype, merged: torch.dtype, count: int) -> Iterator[float]:
@@ -238,10 +209,10 @@ def test_hardly_any_interval_needs_a_search(name: str, share: float, monkeypatch
     searched = 0
     search = Preimages._search
 
-    def counted(self: Preimages, threshold: Values, delta: Values) -> Bits:
+    def counted(self: Preimages, threshold: Values, change: Any) -> Bits:
         nonlocal searched
         searched += threshold.size
-        return search(self, threshold, delta)
+        return search(self, threshold, change)
 
     monkeypatch.setattr(Preimages, "_search", counted)
     dtype = DTYPES[name]

@@ -142,6 +142,7 @@ TABLE: dict[tuple[int, str], dict[str, tuple[Arguments, str]]] = {
         "argument missing": (line("merge"), "Missing argument|BASE"),
         "option without value": (line("merge", "base", "adapter", "--weight"), "--weight"),
         "path not found": (line("inspect", "no/such/path"), "not found|no/such/path"),
+        "spectrum of a checkpoint": (line("inspect", "base", "--spectrum"), "Only factors have a spectrum|base|diff"),
         "adapter not found": (line("merge", "base", "no/such/path", "-o", "OUT"), "not found|no/such/path"),
         "no output": (line("merge", "base", "adapter"), "No output|-o"),
         "no adapter": (line("merge", "base", "-o", "OUT"), "No adapter"),
@@ -213,6 +214,10 @@ TABLE: dict[tuple[int, str], dict[str, tuple[Arguments, str]]] = {
     },
     (22, "numeric"): {
         "nan": (files(factors=changed("lora_B.weight", NAN)), f"{Q}.weight"),
+        "spectrum of nan": (
+            lambda w, f: ["inspect", write_adapter(f / "a", changed("lora_B.weight", NAN)), "--spectrum"],
+            f"{PREFIX}{Q}.lora_B.weight|24 of 24 values",
+        ),
         "overflow": (files(base=HALF, factors=changed("lora_B.weight", HUGE)), f"{Q}.weight"),
         "scale": (merge("--alpha", "1e308", "--weight", "1e10"), "scale"),
     },

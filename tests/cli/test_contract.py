@@ -48,6 +48,7 @@ class Command:
 COMMANDS = {
     "inspect adapter": Command("inspect {adapter}", "inspect", "kind format parameters modules"),
     "inspect with base": Command("inspect {adapter} --base {base}", "inspect", "kind format parameters modules"),
+    "inspect spectrum": Command("inspect {adapter} --spectrum", "inspect", "kind modules spectrum"),
     "inspect base": Command("inspect {base}", "inspect", "kind format parameters tensors"),
     "inspect file": Command("inspect {file}", "inspect", "kind format parameters tensors"),
     "inspect plain": Command("inspect {plain} --scale 2", "inspect", "kind format parameters modules"),

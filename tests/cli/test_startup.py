@@ -39,6 +39,7 @@ LIGHT = {
     "plain file": "inspect {plain} --scale 1",
     "checkpoint": "inspect {base}",
     "merged": "inspect {merged} --json",
+    "no spectrum": "inspect {base} --spectrum",
     "difference": "diff {base} {merged}",
     "refusal": "merge {base} {plain} -o {out}",
 }

@@ -254,16 +254,16 @@ def test_a_cast_block_comes_back_whatever_pattern_its_nans_have(name: str, out: 
     if out == "float8_e4m3fn":  # it has no infinity
         base = torch.where(torch.isinf(base.float()), torch.ones_like(base), base)
     merged = cast(base, torch.empty(len(base), dtype=DTYPES[out]))
-    stream = codecs.Encoder("preimages").add(base, merged, None, ends_block=True)
+    stream = codecs.Encoder("preimages").add(base, merged, codecs.Summand(), ends_block=True)
     assert stream is not None
     in_two = codecs.Encoder("preimages")
-    assert in_two.add(base[:1001], merged[:1001], None, ends_block=False) is None
-    assert in_two.add(base[1001:], merged[1001:].clone(), None, ends_block=True) == stream
+    assert in_two.add(base[:1001], merged[:1001], codecs.Summand(), ends_block=False) is None
+    assert in_two.add(base[1001:], merged[1001:].clone(), codecs.Summand(), ends_block=True) == stream
     bits, form = patterns_of(merged), reference.FORMATS[out]
     # Other hardware, another pattern of the same kind.
     other = from_patterns(np.where(np.isnan(merged.float().numpy()), form.sign - 1, bits), out)
     for result in (merged, other):
         before = patterns_of(result)
-        found = codecs.decode("preimages", result, None, stream, torch.empty_like(base))
+        found = codecs.decode("preimages", result, codecs.Summand(), stream, torch.empty_like(base))
         assert np.array_equal(patterns_of(found), patterns_of(base))
         assert np.array_equal(patterns_of(result), before)

@@ -11,7 +11,7 @@ from kinds import gaussian
 from safetensors.torch import save_file
 
 from lora_cli.adapters.adapter import Delta, Scale
-from lora_cli.adapters.deltas import LowRank, LowRankBias, LowRankKernel, LowRankStack
+from lora_cli.adapters.deltas import LowRank, LowRankBias, LowRankBlocks, LowRankKernel, LowRankStack
 from lora_cli.checkpoint.checkpoint import StoredTensor, open_checkpoint
 from lora_cli.checkpoint.manifest import TermRecord
 from lora_cli.errors import MalformedFileError, UnsupportedError
@@ -22,6 +22,7 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "a": (2, 12), "b": (9, 2), "at": (12, 2), "bt": (2, 9), "bias": (9,),
     "ka": (2, 4, 3), "kb": (9, 2, 1), "kc": (9, 2, 3), "kt": (1, 2, 9),
     "sa": (3, 12, 2), "sb": (3, 2, 9), "sc": (4, 2, 9),
+    "da": (6, 4), "db": (9, 6), "ea": (6, 12), "eb": (9, 2),
 }  # fmt: skip
 
 
@@ -45,6 +46,8 @@ def test_what_is_recorded_is_recalled(stored: Mapping[str, StoredTensor]) -> Non
         (LowRankKernel(s["ka"], s["bt"], scale, True), False),
         (LowRankStack(s["sa"], s["sb"], scale), True),
         (LowRankBias(s["bias"], scale), False),
+        (LowRankBlocks(s["da"], s["db"], scale, "lora-blocks-a", 3), False),
+        (LowRankBlocks(s["ea"], s["eb"], scale, "lora-blocks-b", 3), True),
     ]
     for delta, transposed in deltas:
         found = recall(record(Contribution(3, "m", delta, 1.0, transposed)), "key", lambda number, name: s[name])
@@ -72,6 +75,13 @@ BROKEN = [
     said("lora-stack", "sa"),
     said("lora-stack", "sa", "sc"),
     said("lora-stack", "ka", "kb"),
+    said("lora-blocks-a", "da", "db", blocks=0),
+    said("lora-blocks-a", "da", "db", blocks=4),
+    said("lora-blocks-a", "da", "eb", blocks=3),
+    said("lora-blocks-a", "da", blocks=3),
+    said("lora-blocks-b", "ea", "eb", blocks=2),
+    said("lora-blocks-b", "ea", "db", blocks=3),
+    said("lora-blocks-b", "ka", "kb", blocks=1),
     said("lora-bias", "b"),
     said("lora-bias", "bias", "bias"),
 ]
@@ -95,6 +105,8 @@ def test_a_kind_that_is_not_known_is_refused(stored: Mapping[str, StoredTensor])
     (lambda s, scale: LowRankKernel(s["ka"], s["kb"], scale), False, [(9, 4, 3)], [(9, 12, 3), (4, 9, 3)]),
     (lambda s, scale: LowRankStack(s["sa"], s["sb"], scale), True, [(3, 12, 9)], [(3, 9, 12), (36, 9), (3, 108)]),
     (lambda s, scale: LowRankBias(s["bias"], scale), False, [(9,)], [(10,), ()]),
+    (lambda s, scale: LowRankBlocks(s["da"], s["db"], scale, "lora-blocks-a", 3), False, [(9, 12)], [(9, 4), (12, 9)]),
+    (lambda s, scale: LowRankBlocks(s["ea"], s["eb"], scale, "lora-blocks-b", 3), True, [(12, 9)], [(9, 12)]),
 ])  # fmt: skip
 def test_a_delta_covers_tensors_of_its_shape(
     stored: Mapping[str, StoredTensor], delta: Any, transposed: bool, fits: list[Any], fails: list[Any]

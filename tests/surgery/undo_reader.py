@@ -134,9 +134,22 @@ def terms_of(said: Mapping[str, Any], find: Find) -> list[Term]:
     if said["kind"] == "lora-bias":
         return [Term(matrices[0], [[Fraction(1)]], said["scale"])]
     left, right = matrices[1], matrices[0]
+    if said["kind"] == "lora-blocks-a":
+        right = on_the_diagonal(right, said["blocks"])
+    if said["kind"] == "lora-blocks-b":
+        left = on_the_diagonal(left, said["blocks"])
     if said.get("swapped"):
         left, right = turned(left), right if said["kind"] == "lora-conv" else turned(right)
     return [Term(left, right, said["scale"])]
+
+
+def on_the_diagonal(stacked: list[list[Fraction]], blocks: int) -> list[list[Fraction]]:
+    """The matrix whose blocks were stored one below the other."""
+    high, wide = len(stacked) // blocks, len(stacked[0])
+    return [
+        [Fraction(0)] * (at // high * wide) + row + [Fraction(0)] * ((blocks - 1 - at // high) * wide)
+        for at, row in enumerate(stacked)
+    ]
 
 
 def rows_of(values: list[Fraction], columns: int) -> list[list[Fraction]]:

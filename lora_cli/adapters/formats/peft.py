@@ -3,50 +3,34 @@
 Keys are `base_model.model.<module>.lora_A.weight` (rank × in), `.lora_B.weight` (out × rank), `.lora_B.bias` (out), and
 whole tensors without infix. Of a convolution both are kernels, (rank, in, k…) and (out, rank, 1…); of an embedding they
 are `.lora_embedding_A` (rank × entries) and `.lora_embedding_B` (dim × rank). DoRA has `.lora_magnitude_vector` (out)
-besides. The scale is alpha/r, or alpha/√r for rsLoRA (Kalajdzievski 2023), with alpha and r taken from the first
-matching entry of `alpha_pattern` and `rank_pattern`.
+besides. Trained rows of a table are `.token_adapter.trainable_tokens_delta` (rows × dim): the rows themselves, whatever
+their name says. Of `torch.nn.MultiheadAttention` the input projection has `<module>.lora_A`, and the output projection
+`<module>.base_layer.out_proj.lora_A`.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from itertools import islice
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from lora_cli.adapters.adapter import Adapter, Delta, Replacement, Scale, Target
-from lora_cli.adapters.deltas import LowRank, LowRankBias, LowRankKernel, is_kernel_pair
+from lora_cli.adapters.adapter import Adapter, Delta, Target
+from lora_cli.adapters.deltas import LowRank, LowRankBias, LowRankBlocks, LowRankKernel
 from lora_cli.adapters.formats.pairs import Pair, check_pairs
-from lora_cli.adapters.patterns import PeftPatterns
-from lora_cli.adapters.peft_config import check_fields
+from lora_cli.adapters.formats.peft_blocks import Blocks
+from lora_cli.adapters.formats.peft_keys import Found, sort_keys
+from lora_cli.adapters.formats.peft_scales import Scales, check_ranks, twice
+from lora_cli.adapters.formats.peft_wholes import replacements, trained_rows
+from lora_cli.adapters.peft_config import check_fields, initial_of, layers_of
 from lora_cli.adapters.source import CONFIG_FILE, AdapterSource, ReadOptions
 from lora_cli.checkpoint.checkpoint import StoredTensor
-from lora_cli.checkpoint.tied import EMBEDDINGS
-from lora_cli.errors import NumericError, ShapeError, UnsupportedError
+from lora_cli.errors import ShapeError, UnsupportedError
 
 NAME = "peft"
-PREFIX = "base_model.model."
 
-_FACTOR = re.compile(
-    r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.(?P<parameter>weight|bias)", re.DOTALL
-)
-_TABLE = re.compile(r"(?P<module>.+)\.lora_embedding_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?", re.DOTALL)
-_MAGNITUDE = re.compile(r"(?P<module>.+)\.lora_magnitude_vector(?:\.default)?(?:\.weight)?", re.DOTALL)
-_SAVED = re.compile(r"(?P<module>.+)\.modules_to_save\.(?P<adapter>[^.]+)\.(?P<parameter>[^.]+)", re.DOTALL)
-_BASE_LAYER = re.compile(r"(?P<module>.+)\.base_layer\.(?P<parameter>weight|bias)", re.DOTALL)
-_ORIGINAL = re.compile(r".+\.original_module\.[^.]+")
-_UNSUPPORTED = {
-    "trainable_tokens_delta": "single trained token rows are not supported",
-    "lora_diag": "KaSA is not supported",
-}
-HEADS = {
-    "SEQ_CLS": ("classifier", "score"),
-    "TOKEN_CLS": ("classifier", "score"),
-    "QUESTION_ANS": ("qa_outputs",),
-}
-"""Heads that PEFT saves for a task even where the config does not name them."""
+_ADDS_TWICE = (0, 21)
+"""The last version of PEFT of which it is known that it adds the change of an attention's output projection twice."""
 
 
 def detect(source: AdapterSource) -> str | None:
@@ -61,187 +45,108 @@ def read(source: AdapterSource, options: ReadOptions) -> Adapter:
 
     Raises:
         UnsupportedError: Another tuner, or a variant or field that is not supported.
-        NamesError: A factor without its partner.
+        NamesError: A factor without its partner, or two tensors that are one parameter.
         ShapeError: Ranks that disagree.
+        MalformedFileError: The config does not fit the file.
     """
-    config = source.config or {}
+    config, file = source.config or {}, source.shard.name
     ignored = check_fields(config, file=CONFIG_FILE, ignore=options.ignore_fields)
-    found = _sort(source, config)
-    pairs, biases = found.pairs, found.biases
-    check_pairs(pairs, source.shard.name)
-    _refuse_stacks(pairs, source.shard.name)
-    numbers, rslora = _Numbers(config), bool(config.get("use_rslora"))
-    scales = {module: _scale(module, numbers, options, rslora=rslora) for module in pairs}
-    _check_ranks(pairs, numbers)
-    targets = [
-        Target(
-            module, "weight", _delta(pair, scales[module], found.magnitudes.get(module), table=module in found.tables)
-        )
-        for module, pair in pairs.items()
-    ]
-    _check_magnitudes(targets, config)
-    targets += [
-        Target(module, "bias", LowRankBias(b, scales[module])) for module, b in biases.items() if module in pairs
-    ]
-    fan = config.get("fan_in_fan_out")
+    found = sort_keys(source)
+    check_pairs(found.pairs, file)
+    reader = _Reader(config, options, found, file)
+    whole, copies = replacements(found, config, file)
+    rows, empty = trained_rows(found, config, file)
     return Adapter(
         label=source.label,
         path=source.path,
         format=NAME,
         evidence=detect(source) or "",
-        targets=tuple(targets),
-        replacements=tuple(found.replacements),
-        unread=(*found.unread, *(t for more in (biases, found.magnitudes) for m, t in more.items() if m not in pairs)),
-        skipped=tuple(found.skipped),
+        targets=(*reader.weights(), *reader.biases()),
+        replacements=tuple(whole),
+        rows=tuple(rows),
+        layers=layers_of(config),
+        tied=bool(config.get("ensure_weight_tying")),
+        initial=initial_of(config, ignored),
+        unread=(*found.unread, *reader.alone()),
+        skipped=(*found.skipped, *reader.idle(), *copies, *empty),
         config=config,
-        transposed_hint=fan is True,  # as PEFT takes it where the config does not say
+        transposed_hint=config.get("fan_in_fan_out") is True,  # as PEFT takes it where the config does not say
         orientation="ba",
         ignored_fields=ignored,
         stored=len(source.tensors),
-        warnings=tuple(_ambiguous_patterns(numbers, pairs)),
+        warnings=tuple(reader.warnings()),
     )
 
 
-def _ambiguous_patterns(numbers: _Numbers, modules: Iterable[str]) -> list[str]:
-    """Warn where the order of a pattern's entries matters: PEFT saves them sorted, whatever the trainer's order was."""
-    warnings = []
-    for name, patterns in numbers.patterns.items():
-        found = ((module, patterns.all(module)) for module in modules) if len(patterns) > 1 else iter(())
-        for module, values in islice(((m, v) for m, v in found if len(set(map(str, v))) > 1), 1):
-            warnings.append(f"several entries of {name} match {module}; the first one, {values[0]}, is taken")
-    return warnings
+class _Reader:
+    """Makes deltas of the factors of one file."""
 
-
-@dataclass(slots=True)
-class _Found:
-    """The tensors of a file by what they are."""
-
-    pairs: dict[str, Pair] = field(default_factory=dict)
-    tables: set[str] = field(default_factory=set)
-    biases: dict[str, StoredTensor] = field(default_factory=dict)
-    magnitudes: dict[str, StoredTensor] = field(default_factory=dict)
-    replacements: list[Replacement] = field(default_factory=list)
-    skipped: list[tuple[StoredTensor, str]] = field(default_factory=list)
-    unread: list[StoredTensor] = field(default_factory=list)
-
-
-def _sort(source: AdapterSource, config: Mapping[str, Any]) -> _Found:
-    found = _Found()
-    adapter_names: set[str] = set()
-    for key, tensor in source.tensors.items():
-        name = key.removeprefix(PREFIX)
-        _refuse_unsupported(name, tensor, source)
-        if match := _FACTOR.fullmatch(name):
-            module, side, adapter, parameter = match.groups()
-            adapter_names.add(adapter or "default")
-            _refuse_several(adapter_names, source)
-            if parameter == "weight":
-                found.pairs.setdefault(module, Pair()).put(side, tensor)
-            elif side == "B" and module not in found.biases:
-                found.biases[module] = tensor
-            else:
-                found.unread.append(tensor)
-        elif match := _TABLE.fullmatch(name):
-            module, side, adapter = match.groups()
-            adapter_names.add(adapter or "default")
-            _refuse_several(adapter_names, source)
-            found.pairs.setdefault(module, Pair()).put(side, tensor)
-            found.tables.add(module)
-        elif (match := _MAGNITUDE.fullmatch(name)) and match["module"] not in found.magnitudes:
-            found.magnitudes[match["module"]] = tensor
-        elif _ORIGINAL.fullmatch(name):
-            found.skipped.append((tensor, "a copy of the base's own tensor"))
-        else:
-            found.replacements.append(_replacement(name, tensor, config))
-    return found
-
-
-def _refuse_several(adapter_names: set[str], source: AdapterSource) -> None:
-    if len(adapter_names) > 1:
-        raise UnsupportedError(
-            "The file holds several adapters",
-            file=source.shard.name,
-            found=", ".join(sorted(adapter_names)),
-            hint="save each of them on its own",
-        )
-
-
-def _refuse_unsupported(name: str, tensor: StoredTensor, source: AdapterSource) -> None:
-    parts = name.split(".")
-    refused = not _UNSUPPORTED.keys().isdisjoint(parts)  # of tens of thousands nearly none
-    reason = next(_UNSUPPORTED[part] for part in parts if part in _UNSUPPORTED) if refused else None
-    if ".base_layer.lora_" in name:
-        reason = "nested LoRA (several expert parameters of one module) is not supported"
-    if reason:
-        raise UnsupportedError(reason, file=source.shard.name, tensor=tensor.key, found=f"shape {list(tensor.shape)}")
-
-
-def _replacement(name: str, tensor: StoredTensor, config: Mapping[str, Any]) -> Replacement:
-    if match := _SAVED.fullmatch(name) or _BASE_LAYER.fullmatch(name):
-        name = f"{match['module']}.{match['parameter']}"
-    module, _, parameter = name.rpartition(".")
-    saved = config.get("modules_to_save") or ()
-    if any(_is_part(module, str(entry)) for entry in saved):
-        # An embedding that the base calls otherwise is a mismatch of names; any other saved module may be a new head.
-        new = module.rpartition(".")[2] not in EMBEDDINGS
-        return Replacement(name, tensor, "modules_to_save", may_be_new=new)
-    if parameter == "bias" and config.get("bias") in ("all", "lora_only"):
-        return Replacement(name, tensor, f"bias = {config['bias']}")
-    head = any(_is_part(module, entry) for entry in HEADS.get(str(config.get("task_type")), ()))
-    reason = (
-        f"head of task_type {config['task_type']}" if head else "in the file whole, though the config names it nowhere"
-    )
-    return Replacement(name, tensor, reason, may_be_new=head)
-
-
-def _is_part(module: str, entry: str) -> bool:
-    """Whether `module` is the saved module `entry`, or lies inside it, counted in whole dotted parts."""
-    return f".{entry}." in f".{module}."
-
-
-class _Numbers:
-    """Ranks and alphas of single modules, each with the field that says it."""
-
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: Mapping[str, Any], options: ReadOptions, found: Found, file: str) -> None:
         self._config = config
-        self.patterns = {name: PeftPatterns(config.get(name) or {}) for name in ("rank_pattern", "alpha_pattern")}
+        self._found = found
+        self._scales = Scales(config, options)
+        self._blocks = Blocks(config)
+        _refuse_stacks(found.pairs, file)
+        self._blocks.check(found.pairs)
+        check_ranks(found, self._scales, self._blocks)
 
-    def rank(self, module: str) -> tuple[Any, str] | None:
-        return self._value("rank_pattern", "r", module)
+    def weights(self) -> list[Target]:
+        """The changes that pairs of factors make."""
+        targets = [self._weight(module, pair) for module, pair in self._found.pairs.items()]
+        _check_magnitudes(targets, self._config)
+        return targets
 
-    def alpha(self, module: str) -> tuple[Any, str] | None:
-        return self._value("alpha_pattern", "lora_alpha", module)
+    def _weight(self, module: str, pair: Pair) -> Target:
+        scale = self._scales.scale(self._found.in_config(module))
+        if self._found.attention_of(module) and self._adds_twice:
+            scale = twice(scale)
+        parameter = "in_proj_weight" if module in self._found.attention else "weight"
+        a, b = pair.both
+        magnitude = self._found.magnitudes.get(module)
+        delta: Delta
+        if len(a.shape) > 2:
+            delta = LowRankKernel(a, b, scale, magnitude=magnitude)
+        elif kind := self._blocks.kind(module):
+            delta = LowRankBlocks(a, b, scale, kind, self._blocks.count)
+        else:
+            table = module in self._found.tables
+            delta = LowRank(a, b, scale, kind="lora-embedding" if table else "lora", magnitude=magnitude)
+        return Target(module, parameter, delta)
 
-    def _value(self, patterns: str, field: str, module: str) -> tuple[Any, str] | None:
-        found = self.patterns[patterns].first(module)
-        if found is not None:
-            return found[1], f"{patterns}[{found[0]!r}]"
-        return (self._config[field], field) if field in self._config else None
+    def biases(self) -> Iterator[Target]:
+        """The changes that biases of B factors make."""
+        for module, b in self._found.biases.items():
+            if module in self._found.pairs and module not in self._found.attention:
+                yield Target(module, "bias", LowRankBias(b, self._scales.scale(self._found.in_config(module))))
 
+    def idle(self) -> Iterator[tuple[StoredTensor, str]]:
+        """What PEFT stores and does not use."""
+        for module in self._found.attention & self._found.biases.keys():
+            yield self._found.biases[module], "PEFT never adds the bias of an attention's input factors"
 
-def _scale(module: str, numbers: _Numbers, options: ReadOptions, *, rslora: bool) -> Scale:
-    if options.scale is not None:
-        return Scale(options.scale, None, False, "--scale")
-    rank, rank_source = numbers.rank(module) or (8, "PEFT's default r")
-    alpha, alpha_source = numbers.alpha(module) or (8, "PEFT's default lora_alpha")
-    if options.alpha is not None:
-        alpha, alpha_source = options.alpha, "--alpha"
-    elif not alpha:
-        raise NumericError(
-            "The adapter's alpha is 0, so it would change nothing",
-            file=CONFIG_FILE,
-            tensor=alpha_source,
-            hint="give the alpha it was trained with by --alpha A; to apply nothing on purpose use --weight 0",
-        )
-    root = "√" if rslora else ""
-    return Scale(float(alpha), int(rank), rslora, f"{alpha_source} / {root}{rank_source}")
+    def alone(self) -> Iterator[StoredTensor]:
+        """What belongs to factors that are not there."""
+        for several in (self._found.biases, self._found.magnitudes):
+            yield from (tensor for module, tensor in several.items() if module not in self._found.pairs)
 
+    def warnings(self) -> Iterator[str]:
+        """What a person should know."""
+        names = dict.fromkeys(map(self._found.in_config, self._found.pairs))
+        yield from self._scales.ambiguous(names)
+        if not self._found.attention:
+            return
+        said = f"PEFT {self._config.get('peft_version') or 'before 0.18'}"
+        told = f"said to be made by {said}: {min(self._found.attention)}.out_proj"
+        known = "PEFT up to 0.21 adds the change of attention's output projections twice (huggingface/peft#3774)"
+        if self._adds_twice:
+            yield f"{known}, so twice the scale is taken for this adapter, {told}"
+        else:
+            yield f"{known}; once is taken for this adapter, {told}"
 
-def _delta(pair: Pair, scale: Scale, magnitude: StoredTensor | None, *, table: bool) -> Delta:
-    a, b = pair.both
-    if len(a.shape) > 2:
-        return LowRankKernel(a, b, scale, magnitude=magnitude)
-    return LowRank(a, b, scale, kind="lora-embedding" if table else "lora", magnitude=magnitude)
+    @property
+    def _adds_twice(self) -> bool:
+        match = re.match(r"(\d+)\.(\d+)", str(self._config.get("peft_version") or "0.0"))
+        return match is None or tuple(map(int, match.groups())) <= _ADDS_TWICE
 
 
 def _check_magnitudes(targets: Iterable[Target], config: Mapping[str, Any]) -> None:
@@ -253,7 +158,8 @@ def _check_magnitudes(targets: Iterable[Target], config: Mapping[str, Any]) -> N
     wrong = [
         f"{target.module}: {list(magnitude.shape)} for {target.delta.shape[0]} outputs"
         for target, magnitude in found
-        if magnitude is not None and math.prod(magnitude.shape) != target.delta.shape[0]
+        if magnitude is not None
+        and (math.prod(magnitude.shape) != target.delta.shape[0] or max(magnitude.shape) != target.delta.shape[0])
     ]
     if wrong:
         raise ShapeError("There is not one magnitude for each output", file=CONFIG_FILE, details=wrong)
@@ -268,25 +174,3 @@ def _refuse_stacks(pairs: Mapping[str, Pair], file: str) -> None:
     ]
     if stacks:
         raise UnsupportedError("LoRA on expert stacks is not supported", file=file, details=stacks)
-
-
-def _check_ranks(pairs: Mapping[str, Pair], numbers: _Numbers) -> None:
-    wrong = []
-    for module, pair in pairs.items():
-        a, b = (tensor.shape for tensor in pair.both)
-        matrices = len(a) == len(b) == 2 and a[0] == b[1] and 0 not in a + b
-        if not matrices and not is_kernel_pair(a, b):
-            wrong.append(f"{module}: A is {list(a)}, B is {list(b)}{_groups_words(a, b)}")
-            continue
-        said = numbers.rank(module)
-        if said is not None and said[0] != a[0]:
-            wrong.append(f"{module}: the factors have rank {a[0]}, {said[1]} says {said[0]}")
-    if wrong:
-        raise ShapeError("Ranks do not agree", file=CONFIG_FILE, details=wrong)
-
-
-def _groups_words(a: tuple[int, ...], b: tuple[int, ...]) -> str:
-    """Words for a convolution with groups, where PEFT's A sees all inputs, and each group of B only a part of A's."""
-    if len(a) > 2 and b[1] and a[0] > b[1] and a[0] % b[1] == 0:
-        return f"; a convolution in {a[0] // b[1]} groups, whose factors no kernel in groups is the product of"
-    return ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,18 @@ LENGTHS: Mapping[How, Lengths] = {"preimages": undo.lengths, "residual": residua
 """What tells the head and the tail of a stream."""
 
 
+class Summand(NamedTuple):
+    """What a merge did to the flat elements of a run.
+
+    Attributes:
+        delta: What was added, in the working type; None where the run was only cast, or replaced.
+        gains: What the sums were multiplied by; None where they were not.
+    """
+
+    delta: Tensor | None = None
+    gains: Tensor | None = None
+
+
 class Encoder:
     """Makes the streams of one block after another: what `decode` needs to make the base's bits again.
 
@@ -31,20 +43,20 @@ class Encoder:
         self._block: undo.Encoder | None = None
         self._runs: list[tuple[Tensor, Tensor]] = []
 
-    def add(self, base: Tensor, merged: Tensor, delta: Tensor | None, *, ends_block: bool) -> bytes | None:
+    def add(self, base: Tensor, merged: Tensor, change: Summand, *, ends_block: bool) -> bytes | None:
         """Take the next run of a block; returns the stream with its last one.
 
         Args:
             base: The flat run before the merge.
             merged: The same after it.
-            delta: What was added, in the working type; None where the run was only cast, or replaced.
+            change: What was done to it.
             ends_block: Whether the block ends with it.
         """
         if self._how == "residual":
             return self._residual(base, merged, ends_block=ends_block)
         if self._block is None:
             self._block = undo.Encoder(base.dtype, merged.dtype)
-        self._block.add(base, *_summands(base, merged, delta))
+        self._block.add(base, *_summands(base, merged, change.delta), change.gains)
         if not ends_block:
             return None
         stream, self._block = self._block.finish(), None
@@ -61,13 +73,13 @@ class Encoder:
         return residual.encode(base, _alike(merged, base))
 
 
-def decode(how: How, merged: Tensor, delta: Tensor | None, stream: Buffer, out: Tensor) -> Tensor:
+def decode(how: How, merged: Tensor, change: Summand, stream: Buffer, out: Tensor) -> Tensor:
     """Write the base's own bits into `out`, a flat block of the base's type.
 
     Args:
         how: As it was encoded.
         merged: The flat block after the merge.
-        delta: What was added, in the working type; None where the block was only cast, or replaced.
+        change: What was done to it.
         stream: What the encoder returned.
         out: Where the base's block goes.
 
@@ -76,7 +88,7 @@ def decode(how: How, merged: Tensor, delta: Tensor | None, stream: Buffer, out: 
     """
     if how == "residual":
         return residual.decode(_alike(merged, out), stream, out)
-    return undo.decode(*_summands(out, merged, delta), stream, out)
+    return undo.decode(*_summands(out, merged, change.delta), stream, out, change.gains)
 
 
 def _alike(merged: Tensor, base: Tensor) -> Tensor | None:

@@ -12,7 +12,7 @@ from lora_cli.surgery.identity import factors_of
 from lora_cli.surgery.plan import Plan
 from lora_cli.surgery.readers import open_readers, torch_dtype
 from lora_cli.surgery.receipt import own_files
-from lora_cli.surgery.undo.codecs import LENGTHS, Encoder
+from lora_cli.surgery.undo.codecs import LENGTHS, Encoder, Summand
 from lora_cli.surgery.undo.recording import codec_of
 from lora_cli.surgery.workers import one_torch_thread
 
@@ -69,7 +69,7 @@ def _sampled(edit: Edit, workshop: Workshop) -> float:
             if edit.displaced is not None:
                 dtype = torch_dtype(edit.displaced.dtype)
                 base = readers.load_part(edit.displaced, dtype, piece.offset, piece.result.numel())
-            stream = encoder.add(base, piece.result, piece.delta, ends_block=piece.ends_block)
+            stream = encoder.add(base, piece.result, Summand(piece.delta, piece.gains), ends_block=piece.ends_block)
             size += 0 if stream is None else len(writer.add(stream))
             seen += piece.result.numel()
     size += len(writer.close())

@@ -13,19 +13,20 @@ from lora_cli.checkpoint.digests import file_digest
 from lora_cli.checkpoint.staged import Scratch, Span, StagedFile
 from lora_cli.checkpoint.undo_file import Part, undo_part
 from lora_cli.surgery.edit import Edit
-from lora_cli.surgery.engine import Pieces
+from lora_cli.surgery.engine import Piece, Pieces
 from lora_cli.surgery.plan import Plan
 from lora_cli.surgery.readers import open_readers, raw_bytes, torch_dtype
-from lora_cli.surgery.undo.codecs import LENGTHS, Encoder, How
+from lora_cli.surgery.undo.codecs import LENGTHS, Encoder, How, Summand
 from lora_cli.surgery.units import Unit
 
 
 @dataclass
 class Cut:
-    """What is kept of one cut: digests before and after, and where its fragment lies in the scratch file."""
+    """What is kept of one cut: digests before and after, gains, and where its fragment lies in the scratch file."""
 
     before: str = ""
     after: str = ""
+    gains: bytes = b""
     spans: list[Span] = field(default_factory=list)
 
     @property
@@ -84,8 +85,10 @@ class Recorder:
                         dtype = piece.result.dtype if edit.copies else torch_dtype(edit.displaced.dtype)
                         base = readers.load_part(edit.displaced, dtype, piece.offset, piece.result.numel())
                     before.update(raw_bytes(base))
-                    stream = encoder.add(base, piece.result, piece.delta, ends_block=piece.ends_block)
+                    change = Summand(piece.delta, piece.gains)
+                    stream = encoder.add(base, piece.result, change, ends_block=piece.ends_block)
                     self._spool(cut, b"" if stream is None else writer.add(stream))
+                    cut.gains += _gains_seen(edit, piece)
                 yield piece
         self._spool(cut, writer.close())
         cut.before, cut.after = before.hexdigest(), after.hexdigest()
@@ -111,6 +114,18 @@ class Recorder:
             self._scratch.copy_to(file, at, spans)
 
         return Part(undo_part(key), sum(cut.size for cut in cuts), write)
+
+
+def _gains_seen(edit: Edit, piece: Piece) -> bytes:
+    """The gains of the outputs that a piece is the first to show: rows as they begin, columns in the first row."""
+    if piece.gains is None or codec_of(edit) == "residual":
+        return b""
+    columns = edit.matrix[1]
+    if edit.terms[0].transposed:
+        first = piece.gains[: max(0, columns - piece.offset)]
+    else:
+        first = piece.gains[-piece.offset % columns :: columns]
+    return bytes(raw_bytes(first.contiguous()))
 
 
 def codec_of(edit: Edit) -> How:

@@ -138,7 +138,8 @@ def _merges_again(piece: Piece, workshop: Workshop) -> bool:
     for begin in range(0, piece.result.numel(), TILE_ELEMENTS):
         part = slice(begin, begin + TILE_ELEMENTS)
         base = piece.result[part]
-        again = kernel.merge(base, piece.delta[part], out[: base.numel()])
+        gains = None if piece.gains is None else piece.gains[part]
+        again = kernel.merge(base, piece.delta[part], out[: base.numel()], gains)
         if (bits_view(again) != bits_view(piece.source[part])).any():
             return False
     return True

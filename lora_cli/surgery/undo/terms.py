@@ -32,7 +32,7 @@ def record(term: Contribution) -> TermRecord:
     return TermRecord(
         kind=delta.kind,
         adapter=term.adapter,
-        tensors=tuple(tensor.key for tensor in delta.tensors),
+        tensors=tuple(tensor.key for tensor in delta.tensors if tensor is not delta.magnitude),
         scale=delta.scale.times(term.weight),
         swapped=isinstance(delta, LowRank | LowRankKernel) and delta.swapped,
         transposed=term.transposed,

@@ -16,9 +16,9 @@ from lora_cli.checkpoint.header import Header, TensorInfo
 from lora_cli.checkpoint.manifest import AdapterRecord, FileRecord, SideRecord, TensorRecord
 from lora_cli.checkpoint.sidefiles import SIDE_FILE_LIMIT, SideFile, belongs, lies_inside
 from lora_cli.checkpoint.source import look_at
-from lora_cli.checkpoint.undo_file import UndoFile, factor_part, side_part, stored_part, undo_part
+from lora_cli.checkpoint.undo_file import UndoFile, factor_part, gains_part, side_part, stored_part, undo_part
 from lora_cli.errors import MalformedFileError, UnsafeInputError, UnsupportedError, UsageError, WrongInputError
-from lora_cli.surgery.edit import MERGEABLE, Edit, Forgotten, Operation
+from lora_cli.surgery.edit import MERGEABLE, Contribution, Edit, Forgotten, Operation
 from lora_cli.surgery.identity import content_digest, contents
 from lora_cli.surgery.plan import AdapterUse, OutputFile, Plan, ScaleUse
 from lora_cli.surgery.receipt import OWN_FILES, receipt_path
@@ -272,9 +272,24 @@ class _Undoing:
             info.end,
             terms=terms,
             forgotten=forgotten,
+            gains=self._gains(info, said, source, terms) if said.gains else None,
         )
         self._check_edit(edit, said)
         return edit
+
+    def _gains(
+        self, info: TensorInfo, said: TensorRecord, source: StoredTensor, terms: Sequence[Contribution]
+    ) -> StoredTensor:
+        """What the outputs of a tensor were multiplied by, in the working type."""
+        part = self._undo.part(gains_part(info.name))
+        work = "F64" if {info.dtype.name, source.dtype.name} & {"F32", "F64"} else "F32"
+        outputs = {term.matrices[1 + term.transposed] for term in terms}
+        if said.how != "preimages" or part.dtype.name != work or {part.shape} != {(count,) for count in outputs}:
+            raise damaged(self._undo, f"{info.name}: the gains of its outputs")
+        with part.shard.source.open() as reader:
+            if span_digest(reader, part.offset, part.nbytes) != said.gains:
+                raise damaged(self._undo, f"{info.name}: the gains that were recorded")
+        return part
 
     def _check_edit(self, edit: Edit, said: TensorRecord) -> None:
         """Hold what is said of a tensor against the types and shapes that are there."""

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from lora_cli.arithmetic import ARITHMETIC
 from lora_cli.checkpoint.checkpoint import Shard, StoredTensor
 from lora_cli.checkpoint.digests import bytes_digest, file_digest, path_digest, tensor_digests
+from lora_cli.checkpoint.dtypes import DTYPES
 from lora_cli.checkpoint.header import TensorInfo
 from lora_cli.checkpoint.manifest import (
     AdapterRecord,
@@ -24,7 +25,9 @@ from lora_cli.checkpoint.undo_file import (
     copied,
     copied_file,
     factor_part,
+    gains_part,
     header_part,
+    numbers,
     packed,
     side_part,
     stored_part,
@@ -125,6 +128,10 @@ class UndoWriter:
 
     def _changed(self, key: str, edit: Edit, cuts: Sequence[Cut], source: str) -> TensorRecord:
         how = codec_of(edit)
+        gains = b"".join(cut.gains for cut in cuts)
+        if gains:
+            outputs = edit.matrix[1] if edit.terms[0].transposed else edit.matrix[0]
+            self._parts.append(numbers(gains_part(key), DTYPES["F64" if len(gains) == 8 * outputs else "F32"], gains))
         return TensorRecord(
             key=key,
             how=how,
@@ -133,6 +140,7 @@ class UndoWriter:
             source_digests=tuple(cut.after for cut in cuts),
             fragments=tuple(cut.size for cut in cuts),
             terms=tuple(record(term) for term in edit.terms) if how == "preimages" else (),
+            gains=bytes_digest(gains) if gains else "",
         )
 
     def _sides(self) -> Iterator[SideRecord]:

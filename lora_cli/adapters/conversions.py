@@ -1,0 +1,280 @@
+"""What transformers knows of the names in a checkpoint: tables of one release, made by scripts/make_conversions.py.
+
+A checkpoint keeps the names that its model's modules had when it was first published; transformers renames them when it
+loads it ("conversions": patterns and what takes their place, some of them with an operation on the tensors). Adapters
+have the names of modules. The tables say the same without transformers.
+
+The patterns are matched by Python's own engine, for they look ahead and behind, which RE2 cannot. That is safe: they
+come with this package, none repeats what repeats itself, and names of more than `LONGEST` characters stay as they are.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from importlib import resources
+from typing import Any
+
+LONGEST = 500
+"""Characters of the longest name that is looked at."""
+
+_LEGACY = "legacy"
+"""Conversions that come after those of every class."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A model inside another one, or the whole.
+
+    Attributes:
+        path: Its name among the modules; empty for the whole.
+        kind: Its class.
+        config: The level of the config that is about it.
+    """
+
+    path: str
+    kind: str
+    config: Mapping[str, Any]
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """What the tables say about its class."""
+        facts: Mapping[str, Any] = tables()["classes"].get(self.kind, {})
+        return facts
+
+    @property
+    def prefix(self) -> str:
+        """The name under which a class with a head keeps it, with its dot."""
+        prefix = str(self.facts.get("prefix", ""))
+        return f"{prefix}." if prefix else ""
+
+    def parts(self) -> Iterator[Part]:
+        """It, and all models inside it, from the outside in."""
+        yield self
+        for path, kind, *level in self.facts.get("parts", ()):
+            inner = self.config.get(level[0]) if level else self.config
+            config = inner if isinstance(inner, dict) else {}
+            below = Part(f"{self.path}.{path}" if self.path else path, _kind_of(kind, config if level else {}), config)
+            yield from below.parts()
+
+    @property
+    def is_decoder(self) -> bool:
+        """Whether models of its type are trained alone, to go on with a text."""
+        return self.facts.get("type") in tables()["decoders"]
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """One step from names in files to names of modules.
+
+    Attributes:
+        sources: Patterns that a name is searched for; the longest that fits decides.
+        targets: What takes the place of what was found: the first, or for steps that belong together the one of the
+            same position.
+        operations: What is done to the tensors, by name and arguments; empty for a mere renaming.
+        scope: Where in the model, for one that is not about all of it; with the prefix that may stand before it.
+        together: The others count only where something fits the first.
+        offset: Added to the number that is found.
+    """
+
+    sources: tuple[str, ...]
+    targets: tuple[str, ...]
+    operations: tuple[tuple[str, Mapping[str, Any]], ...] = ()
+    scope: tuple[str, str] | None = None
+    together: bool = False
+    offset: int = 0
+    pattern: re.Pattern[str] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "pattern", compiled(self.sources))
+
+    def __call__(self, name: str) -> tuple[str, int] | None:
+        """The new name and which of the patterns was found; None for a name that is not concerned."""
+        start = self._start(name)
+        found = self.pattern.search(name[start:]) if start is not None else None
+        if found is None:
+            return None
+        group = next(key for key, value in found.groupdict().items() if value is not None)
+        position = int(group[1:])
+        new = self.targets[position if self.together else 0]
+        if "\\1" in new:
+            inner = found[self.pattern.groupindex[group] + 1]
+            new = new.replace("\\1", str(int(inner) + self.offset) if self.offset else inner)
+        return name[:start] + found.string.replace(found[0], new, 1), position
+
+    def _start(self, name: str) -> int | None:
+        """Where in a name the part begins that the patterns are for."""
+        if self.scope is None:
+            return 0
+        return next((len(path) for path in self.scope if name.startswith(path)), None)
+
+    def concerns_any(self, lines: str) -> bool:
+        """Whether it may concern one of these names, one a line; quicker than asking for each."""
+        return self.scope is not None or re.search(self.pattern.pattern, lines, re.MULTILINE) is not None
+
+
+@lru_cache(maxsize=1024)
+def compiled(sources: tuple[str, ...]) -> re.Pattern[str]:
+    """One expression for patterns as transformers writes them: the longest first, each up to the end of a word."""
+    branches = []
+    for position, source in sorted(enumerate(sources), key=lambda item: -len(item[1])):
+        body = source.replace("*.", r".*\.")
+        ends = r"(?!\w)" if re.search(r"[a-zA-Z0-9]$", body) else ""
+        branches.append(f"(?P<g{position}>{body}{ends})")
+    return re.compile("|".join(branches))
+
+
+@dataclass(frozen=True)
+class Conversions:
+    """All steps for the model that a config describes.
+
+    Attributes:
+        parts: The model and the models in it; empty for one that the tables do not know.
+        renamings: In order; each one that fits a name is applied.
+        converters: With operations on tensors; of these the first that fits, after all renamings.
+    """
+
+    parts: tuple[Part, ...] = ()
+    renamings: tuple[Conversion, ...] = ()
+    converters: tuple[Conversion, ...] = ()
+
+    @property
+    def kind(self) -> str:
+        """The model's class."""
+        return self.parts[0].kind if self.parts else ""
+
+    def for_files(self, names: Sequence[str]) -> Conversions:
+        """Those that concern any of the names of a checkpoint; steps that belong together are decided by these."""
+        current, kept = list(names), []
+        for step in self.renamings:
+            changed = renamed(current, (step,)) if step.concerns_any("\n".join(current)) else current
+            if step.together and not any((found := step(name)) and found[1] == 0 for name in current):
+                continue
+            if changed != current:
+                kept.append(step)
+                current = changed
+        lines = "\n".join(current)
+        converters = tuple(step for step in self.converters if step.concerns_any(lines))
+        return Conversions(self.parts, tuple(kept), converters)
+
+    def newest(self, names: Iterable[str]) -> list[str]:
+        """Names as modules are called now; those that are new already stay."""
+        listed = list(names)
+        if not self.renamings and not self.converters:
+            return listed
+        facts = self.parts[0].facts
+        stay, tops = set(facts.get("stay", ())), set(facts.get("tops", ()))
+        return [
+            old if _NUMBER.sub("*", old) in stay else self._settled(new, tops)
+            for old, new in zip(listed, renamed(listed, self.renamings), strict=True)
+        ]
+
+    def _settled(self, name: str, tops: Collection[str]) -> str:
+        """A name with the backbone's prefix where its class has a head, and without where it has none."""
+        prefix = self.parts[0].prefix
+        backbone = next((part.facts.get("tops", ()) for part in self.parts if f"{part.path}." == prefix), ())
+        top, bare = name.split(".")[0], name.removeprefix(prefix)
+        if bare != name:
+            first = bare.split(".")[0]
+            return bare if first in tops and first not in backbone else name
+        return prefix + name if top in backbone and top not in tops else name
+
+
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+
+
+def renamed(names: Iterable[str], renamings: Sequence[Conversion]) -> list[str]:
+    """Names after every renaming that concerns them, in order."""
+    current = list(names)
+    for step in renamings:
+        current = [found[0] if len(name) <= LONGEST and (found := step(name)) else name for name in current]
+    return current
+
+
+def conversions(config: Mapping[str, Any]) -> Conversions:
+    """The conversions of the model that `config.json` describes; none where the tables do not know it.
+
+    Each class has its own conversions, or those of its model type, and these also hold for what is inside it; a part
+    of another type has its own, for names below it alone. (transformers, `get_model_conversion_mapping`.)
+    """
+    kind = architecture(config)
+    if kind is None:
+        return Conversions()
+    parts = tuple(Part("", kind, config).parts())
+    steps = [*_steps(parts), *_rows(_LEGACY, None)]
+    return Conversions(
+        parts,
+        tuple(step for step in steps if not step.operations),
+        tuple(step for step in steps if step.operations),
+    )
+
+
+def architecture(config: Mapping[str, Any]) -> str | None:
+    """The class of the model that `config.json` describes, if the tables know it or its model type."""
+    named = config.get("architectures")
+    kind = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else None
+    base = tables()["bases"].get(str(config.get("model_type")))
+    if kind is None or kind in tables()["classes"]:
+        return kind or base
+    # A class that the tables leave out has nothing to be told; of other people's nothing is known.
+    return kind if base is not None and "auto_map" not in config else None
+
+
+def _kind_of(kind: str, config: Mapping[str, Any]) -> str:
+    """The class of a part: the usual one, or what its own config makes of it."""
+    told, usual = config.get("model_type"), tables()["classes"].get(kind, {}).get("type")
+    if not isinstance(told, str) or usual is None or told == usual:
+        return kind
+    mapping = "decoders" if tables()["decoders"].get(usual) == kind else "bases"
+    return str(tables()[mapping].get(told, ""))
+
+
+def _steps(parts: Sequence[Part]) -> Iterator[Conversion]:
+    seen: defaultdict[str, list[str]] = defaultdict(list)
+    whole = parts[0].facts.get("prefix", "")
+    for part in parts:
+        model_type = part.facts.get("type", "")
+        by_class = part.kind in tables()["conversions"]
+        name = part.kind if by_class else model_type
+        claimed = [*seen[part.kind], *([] if by_class else seen[model_type])]
+        if name not in tables()["conversions"] or any(_below(part.path, path) for path in claimed):
+            continue
+        scope = None
+        if part.path:
+            path = part.path.removeprefix(whole).removeprefix(".")
+            inner = f"{path}." if path else ""
+            scope = (f"{whole}.{inner}" if whole else inner, inner)
+        yield from _rows(name, scope)
+        seen[part.kind].append(part.path)
+        if not by_class:
+            seen[model_type].append(part.path)
+
+
+def _below(path: str, above: str) -> bool:
+    return not above or path.startswith(f"{above}.")
+
+
+def _rows(name: str, scope: tuple[str, str] | None) -> Iterator[Conversion]:
+    found = tables()["conversions"][name]
+    for row in tables()["conversions"][found] if isinstance(found, str) else found:
+        yield Conversion(
+            tuple(row["from"]),
+            tuple(row["to"]),
+            tuple((operation, arguments) for operation, arguments in row.get("by", ())),
+            scope,
+            row.get("together", False),
+            row.get("offset", 0),
+        )
+
+
+@lru_cache(maxsize=1)
+def tables() -> Mapping[str, Any]:
+    """The tables, read once."""
+    content: Mapping[str, Any] = json.loads(
+        (resources.files("lora_cli") / "data" / "conversions.json").read_text("utf-8")
+    )
+    return content

@@ -1,0 +1,87 @@
+"""What becomes of every tensor of the adapters, and what is wrong with it: the ledger of a plan, while it is made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from lora_cli.adapters.adapter import Adapter
+from lora_cli.checkpoint.checkpoint import StoredTensor
+from lora_cli.errors import LoraCliError, NamesError, ShapeError, UnsupportedError
+from lora_cli.surgery.plan import LedgerEntry, Outcome
+
+_MESSAGES: dict[type[LoraCliError], str] = {
+    NamesError: "Two adapters want different things of one tensor",
+    ShapeError: "Shapes of adapter and base do not fit",
+    UnsupportedError: "Some targets cannot take this adapter",
+}
+"""Kinds of problems, the gravest first: names before shapes before the rest."""
+
+
+class Accounts:
+    """The ledger of each adapter, and all problems at once.
+
+    Args:
+        base: The base's label, for messages.
+        adapters: The adapters.
+    """
+
+    def __init__(self, base: str, adapters: Sequence[Adapter]) -> None:
+        self._base = base
+        self._adapters = adapters
+        self._ledgers: list[list[LedgerEntry]] = [[] for _ in adapters]
+        self._problems: list[tuple[type[LoraCliError], str]] = []
+
+    @property
+    def ledger(self) -> tuple[LedgerEntry, ...]:
+        """What became of every adapter tensor, adapter by adapter."""
+        return tuple(entry for ledger in self._ledgers for entry in ledger)
+
+    def enter(
+        self, position: int, tensor: StoredTensor, outcome: Outcome, key: str | None, reason: str | None = None
+    ) -> None:
+        """Say what becomes of a tensor of the adapter at a position."""
+        label = self._adapters[position].label
+        self._ledgers[position].append(LedgerEntry(label, tensor.key, outcome, key, reason))
+
+    def has(self, position: int, tensor: StoredTensor) -> bool:
+        """Whether it was said already what becomes of a tensor."""
+        return any(entry.tensor == tensor.key for entry in self._ledgers[position])
+
+    def problem(self, kind: type[LoraCliError], words: str) -> None:
+        """Say that something is wrong."""
+        self._problems.append((kind, words))
+
+    def settle(self) -> None:
+        """Raise one error with every problem of the gravest kind; check that nothing was left out.
+
+        Raises:
+            LoraCliError: Problems; or a tensor of which nothing was said.
+        """
+        for kind, message in _MESSAGES.items():
+            details = [words for found, words in self._problems if found is kind]
+            if details:
+                raise kind(f"{message} ({len(details)})", file=self._base, details=details, hint=_hint(details))
+        for adapter, ledger in zip(self._adapters, self._ledgers, strict=True):
+            if len(ledger) != adapter.stored:
+                found = f"{len(ledger)} of {adapter.stored} tensors"
+                raise LoraCliError("The ledger of this adapter is not complete", file=adapter.label, found=found)
+
+    def keep_replaced(self, reason: str) -> None:
+        """Say of tensors that were to be replaced or added that they are not, for that reason."""
+        reasons = {"replaced": reason, "added": "not in the checkpoint"}
+        self._ledgers = [
+            [
+                replace(entry, outcome="ignored", reason=reasons[entry.outcome]) if entry.outcome in reasons else entry
+                for entry in ledger
+            ]
+            for ledger in self._ledgers
+        ]
+
+
+def _hint(details: Sequence[str]) -> str | None:
+    if any("quantised" in words for words in details):
+        return "merge into the 16-bit checkpoint that the quantised one was made from"
+    if any("--orientation" in words for words in details):
+        return "--orientation ba for torch.nn.Linear (out × in), ab for (in × out)"
+    return None
