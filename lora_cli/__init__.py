@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from lora_cli.progress import Progress
     from lora_cli.surgery.diff import DiffResult, diff
     from lora_cli.surgery.inject import InjectResult, inject
-    from lora_cli.surgery.inspect import InspectResult, inspect
+    from lora_cli.surgery.inspect import inspect
+    from lora_cli.surgery.inspection import InspectResult
     from lora_cli.surgery.merge import MergeResult, merge, plan_merge
     from lora_cli.surgery.placing import PlanOptions
     from lora_cli.surgery.plan import Plan
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 _WHERE = {
     "DiffResult": "surgery.diff",
     "InjectResult": "surgery.inject",
-    "InspectResult": "surgery.inspect",
+    "InspectResult": "surgery.inspection",
     "MergeResult": "surgery.merge",
     "Plan": "surgery.plan",
     "PlanOptions": "surgery.placing",

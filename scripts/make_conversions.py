@@ -12,7 +12,6 @@ import contextlib
 import importlib
 import json
 import logging
-import os
 import re
 import sys
 import warnings
@@ -23,8 +22,7 @@ from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
-
-os.environ["HF_HUB_OFFLINE"] = "1"
+from unittest import mock
 
 import torch
 import transformers
@@ -44,7 +42,7 @@ Facts = dict[str, Any]
 
 def main() -> int:
     """Write the files, or with --check say which are out of date."""
-    silence()
+    logging.disable(logging.CRITICAL)
     made = list(instances(model_classes()))
     wanted = {DATA / "conversions.json": rendered(facts(made)), DATA / "conv1d.yaml": conv1d(made)}
     stale = [path for path, text in wanted.items() if not path.exists() or path.read_text("utf-8") != text]
@@ -55,13 +53,6 @@ def main() -> int:
     for path in stale:
         path.write_text(wanted[path], "utf-8")
     return 0
-
-
-def silence() -> None:
-    """Keep transformers from talking of configs that nobody will train."""
-    warnings.simplefilter("ignore")
-    transformers.logging.set_verbosity_error()
-    logging.disable(logging.CRITICAL)
 
 
 def facts(made: Iterable[tuple[type, Model | None]]) -> Facts:
@@ -133,7 +124,8 @@ def model_classes() -> list[type]:
 
 
 def descendants(kind: type) -> Iterator[type]:
-    for below in kind.__subclasses__():
+    below: type
+    for below in type.__subclasses__(kind):
         if below.__module__.startswith("transformers.models."):
             yield below
         yield from descendants(below)
@@ -141,21 +133,25 @@ def descendants(kind: type) -> Iterator[type]:
 
 def instances(classes: Iterable[type]) -> Iterator[tuple[type, Model | None]]:
     """Each class with a small model of it, or None where its default config makes none."""
-    without_backends()
-    for kind in classes:
-        if getattr(kind, "config_class", None) is not None:
-            yield kind, instance(kind)
+    with without_backends():
+        for kind in classes:
+            if getattr(kind, "config_class", None) is not None:
+                yield kind, instance(kind)
 
 
-def without_backends() -> None:
+@contextlib.contextmanager
+def without_backends() -> Iterator[None]:
     """Let classes be made without packages that they compute with, so that the result does not depend on them."""
-    for module in [module for name, module in sys.modules.items() if name.startswith("transformers.")]:
-        if "requires_backends" in vars(module):
-            module.requires_backends = lambda *_, **__: None
-    for name, family in (("TimmWrapperModel", "timm_wrapper"), ("TimmBackbone", "timm_backbone")):
-        module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
-        setattr(getattr(transformers.models, family), name, getattr(module, name))
-        getattr(module, name).__init__ = _bare
+    with contextlib.ExitStack() as stack:
+        for module in [module for name, module in sys.modules.items() if name.startswith("transformers.")]:
+            if "requires_backends" in vars(module):
+                stack.enter_context(mock.patch.object(module, "requires_backends"))
+        for name, family in (("TimmWrapperModel", "timm_wrapper"), ("TimmBackbone", "timm_backbone")):
+            module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+            kind = getattr(module, name)
+            stack.enter_context(mock.patch.object(getattr(transformers.models, family), name, kind, create=True))
+            stack.enter_context(mock.patch.object(kind, "__init__", _bare))
+        yield
 
 
 def _bare(model: Model, config: Any, *_: Any, **__: Any) -> None:
@@ -166,7 +162,8 @@ def _bare(model: Model, config: Any, *_: Any, **__: Any) -> None:
 def instance(kind: Any) -> Model | None:
     """A model of one class on the meta device, of two layers if it can be."""
     for prepare in (small, deepcopy):
-        with contextlib.suppress(Exception), torch.device("meta"):
+        with contextlib.suppress(Exception), warnings.catch_warnings(), torch.device("meta"):
+            warnings.simplefilter("ignore")
             return kind(prepare(kind.config_class()))
     return None
 
@@ -300,7 +297,7 @@ def when_tied(config_class: Any) -> str:
     has_text = "text_config" in config_class.sub_configs
     answers = []
     for inner, outer in product((None, False, True) if has_text else (None,), (None, False, True)):
-        said = {} if outer is None else {"tie_word_embeddings": outer}
+        said: Facts = {} if outer is None else {"tie_word_embeddings": outer}
         if inner is not None:
             said["text_config"] = {"tie_word_embeddings": inner}
         try:

@@ -68,6 +68,7 @@ class Family:
         part: Makes the model that is trained of the one that was opened.
         spelling: How names in the base's file are changed by hand.
         max_shard_size: As for `save_pretrained`.
+        dtype: Of the file; what is trained and compared is of float32.
         tied: Whether its table is its head.
     """
 
@@ -85,6 +86,7 @@ class Family:
     part: Callable[[Model], Model] = whole
     spelling: Spelling = ()
     max_shard_size: str = "50GB"
+    dtype: torch.dtype = torch.float32
     tied: bool = False
 
     @property
@@ -98,7 +100,7 @@ class Family:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.05)
-        model.save_pretrained(folder, max_shard_size=self.max_shard_size)
+        model.to(self.dtype).save_pretrained(folder, max_shard_size=self.max_shard_size)
         if self.spelling:
             file = folder / "model.safetensors"
             tensors = {respelled(name, self.spelling): tensor for name, tensor in load_file(file).items()}
@@ -301,6 +303,16 @@ _LISTED: Final = (
         model("Llama", tie_word_embeddings=True, **DECODER),
         words,
         LM,
+        max_shard_size="20KB",
+        tied=True,
+        **LLAMA_TABLES,
+    ),
+    Family(
+        "llama-bf16",
+        model("Llama", tie_word_embeddings=True, **DECODER),
+        words,
+        LM,
+        dtype=torch.bfloat16,
         max_shard_size="20KB",
         tied=True,
         **LLAMA_TABLES,

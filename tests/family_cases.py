@@ -77,6 +77,7 @@ MORE: Final = {
         {ENDS} {AS_ONE} {RESIZED} resized-table both-saved table-dora table-and-head-dora tables-with-it tokens
         tokens-named tokens-of-both tokens-as-one""",
     "llama-shards": "head both-saved replicated resized resized-tokens norms-saved",
+    "llama-bf16": "table-and-head table-dora head-saved tokens tokens-of-both resized-both resized-tokens replicated",
     "llama-bare": "table replicated",
     "mistral": "head-saved replicated",
     "qwen2": f"{ENDS} bias-all lora-bias",
@@ -93,7 +94,6 @@ MORE: Final = {
     "bert": f"{ENDS} bias-all bias-lora-only lora-bias dora-bias table-dora positions replicated",
     "bert-bare": "table-and-linear",
     "roberta": "table table-dora head head-saved classifier-saved nested-saved",
-    "roberta-bare": "nested-saved",
     "t5": ENDS,
     "whisper": f"{ENDS}",
     "llava": f"{ENDS} old old-dora old-both old-head-saved between",
@@ -124,10 +124,10 @@ CASES: Final = [Case(family, OPTIONS[name]) for family in FAMILIES.values() for 
 
 REFUSED: Final[dict[str, dict[str, tuple[type[LoraCliError], str]]]] = {
     "llama": {
-        "alora": (UnsupportedError, "alora_invocation_tokens"),
-        "arrow": (UnsupportedError, "arrow_config"),
-        "qalora": (UnsupportedError, "use_qalora"),
-        "kasa": (UnsupportedError, "kasa_config"),
+        "alora": (UnsupportedError, "activated LoRA"),
+        "arrow": (UnsupportedError, "Arrow"),
+        "qalora": (UnsupportedError, "QA-LoRA"),
+        "kasa": (UnsupportedError, "KaSA"),
         "loftq": (UnsupportedError, "loftq"),
         "pissa": (UnsupportedError, "pissa"),
         "pissa_niter_4": (UnsupportedError, "pissa_niter_4"),
@@ -169,6 +169,11 @@ class Made:
     adapted: torch.Tensor
     before: torch.Tensor | None
     merged: dict[str, torch.Tensor] | None
+
+    @property
+    def folders(self) -> list[Path]:
+        """The adapter, and what it was before training, where a merge is given that."""
+        return [self.adapter, *([self.adapter.parent / "initial"] if self.case.option.initial else [])]
 
 
 def base_of(family: Family, root: Path) -> Path:

@@ -82,7 +82,7 @@ def model(family: str, head: str = "ForCausalLM", **options: Any) -> Callable[[]
     return build
 
 
-DECODER: Final = {
+DECODER: Final[dict[str, Any]] = {
     "vocab_size": WORDS,
     "hidden_size": 32,
     "intermediate_size": 40,
@@ -95,7 +95,7 @@ DECODER: Final = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-ENCODER: Final = {
+ENCODER: Final[dict[str, Any]] = {
     "vocab_size": WORDS,
     "hidden_size": 32,
     "intermediate_size": 40,
@@ -104,7 +104,7 @@ ENCODER: Final = {
     "max_position_embeddings": 64,
     "pad_token_id": 0,
 }
-EYE: Final = {
+EYE: Final[dict[str, Any]] = {
     "hidden_size": 16,
     "intermediate_size": 24,
     "num_hidden_layers": 2,
@@ -113,8 +113,8 @@ EYE: Final = {
     "patch_size": 8,
 }
 LLAMA: Final = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-LLAMA_TABLES: Final = {"table": "embed_tokens", "head": "lm_head"}
-FEW: Final = {"num_labels": LABELS}
+LLAMA_TABLES: Final[dict[str, Any]] = {"table": "embed_tokens", "head": "lm_head"}
+FEW: Final[dict[str, Any]] = {"num_labels": LABELS}
 
 
 def llava() -> Model:

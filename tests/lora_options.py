@@ -99,6 +99,20 @@ def both(family: Family) -> list[str]:
     return [family.table, family.head]
 
 
+# Targets whose names are a family's own
+
+BIASED: Final[dict[str, list[str]]] = {
+    "bert": ["query", "value", "dense"],
+    "gpt2": ["c_attn", "c_proj", "c_fc"],
+    "qwen2": ["q_proj", "k_proj"],
+    "phi": ["q_proj", "dense", "fc1"],
+    "small": ["wide", "one", "two"],
+    "llama": ["q_proj"],
+}
+NEAR: Final[dict[str, list[str]]] = {"llama": ["q_proj", "o_proj"], "gpt2": ["c_attn"], "bert-bare": ["query"]}
+MIXED: Final[dict[str, str | list[str]]] = {"siglip": r".*head\.attention", "small": ["resampler", "wide"]}
+
+
 # What single options do
 
 
@@ -200,14 +214,13 @@ def between(family: Family) -> Spelling:
     return BETWEEN
 
 
-def sub(name: str, *arguments: Any, **fields: Any) -> Callable[[Family], Any]:
+def sub(name: str, **fields: Any) -> Callable[[Family], Config]:
     """A config inside the config."""
 
-    def make(family: Family) -> Any:
-        import peft
+    def make(family: Family) -> Config:
         from peft.tuners.lora import config
 
-        return getattr(config, name, None)(*arguments, **fields) if hasattr(config, name) else getattr(peft, name)()
+        return getattr(config, name)(**fields)
 
     return make
 
@@ -360,16 +373,3 @@ OPTIONS: Final = {
         *principal("lora_ga", target_modules=LLAMA, lora_ga_config=sub("LoraGAConfig"), prepare=with_gradients),
     )
 }
-
-# Targets whose names are a family's own
-
-BIASED: Final = {
-    "bert": ["query", "value", "dense"],
-    "gpt2": ["c_attn", "c_proj", "c_fc"],
-    "qwen2": ["q_proj", "k_proj"],
-    "phi": ["q_proj", "dense", "fc1"],
-    "small": ["wide", "one", "two"],
-    "llama": ["q_proj"],
-}
-NEAR: Final = {"llama": ["q_proj", "o_proj"], "gpt2": ["c_attn"], "bert-bare": ["query"]}
-MIXED: Final = {"siglip": r".*head\.attention", "small": ["resampler", "wide"]}

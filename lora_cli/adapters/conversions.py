@@ -14,7 +14,7 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from importlib import resources
 from typing import Any
@@ -98,7 +98,7 @@ class Conversion:
         found = self.pattern.search(name[start:]) if start is not None else None
         if found is None:
             return None
-        group = next(key for key, value in found.groupdict().items() if value is not None)
+        group = str(found.lastgroup)  # the outermost that has matched, and these are alternatives
         position = int(group[1:])
         new = self.targets[position if self.together else 0]
         if "\\1" in new:
@@ -108,13 +108,14 @@ class Conversion:
 
     def _start(self, name: str) -> int | None:
         """Where in a name the part begins that the patterns are for."""
-        if self.scope is None:
-            return 0
-        return next((len(path) for path in self.scope if name.startswith(path)), None)
+        for path in self.scope or ("",):
+            if name.startswith(path):
+                return len(path)
+        return None
 
-    def concerns_any(self, lines: str) -> bool:
-        """Whether it may concern one of these names, one a line; quicker than asking for each."""
-        return self.scope is not None or re.search(self.pattern.pattern, lines, re.MULTILINE) is not None
+    def concerns_none(self, lines: str) -> bool:
+        """Whether it surely concerns none of these names, one a line; asked before each of them is."""
+        return self.scope is None and re.search(self.pattern.pattern, lines, re.MULTILINE) is None
 
 
 @lru_cache(maxsize=1024)
@@ -148,18 +149,13 @@ class Conversions:
         return self.parts[0].kind if self.parts else ""
 
     def for_files(self, names: Sequence[str]) -> Conversions:
-        """Those that concern any of the names of a checkpoint; steps that belong together are decided by these."""
+        """The same, with the steps that belong together decided by the names of a checkpoint."""
         current, kept = list(names), []
         for step in self.renamings:
-            changed = renamed(current, (step,)) if step.concerns_any("\n".join(current)) else current
-            if step.together and not any((found := step(name)) and found[1] == 0 for name in current):
-                continue
-            if changed != current:
+            if not step.together or any((found := step(name)) and found[1] == 0 for name in current):
                 kept.append(step)
-                current = changed
-        lines = "\n".join(current)
-        converters = tuple(step for step in self.converters if step.concerns_any(lines))
-        return Conversions(self.parts, tuple(kept), converters)
+                current = renamed(current, (step,))
+        return replace(self, renamings=tuple(kept))
 
     def newest(self, names: Iterable[str]) -> list[str]:
         """Names as modules are called now; those that are new already stay."""
@@ -167,21 +163,24 @@ class Conversions:
         if not self.renamings and not self.converters:
             return listed
         facts = self.parts[0].facts
-        stay, tops = set(facts.get("stay", ())), set(facts.get("tops", ()))
-        return [
-            old if _NUMBER.sub("*", old) in stay else self._settled(new, tops)
-            for old, new in zip(listed, renamed(listed, self.renamings), strict=True)
-        ]
+        stay, new = set(facts.get("stay", ())), renamed(listed, self.renamings)
+        if stay:
+            new = [old if _NUMBER.sub("*", old) in stay else name for old, name in zip(listed, new, strict=True)]
+        return self._settled(new, set(facts["tops"])) if "tops" in facts else new
 
-    def _settled(self, name: str, tops: Collection[str]) -> str:
-        """A name with the backbone's prefix where its class has a head, and without where it has none."""
+    def _settled(self, names: Sequence[str], tops: Collection[str]) -> list[str]:
+        """Names with the backbone's prefix where their class has a head, and without where it has none."""
         prefix = self.parts[0].prefix
         backbone = next((part.facts.get("tops", ()) for part in self.parts if f"{part.path}." == prefix), ())
-        top, bare = name.split(".")[0], name.removeprefix(prefix)
-        if bare != name:
-            first = bare.split(".")[0]
-            return bare if first in tops and first not in backbone else name
-        return prefix + name if top in backbone and top not in tops else name
+        added, taken = {*backbone} - {*tops}, {*tops} - {*backbone}
+        settled = []
+        for name in names:
+            top, _, rest = name.partition(".")
+            if f"{top}." == prefix:
+                settled.append(rest if rest.partition(".")[0] in taken else name)
+            else:
+                settled.append(prefix + name if top in added else name)
+        return settled
 
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
@@ -190,8 +189,12 @@ _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 def renamed(names: Iterable[str], renamings: Sequence[Conversion]) -> list[str]:
     """Names after every renaming that concerns them, in order."""
     current = list(names)
+    lines = "\n".join(current)
     for step in renamings:
+        if step.concerns_none(lines):
+            continue
         current = [found[0] if len(name) <= LONGEST and (found := step(name)) else name for name in current]
+        lines = "\n".join(current)
     return current
 
 

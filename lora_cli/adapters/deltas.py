@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from lora_cli.adapters.adapter import Load, Scale
@@ -186,7 +186,7 @@ class LowRankStack:
         """Read the factors of one expert and return them with their scale."""
         from lora_cli.arithmetic.product import Term
 
-        a, b = load(_slice(self.a, index)), load(_slice(self.b, index))
+        a, b = load(self.a.part(index)), load(self.b.part(index))
         return Term(b.T, a.T, self.scale.times(weight))
 
 
@@ -322,10 +322,3 @@ def is_kernel_pair(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
 def is_stack_pair(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
     """Whether shapes are A (experts, in, rank) and B (experts, rank, out)."""
     return len(a) == len(b) == 3 and a[0] == b[0] and a[2] == b[1] and 0 not in a + b
-
-
-def _slice(stack: StoredTensor, index: int) -> StoredTensor:
-    """One matrix of a stack, where it lies."""
-    info, size = stack.info, stack.nbytes // stack.shape[0]
-    begin = info.begin + index * size
-    return replace(stack, info=replace(info, shape=info.shape[1:], begin=begin, end=begin + size))

@@ -9,7 +9,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from lora_cli.adapters.peft_types import check_types
+from lora_cli.adapters.peft_types import check_types, is_set
 from lora_cli.errors import UnsupportedError
 
 UNDERSTOOD = {
@@ -135,9 +135,9 @@ def refuse_set_fields(
     Raises:
         UnsupportedError: With all of them.
     """
-    refused = {name: _reason(name, value) for name, value in config.items() if _refused(name, value, understood)}
+    refused = refusals(config, understood)
     ignored = tuple(sorted(set(refused) & set(ignore)))
-    problems = [f"{name} = {str(config[name])[:60]}: {why}" for name, why in refused.items() if name not in ignored]
+    problems = [words for name, words in refused.items() if name not in ignored]
     if problems:
         raise UnsupportedError(
             "The adapter's config asks for what lora-cli does not do",
@@ -148,12 +148,20 @@ def refuse_set_fields(
     return ignored
 
 
+def refusals(config: Mapping[str, Any], understood: Collection[str] = UNDERSTOOD) -> dict[str, str]:
+    """The fields that are set, not understood and not neutral, each with what it says and why that is refused."""
+    return {
+        name: f"{name} = {str(value)[:60]}: {_reason(name, value)}"
+        for name, value in config.items()
+        if _refused(name, value, understood)
+    }
+
+
 def _refused(name: str, value: object, understood: Collection[str]) -> bool:
     if name == _INIT:
         plain = value is None or isinstance(value, bool) or _init_name(value) in _PLAIN_INITS
         return not plain and not (name in understood and _taking(value))
-    is_set = value not in (None, False, "", [], {})
-    return is_set and name not in understood and name not in NEUTRAL
+    return is_set(value) and name not in understood and name not in NEUTRAL
 
 
 def _init_name(value: object) -> str | None:

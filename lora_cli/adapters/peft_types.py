@@ -25,6 +25,11 @@ def check_types(config: Mapping[str, Any], file: str) -> None:
             )
 
 
+def is_set(value: object) -> bool:
+    """Whether a field says anything."""
+    return value not in (None, False, "", [], {})
+
+
 def _is_rank(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 31
 
@@ -56,16 +61,16 @@ def _is_run(value: object) -> bool:
 
 
 def _are_runs(value: Any) -> bool:
-    return _lists(_is_run)(value) and sum(end - first for first, end in value or ()) <= MOST_LAYERS
+    return not is_set(value) or (_lists(_is_run)(value) and sum(end - first for first, end in value) <= MOST_LAYERS)
 
 
 def _are_tokens(value: object) -> bool:
-    return _lists(_is_place)(value) or _maps_to(_lists(_is_place))(value)
+    return not is_set(value) or _lists(_is_place)(value) or _maps_to(_lists(_is_place))(value)
 
 
 def _are_blocks(value: object) -> bool:
-    if not value:
-        return value is None or value is False
+    if not is_set(value):
+        return True
     if not isinstance(value, dict):
         return False
     named = _lists(lambda name: isinstance(name, str))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -107,10 +108,8 @@ def resolve(
     told = {name: new for name in names if (new := _told(name, maps)) is not None}
     rest = [name for name in names if name not in told]
     chosen, found = _choose(rest, known, file)
-    for name, new in told.items():
-        places = known(new)
-        if places is not None:
-            found[name] = places
+    by_map = known(list(told.values()))
+    found |= {name: by_map[new] for name, new in told.items() if new in by_map}
     _refuse_doubles(found, file)
     lost = [name for name in names if name not in found]
     # The first few show what is wrong; looking for the neighbours of thousands would take minutes.
@@ -132,14 +131,28 @@ class _Names:
         self._newest: dict[str, str] = {}
         self._stored: dict[str, tuple[Place, ...]] = {}
 
-    def __call__(self, name: str) -> tuple[Place, ...] | None:
-        """Where it is; None for a name that means nothing."""
+    def __call__(self, names: Sequence[str]) -> dict[str, tuple[Place, ...]]:
+        """Name → where it is; without those that mean nothing. Of many at once, which is quicker than one by one."""
+        found = {name: places for name in names if (places := self._there(name)) is not None}
+        if len(found) < len(names) and self.spelled.conversions.parts:
+            older = [name for name in names if name not in found]
+            for name, new in zip(older, self._names_now(older), strict=True):
+                places = self._there(new) if new != name else None
+                if places is not None:
+                    found[name] = places
+        return found
+
+    def _names_now(self, names: Sequence[str]) -> list[str]:
+        """What modules of these names are called today."""
+        new = [name for name in dict.fromkeys(names) if name not in self._newest]
+        self._newest.update(zip(new, self.spelled.conversions.newest(new), strict=True))
+        return [self._newest[name] for name in names]
+
+    def _there(self, name: str) -> tuple[Place, ...] | None:
         key = _key_of(name, self.base)
         if key is not None:
             return self._own(key)
-        if not self.spelled.places:
-            return None
-        key = _key_of(name, self.spelled.places) or _key_of(self.newest(name), self.spelled.places)
+        key = _key_of(name, self.spelled.places) if self.spelled.places else None
         return self.spelled.places[key] if key is not None else None
 
     def _own(self, key: str) -> tuple[Place, ...]:
@@ -149,19 +162,13 @@ class _Names:
             return today
         return self._stored.setdefault(key, (Place(key),))
 
-    def newest(self, name: str) -> str:
-        """What the modules are called now."""
-        if name not in self._newest:
-            self._newest[name] = self.spelled.newest(name)
-        return self._newest[name]
-
     def is_stored(self, name: str) -> bool:
         """Whether it is a key of the base."""
         return _key_of(name, self.base) is not None
 
     def reason(self, name: str) -> str | None:
         """Why a parameter that the base holds has no place."""
-        return self.spelled.apart.get(name) or self.spelled.apart.get(self.newest(name))
+        return self.spelled.apart.get(name) or self.spelled.apart.get(self._newest.get(name, name))
 
     def rewrites(self) -> list[Rewrite]:
         """Every rewrite from adapter to base spelling, simplest first."""
@@ -227,7 +234,9 @@ def _choose(names: Sequence[str], known: _Names, file: str) -> tuple[Rewrite, di
 
 
 def _apply(rewrite: Rewrite, names: Sequence[str], known: _Names) -> dict[str, tuple[Place, ...]]:
-    return {name: places for name in names if (places := known(_rewritten(rewrite, name))) is not None}
+    spelled = [_rewritten(rewrite, name) for name in names]
+    places = known(spelled)
+    return {name: places[new] for name, new in zip(names, spelled, strict=True) if new in places}
 
 
 def _rewritten(rewrite: Rewrite, name: str) -> str:
@@ -261,13 +270,17 @@ def _key_of(name: str, keys: Collection[str]) -> str | None:
 
 
 def _refuse_doubles(found: Mapping[str, tuple[Place, ...]], file: str) -> None:
-    seen: dict[Place, str] = {}
+    seen: defaultdict[str, list[tuple[str, Place]]] = defaultdict(list)
     doubles = []
     for name, places in found.items():
         for place in places:
-            if place in seen:
-                doubles.append(f"{seen[place]} and {name} are both {place.key}")
-            seen[place] = name
+            others = seen[place.key]
+            doubles += [
+                f"{other} and {name} are both {place.key}"
+                for other, there in others
+                if there == place or there.region is None or place.region is None
+            ]
+            others.append((name, place))
     if doubles:
         raise NamesError("Two names of the adapter mean one tensor of the base", file=file, details=doubles)
 

@@ -11,7 +11,7 @@ from importlib import resources
 from typing import Any, Protocol
 
 from lora_cli.adapters.conversions import LONGEST, Conversion, Conversions, conversions
-from lora_cli.adapters.operations import NoPlaceError, Pieces, followed, placed, stored
+from lora_cli.adapters.operations import EXPERTS, NoPlaceError, Pieces, followed, placed, stored
 from lora_cli.adapters.region import Place
 
 
@@ -30,17 +30,15 @@ class Spelling:
 
     Attributes:
         conversions: From its names to those of modules.
-        places: Name of a parameter → what holds it.
+        places: Name of a parameter, where it is no key → what holds it.
         apart: Name of a parameter that nothing of it can be applied to → why.
+        names: Key → name of the parameter that it is; without keys that are parts of one, or several.
     """
 
     conversions: Conversions = field(default_factory=Conversions)
     places: Mapping[str, tuple[Place, ...]] = field(default_factory=dict)
     apart: Mapping[str, str] = field(default_factory=dict)
-
-    def newest(self, name: str) -> str:
-        """An adapter's name for a parameter as modules are called now; one that is new already stays."""
-        return self.conversions.newest((name,))[0]
+    names: Mapping[str, str] = field(default_factory=dict)
 
 
 def spelling(config: Mapping[str, Any], tensors: Mapping[str, Shaped]) -> Spelling:
@@ -51,21 +49,27 @@ def spelling(config: Mapping[str, Any], tensors: Mapping[str, Shaped]) -> Spelli
         tensors: Its tensors by key.
     """
     wrapper = wrapper_of(tensors)
-    keys = sorted(tensors, key=_by_number)
+    known = conversions(config)
+    if not known.parts:
+        return Spelling(names={key: key for key in tensors})
+    keys = list(tensors)
     bare = [key.removeprefix(wrapper) for key in keys]
-    known = conversions(config).for_files(bare)
-    if not known.renamings and not known.converters:
-        return Spelling(known)
+    known = known.for_files(bare)
     names = known.newest(bare)
     # What is only renamed; a converter's own source has this name in adapters of older releases.
-    places = {name: (Place(key),) for key, name in zip(keys, names, strict=True)}
+    places: dict[str, tuple[Place, ...]] = {
+        name: (Place(key),) for key, name in zip(keys, names, strict=True) if name != key
+    }
     apart: dict[str, str] = {}
+    alone = dict(zip(keys, names, strict=True))
     for group in _groups(known.converters, zip(keys, names, strict=True)):
         try:
             places.update(group.places(tensors, config))
         except NoPlaceError as reason:
             apart.update(dict.fromkeys(group.targets, str(reason)))
-    return Spelling(known, places, apart)
+        for key in group.keys:
+            del alone[key]
+    return Spelling(known, places, apart, alone)
 
 
 def wrapper_of(keys: Iterable[str]) -> str:
@@ -93,6 +97,11 @@ class _Group:
     sources: defaultdict[int, list[str]] = field(default_factory=lambda: defaultdict(list))
 
     @property
+    def keys(self) -> list[str]:
+        """All of them."""
+        return [key for found in self.sources.values() for key in found]
+
+    @property
     def targets(self) -> list[str]:
         """The names of what it makes of them."""
         before, _, after = self.name.partition(self.step.targets[0])
@@ -104,11 +113,13 @@ class _Group:
         Raises:
             NoPlaceError: They have none.
         """
+        if any(name in EXPERTS for name, _ in self.step.operations):
+            raise NoPlaceError("the base stores the experts of this layer one by one")
         missing = [source for number, source in enumerate(self.step.sources) if number not in self.sources]
         if missing:
             raise NoPlaceError(f"the base lacks a part of it, {missing[0]}")
         given: dict[str, list[Pieces]] = {
-            source: [stored(key, tuple(tensors[key].shape)) for key in self.sources[number]]
+            source: [stored(key, tuple(tensors[key].shape)) for key in sorted(self.sources[number], key=_by_number)]
             for number, source in enumerate(self.step.sources)
         }
         made = followed(self.step.operations, given, self.step.targets, config)

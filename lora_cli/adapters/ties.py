@@ -54,7 +54,7 @@ def _pairs(parts: Sequence[Part], names: Collection[str]) -> Iterator[tuple[str,
         if not _ties(part):
             continue
         path = f"{part.path}." if part.path else ""
-        for alias, source in _numbered(part.facts["ties"].items(), [name.removeprefix(path) for name in names]):
+        for alias, source in _numbered(part.facts["ties"].items(), path, names):
             pair = path + alias, path + source
             bare = path + alias.removeprefix(part.prefix), path + source.removeprefix(part.prefix)
             yield bare if not {*pair} & {*names} and {*bare} & {*names} else pair
@@ -71,18 +71,18 @@ def _ties(part: Part) -> bool:
     return bool(answers[position[0] * 3 + position[1] if len(answers) > 3 else position[1]] == "1")
 
 
-def _numbered(pairs: Iterable[tuple[str, str]], names: Collection[str]) -> Iterator[tuple[str, str]]:
-    """The pairs, those with `*` once for each number that the names have there."""
+def _numbered(pairs: Iterable[tuple[str, str]], path: str, names: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """The pairs of a part, those with `*` once for each number that the names have there."""
     for alias, source in pairs:
         if "*" not in alias:
             yield alias, source
             continue
         pattern = re.compile(r"(\d+)".join(map(re.escape, source.split("*"))))
         for name in names:
-            match = pattern.fullmatch(name)
+            match = pattern.fullmatch(name.removeprefix(path))
             if match:
                 pieces = alias.split("*")
-                yield pieces[0] + "".join(map("".join, zip(match.groups(), pieces[1:], strict=True))), name
+                yield pieces[0] + "".join(map("".join, zip(match.groups(), pieces[1:], strict=True))), match[0]
 
 
 def _as_it_is(name: str, _: Conversions) -> str:

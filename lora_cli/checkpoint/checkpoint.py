@@ -7,7 +7,7 @@ from a file ever becomes a path.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,12 @@ class StoredTensor:
     def offset(self) -> int:
         """Where its first byte is in the file."""
         return self.shard.header.data_start + self.info.begin
+
+    def part(self, index: int) -> StoredTensor:
+        """One entry along its first axis, where it lies: a row of a table, a matrix of a stack."""
+        size = self.nbytes // self.shape[0]
+        begin = self.info.begin + index * size
+        return replace(self, info=replace(self.info, shape=self.shape[1:], begin=begin, end=begin + size))
 
 
 @dataclass(frozen=True)

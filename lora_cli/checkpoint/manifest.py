@@ -155,6 +155,14 @@ class Manifest(_Record, frozen=True):
     adapters: tuple[AdapterRecord, ...]
     left_out: tuple[str, ...] = ()
 
+    @property
+    def format(self) -> int:
+        """The first format that has all that it says; whoever knows no later one can read it."""
+        tensors = [tensor for file in self.files for tensor in file.tensors]
+        terms = (term for tensor in tensors for term in tensor.terms)
+        newer = any(tensor.gains for tensor in tensors) or any(t.outputs or t.rows or t.blocks for t in terms)
+        return 2 if newer else 1
+
 
 def recorded(name: str) -> str:
     """Return the name of a file or folder as a manifest can hold it: `?` for what is not printable or no UTF-8."""

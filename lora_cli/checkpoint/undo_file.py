@@ -33,8 +33,9 @@ from lora_cli.checkpoint.staging import Staging
 from lora_cli.errors import MalformedFileError, UnsupportedError
 
 UNDO_FILE = "lora_merge.undo"
-FORMAT = 1
-"""Version of the container, manifest and streams. All versions up to this one are read."""
+FORMAT = 2
+"""Version of the container, manifest and streams. All versions up to this one are read, and the first that does is
+written: 2 has gains, parts of outputs and block-diagonal factors."""
 
 MANIFEST = "manifest"
 _FORMAT = re.compile(r"lora-cli/undo/([1-9][0-9]{0,8})")
@@ -128,7 +129,7 @@ def open_undo_file(path: Path, *, name: str | None = None) -> UndoFile:
     match = _FORMAT.fullmatch(metadata.get("format", ""))
     if match is None:
         raise MalformedFileError(
-            "The file is no undo file", file=shard.name, expected=f"format lora-cli/undo/{FORMAT}", hint=_HINT
+            "The file is no undo file", file=shard.name, expected=f"format lora-cli/undo/1 to {FORMAT}", hint=_HINT
         )
     if int(match[1]) > FORMAT:
         raise UnsupportedError(
@@ -237,7 +238,7 @@ def write_undo_file(staging: Staging, name: str, parts: Sequence[Part], manifest
     ordered = [*sorted(parts, key=lambda part: part.shape is None), given(MANIFEST, content)]
     header = render_header(
         [(part.name, part.dtype, (part.size,) if part.shape is None else part.shape) for part in ordered],
-        {"format": f"lora-cli/undo/{FORMAT}", "manifest": bytes_digest(content)},
+        {"format": f"lora-cli/undo/{manifest.format}", "manifest": bytes_digest(content)},
     )
     file = staging.create(name, header.file_bytes)
     file.write(0, header.prefix)

@@ -88,6 +88,7 @@ def view(result: DiffResult, *, ranked: bool) -> Iterator[RenderableType]:
 
 def _row(change: Changed) -> list[object]:
     what = change.key if change.what == "values" else f"{change.key}: {change.what} {change.before} → {change.after}"
+    what += f", {count(change.equal_rows, 'row')} equal" if change.equal_rows is not None else ""
     return [
         what,
         _number(change.max_abs),

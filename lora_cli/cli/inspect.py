@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lora_cli.cli import effects
+from lora_cli.cli import inspect_adapter as adapter
 from lora_cli.cli import options as opt
 from lora_cli.cli import spectrum as singular_values
 from lora_cli.cli.draw import facts, grid, line
 from lora_cli.cli.output import Output
-from lora_cli.cli.text import count, number, size
+from lora_cli.cli.text import count, few, shape, size
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from lora_cli.surgery.inspect import InspectResult, ModuleInfo, TensorInfo
+    from lora_cli.surgery.inspection import InspectResult, TensorInfo
 
 ROWS = 40
 """Modules or tensors that are listed for people; JSON has all of them."""
-
-SCALES = 6
-"""Different scales that are listed for people."""
 
 
 def register(app: typer.Typer) -> None:
@@ -50,11 +48,13 @@ def inspect(
     allow_unmapped: opt.UnmappedOption = False,
     orientation: opt.OrientationOption = None,
     ignore_field: opt.IgnoreFieldOption = None,
+    initial: opt.InitialOption = None,
 ) -> None:
     """Say what a file, folder or Hub id holds, from headers only.
 
-    For an adapter: format, kind, and rank, alpha, scale and its source per module. For a checkpoint: architecture,
-    shards, types, and what is quantised, tied or wrapped.
+    For an adapter: format, kind, and rank, alpha, scale and its source per module; and why it cannot be merged, if that
+    is so. With --base also what a merge would do besides: untie, resize, repeat. For a checkpoint: architecture,
+    shards, types, and what is quantised, tied or wrapped; and what the merge did that made it.
 
     With --spectrum the factors are read. For each module: the norm of the change, its largest singular value, how many
     hold 90% and 99% of the energy (of the squared norm), and all of them as bars as high as their share of the largest;
@@ -67,7 +67,7 @@ def inspect(
         maps=tuple(map_ or ()),
         allow_unmapped=allow_unmapped,
         orientation=orientation,
-        read=opt.read_options(alpha, scale, ignore_field),
+        read=opt.read_options(alpha, scale, ignore_field, initial),
     )
     result = surgery.inspect(path, base=base, options=options, spectrum=spectrum, progress=output.progress())
     for warning in result.warnings:
@@ -78,35 +78,16 @@ def inspect(
 def view(result: InspectResult, *, everything: bool) -> Iterator[RenderableType]:
     """What was found, for people."""
     yield line((f"{result.kind} ", "bold"), (result.label, "bold cyan"))
-    dtypes = ", ".join(f"{name} ({amount:,})" for name, amount in result.dtypes.items())
-    yield facts(
-        [
-            ("format", f"{result.format}: {result.evidence}"),
-            ("kind", result.adapter_kind),
-            ("made for", result.base),
-            ("architecture", result.architecture),
-            ("parameters", f"{result.parameters:,} ({size(result.bytes)})"),
-            ("types", dtypes),
-            ("shards", _shards(result)),
-            ("tied", None if result.tied is None else "head and embedding" if result.tied else "no"),
-            (
-                "quantised",
-                f"{result.quantised}, {count(result.quantised_tensors, 'tensor')}" if result.quantised else None,
-            ),
-            ("wrapped", f"{count(len(result.wrapped), 'module')} with factors beside" if result.wrapped else None),
-            ("receipt", _receipt(result)),
-            ("undo", _undo(result)),
-        ]
-    )
+    yield facts([*_file_rows(result), *adapter.rows(result), *_checkpoint_rows(result)])
     listed = len(result.spectrum.modules if result.spectrum else result.modules or result.tensors)
     rows = listed if everything else ROWS
     if result.modules:
-        yield _scales(result)
+        yield facts(adapter.strengths(result))
     if result.spectrum:
         yield from singular_values.view(result.spectrum, rows)
     elif result.modules:
         yield line()
-        yield _modules(result.modules, rows)
+        yield adapter.modules(result.modules, rows)
     elif result.tensors:
         yield line()
         heads = ["tensor", "type", "shape", *(["shard"] if len(result.shards) > 1 else [])]
@@ -115,48 +96,41 @@ def view(result: InspectResult, *, everything: bool) -> Iterator[RenderableType]
         yield line(f"… and {listed - rows:,} more (-v or --json lists all)", style="dim")
 
 
-def _tensor_row(tensor: TensorInfo) -> list[object]:
-    return [tensor.key, tensor.dtype, _shape(tensor.shape), tensor.shard.removesuffix(".safetensors")]
+def _file_rows(result: InspectResult) -> Iterator[tuple[str, object]]:
+    dtypes = ", ".join(f"{name} ({amount:,})" for name, amount in result.dtypes.items())
+    yield "format", f"{result.format}: {result.evidence}"
+    yield "kind", result.adapter_kind
+    yield "made for", result.base
+    yield "architecture", result.architecture
+    yield "parameters", f"{result.parameters:,} ({size(result.bytes)})"
+    yield "types", dtypes
 
 
-def _scales(result: InspectResult) -> RenderableType:
-    """How strong the modules are, and how many of them the base has."""
-    scales = Counter((m.scale, m.scale_source) for m in result.modules if m.scale is not None)
-    said = [
-        f"{number(scale)} = {source}, {count(n, 'module')}"
-        for (scale, source), n in scales.items()
-        if scale is not None
-    ]
-    resolved = [module for module in result.modules if module.key]
-    return facts(
-        [
-            *(("scale", words) for words in said[:SCALES]),
-            ("", f"and {len(said) - SCALES} more scales" if len(said) > SCALES else None),
-            ("base", f"{len(resolved)} of {count(len(result.modules), 'name')} found" if resolved else None),
-        ]
+def _checkpoint_rows(result: InspectResult) -> Iterator[tuple[str, object]]:
+    yield "shards", _shards(result)
+    yield "tied", _tied(result)
+    yield (
+        "quantised",
+        f"{result.quantised}, {count(result.quantised_tensors, 'tensor')}" if result.quantised else None,
     )
+    yield "wrapped", f"{count(len(result.wrapped), 'module')} with factors beside" if result.wrapped else None
+    yield "receipt", _receipt(result)
+    if result.kind != "adapter":
+        yield from effects.rows(result.effects)
+    yield "undo", _undo(result)
 
 
-def _modules(modules: Sequence[ModuleInfo], rows: int) -> RenderableType:
-    renamed = any(module.key not in (None, module.module, f"{module.module}.weight") for module in modules)
-    heads = ["module", "rank", "alpha", "scale", "shape", "type", *(["base key"] if renamed else [])]
-    return grid(heads, [_module_row(module)[: len(heads)] for module in modules[:rows]], right=(1, 2, 3))
+def _tied(result: InspectResult) -> str | None:
+    """What a model has as one tensor, or that its config says so of what its files do not have as one."""
+    if result.kind == "adapter":
+        return None
+    if result.ties:
+        return few(f"{name} is {key}" for name, key in result.ties.items())
+    return None if result.tied is None else "says the config; nothing in the files is" if result.tied else "no"
 
 
-def _module_row(module: ModuleInfo) -> list[object]:
-    return [
-        module.module if module.rank is not None else f"{module.module}: {module.kind}",
-        module.rank,
-        None if module.alpha is None else number(module.alpha),
-        None if module.scale is None else number(module.scale),
-        _shape(module.shape),
-        module.dtype,
-        module.key,
-    ]
-
-
-def _shape(shape: Sequence[int]) -> str:
-    return "×".join(map(str, shape)) or "scalar"
+def _tensor_row(tensor: TensorInfo) -> list[object]:
+    return [tensor.key, tensor.dtype, shape(tensor.shape), tensor.shard.removesuffix(".safetensors")]
 
 
 def _shards(result: InspectResult) -> str | None:

@@ -108,6 +108,7 @@ def merge(
 
 def view(result: MergeResult) -> Iterator[RenderableType]:
     """What a merge did, for people."""
+    from lora_cli.cli import effects
     from lora_cli.cli.planned import ledger_words, survival_words, use_words
 
     tensors = result.tensors
@@ -118,6 +119,7 @@ def view(result: MergeResult) -> Iterator[RenderableType]:
             ("tensors", ", ".join(parts)),
             *(("adapter", use_words(use)) for use in result.adapters),
             ("ledger", ledger_words(result.ledger)),
+            *(effects.rows(result.effects)),
             ("survival", survival_words(result.survival)),
             ("written", f"{size(result.bytes_written)} in {count(len(result.files), 'file')}"),
             ("took", f"{duration(result.seconds)}, peak memory {size(result.peak_rss_bytes)}"),

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lora_cli.checkpoint.staging import free_bytes
+from lora_cli.cli import effects
 from lora_cli.cli.draw import facts, grid, line
-from lora_cli.cli.text import count, number, size
+from lora_cli.cli.text import count, few, number, size
 from lora_cli.surgery.budget import settle_budget
+from lora_cli.surgery.edit import Edit
+from lora_cli.surgery.effects import effects_of
 from lora_cli.surgery.plan import AdapterUse, Plan
 from lora_cli.surgery.survival import WEAK, Survival
 from lora_cli.surgery.workers import default_threads
@@ -22,8 +26,8 @@ Undo = Literal["alone", "with adapter"]
 _COPIES = ("keep", "rename")
 ROWS = 60
 """Tensors that a plan lists for people; JSON has all of them."""
-FEW = 8
-"""Names in one line."""
+NAMED = 2
+"""Adapter tensors that are named of those with one fate."""
 WHOLE = 0.995
 """Strength that is 1.00 in print."""
 
@@ -71,6 +75,7 @@ class DryRun:
         """The plan and its needs as plain values."""
         return {
             **self.plan.as_dict(),
+            "effects": effects_of(self.plan),
             "threads": self.threads,
             "buffer_bytes": self.buffers,
             "undo_bytes": self.undo_bytes,
@@ -97,7 +102,8 @@ def summary(plan: Plan, *, undo: bool = False) -> Iterator[RenderableType]:
             ("ledger", ledger_words(plan.ledger_counts())),
             ("writes", f"{size(plan.bytes_to_write)} in {files}, besides {besides}"),
             *(_exceptions(plan)),
-            ("left out", _few(plan.left_out)),
+            *(effects.rows(effects_of(plan))),
+            ("left out", few(plan.left_out)),
         ]
     )
 
@@ -105,14 +111,12 @@ def summary(plan: Plan, *, undo: bool = False) -> Iterator[RenderableType]:
 def _exceptions(plan: Plan) -> Iterator[tuple[str, str]]:
     """Adapter tensors that do not change a tensor of the base in the ordinary way."""
     for outcome in ("added", "ignored"):
-        entries = [entry for entry in plan.ledger if entry.outcome == outcome]
-        if entries:
-            yield outcome, _few([f"{entry.tensor} ({entry.reason})" for entry in entries])
-
-
-def _few(names: Sequence[str]) -> str:
-    more = f" … and {len(names) - FEW} more" if len(names) > FEW else ""
-    return ", ".join(names[:FEW]) + more
+        reasons: defaultdict[str | None, list[str]] = defaultdict(list)
+        for entry in plan.ledger:
+            if entry.outcome == outcome:
+                reasons[entry.reason].append(entry.tensor)
+        for reason, tensors in reasons.items():
+            yield outcome, f"{few(tensors, NAMED)} ({reason})"
 
 
 def dry_run(planned: DryRun) -> Iterator[RenderableType]:
@@ -138,13 +142,7 @@ def _drawn(planned: DryRun) -> Iterator[RenderableType]:
         needs.append(("free disk", f"{size(planned.free)}: {verdict}"))
     yield facts(needs)
     rows = [
-        (
-            edit.key,
-            edit.operation,
-            "×".join(map(str, edit.shape)),
-            edit.dtype.name,
-            ", ".join(f"{number(term.delta.scale.times(term.weight))} (rank {term.delta.rank})" for term in edit.terms),
-        )
+        (edit.key, _edit_words(edit), "×".join(map(str, edit.shape)), edit.dtype.name, _scale_words(edit))
         for edit in plan.edits
         if edit.operation not in _COPIES
     ]
@@ -152,6 +150,22 @@ def _drawn(planned: DryRun) -> Iterator[RenderableType]:
     yield grid(("tensor", "edit", "shape", "type", "scale"), rows[:ROWS])
     if len(rows) > ROWS:
         yield line(f"… and {len(rows) - ROWS:,} more (--json lists all)", style="dim")
+
+
+def _edit_words(edit: Edit) -> str:
+    """What is done to a tensor, and where that is not plain, to what of it."""
+    words: str = edit.operation
+    if edit.rows:
+        changed = count(sum(len(rows.at) for rows in edit.rows), "row")
+        words = changed if edit.operation == "replace" and not edit.displaced else f"{words}, {changed}"
+    if any(term.region for term in edit.terms):
+        words += " to parts"
+    return words + (" (DoRA)" if any(term.delta.magnitude for term in edit.terms) else "")
+
+
+def _scale_words(edit: Edit) -> str:
+    said = Counter(f"{number(term.delta.scale.times(term.weight))} (rank {term.delta.rank})" for term in edit.terms)
+    return ", ".join(words if times == 1 else f"{words}, {times} times" for words, times in said.items())
 
 
 def use_words(use: AdapterUse) -> str:

@@ -49,6 +49,10 @@ def _summary(spectrum: AdapterSpectrum) -> Iterator[tuple[str, object]]:
     changing = [module for module in spectrum.modules if module.norm]
     if not spectrum.scaled:
         yield "spectrum", "of B·A alone, as if the scale were 1: nothing says what it is"
+    if spectrum.before:
+        yield "spectrum", f"of what a merge adds, after {spectrum.before} is taken off"
+    elif spectrum.initial:
+        yield "spectrum", f"with what {spectrum.initial} took off the base; --initial takes that off again"
     if any(module.magnitude for module in spectrum.modules):
         yield "DoRA", "spectrum of the change of direction alone, before outputs get their lengths"
     zero = len(spectrum.modules) - len(changing)

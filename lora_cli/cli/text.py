@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Iterable
 
 LONGEST = 300
 """Characters of one name that are shown; JSON has the whole."""
@@ -58,6 +59,29 @@ def ulps(value: int) -> str:
 def count(amount: int, noun: str) -> str:
     """An amount with its noun: 1 tensor, 14 tensors."""
     return f"{amount:,} {noun}" if amount == 1 else f"{amount:,} {noun}s"
+
+
+def shape(sizes: Iterable[int]) -> str:
+    """The shape of a tensor: 48×32."""
+    return "×".join(map(str, sizes)) or "scalar"
+
+
+def few(names: Iterable[object], most: int = 8) -> str:
+    """The first names in one line, and how many more there are."""
+    listed = list(names)
+    more = f" … and {len(listed) - most:,} more" if len(listed) > most else ""
+    return ", ".join(map(str, listed[:most])) + more
+
+
+def spans(numbers: Iterable[int]) -> str:
+    """Numbers in their order, those that follow one another as a span: 0-2, 1, 4-5."""
+    found: list[list[int]] = []
+    for number in numbers:
+        if found and number == found[-1][1] + 1:
+            found[-1][1] = number
+        else:
+            found.append([number, number])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in found)
 
 
 def duration(seconds: float) -> str:

@@ -197,8 +197,7 @@ def _beyond_layers(adapter: Adapter) -> Iterator[tuple[str, list[str]]]:
     layers = adapter.layers or ()
     repeated = [] if layers == tuple(range(len(layers))) else [f"layer_replication makes layers {layers}"]
     yield "The adapter is for a model in which layers are repeated", repeated
-    tables = [target.name for target in adapter.targets if target.delta.kind == "lora-embedding"]
-    tables += [whole.name for whole in adapter.replacements if not TABLES.isdisjoint(whole.name.split(".")[-2:-1])]
+    tables = [name for name in adapter.names if not TABLES.isdisjoint(name.split(".")[-2:-1])]
     yield "The adapter changes tied tensors as one (ensure_weight_tying)", tables if adapter.tied else []
     initial = [] if adapter.initial is None else [f"init_lora_weights is {adapter.initial}"]
     yield "The init of the adapter changed its base, and the files do not say how", initial

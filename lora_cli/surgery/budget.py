@@ -31,6 +31,9 @@ _LEAST_STRIP = 64 << 10
 _CODEC_BYTES = 16 * BLOCK_ELEMENTS
 """What encoding or decoding a block takes where half of its elements have several preimages."""
 
+_GAIN_BYTES = 4 * 8 * BLOCK_ELEMENTS
+"""What finding the lengths of DoRA takes: a block as it is stored and as it is computed, its gains, and sums."""
+
 _TILE_BYTES = TILE_ELEMENTS * (8 + 8 + 8)
 
 
@@ -60,7 +63,8 @@ def settle_budget(plan: Plan, *, memory: int | None, threads: int, blocks: bool 
     """
     blocks = blocks or any(edit.forgotten for edit in plan.edits)
     factors = max((_factor_bytes(edit) for edit in plan.edits), default=0)
-    fixed = _TILE_BYTES + factors + (_CODEC_BYTES if blocks else 0)
+    gained = any(edit.gains or edit.stretched for edit in plan.edits)
+    fixed = _TILE_BYTES + factors + (_CODEC_BYTES if blocks else 0) + (_GAIN_BYTES if gained else 0)
     shortest = BLOCK_ELEMENTS * max(map(_width, plan.edits), default=1) if blocks else _LEAST_STRIP
     least = fixed + 4 * shortest
     if memory is None:

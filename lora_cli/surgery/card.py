@@ -8,7 +8,6 @@ client finds the metadata, renders the fields that change, and reads the result 
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,8 @@ from lora_cli.adapters.adapter import Adapter
 from lora_cli.checkpoint.checkpoint import Checkpoint
 from lora_cli.checkpoint.sidefiles import SideFile
 from lora_cli.errors import LoraCliError
+from lora_cli.surgery.card_section import CHECK, HEADING, section
+from lora_cli.surgery.effects import Effects
 from lora_cli.surgery.plan import AdapterUse
 
 CARD = "README.md"
@@ -26,8 +27,6 @@ _CARD_LIMIT = 1 << 20
 _METADATA_LIMIT = 256 << 10  # read by a slow parser, several times; evaluation results are the longest that is met
 _TAGS = ("merge", "lora", "lora-cli")
 _RESULTS = "model-index"
-_HEADING = "## Merged with lora-cli"
-_CHECK = "To check this, run `lora-cli verify . "
 
 _OPENING = re.compile(r"\s*---[ \t]*(?:[\r\n]|\Z)")
 _TITLE = re.compile(r"^#{1,2} .*", re.MULTILINE)
@@ -48,6 +47,7 @@ def model_card(
     sides: Sequence[SideFile],
     adapters: Sequence[Adapter],
     uses: Sequence[AdapterUse],
+    effects: Effects | None = None,
     *,
     undo: bool = False,
 ) -> tuple[bytes | None, list[str]]:
@@ -58,6 +58,7 @@ def model_card(
         sides: The base's files that are written beside the output; its card is looked for among them.
         adapters: The adapters.
         uses: How each of them is used, in the same order.
+        effects: What the merge does besides adding to whole tensors.
         undo: Whether an undo file is written, with which the merge can be taken out again.
 
     Returns:
@@ -79,8 +80,16 @@ def model_card(
         changes = _changes(base, adapters, uses, card)
         if found is None and "architectures" in base.config:
             changes["library_name"] = "transformers"
-        section = _section(base, adapters, uses, card, undo=undo, had_results=had_results)
-        text = card.extended(changes, section)
+        words = section(
+            _hub_name(base.path, base.label) or base.label,
+            [(_adapter_name(adapter, use), adapter, use) for adapter, use in zip(adapters, uses, strict=True)],
+            effects or Effects(),
+            told=card.told,
+            above=bool(card.body.strip()),
+            undo=undo,
+            had_results=had_results,
+        )
+        text = card.extended(changes, words)
     except _UnreadableError as error:
         return None, [f"{CARD} stays as it is in the base and does not tell of the merge: {error}"]
     warnings = [f"{CARD}: {_RESULTS} is left out, for those are results of the base"] if had_results else []
@@ -180,12 +189,12 @@ class _Card:
     def told(self) -> bool:
         """Whether it ends with the section of an earlier merge."""
         titles = _TITLE.findall(self.body)
-        return bool(titles) and titles[-1].rstrip() == _HEADING
+        return bool(titles) and titles[-1].rstrip() == HEADING
 
     def _before_section(self) -> str:
         """The body; without the advice of an earlier merge at its end, which the new one takes the place of."""
         paragraphs = re.split(r"(?:\r?\n){2,}", self.body.rstrip())
-        if self.told and paragraphs[-1].startswith(_CHECK):
+        if self.told and paragraphs[-1].startswith(CHECK):
             return self.body.rstrip().removesuffix(paragraphs[-1])
         return self.body
 
@@ -277,7 +286,13 @@ def _base_models(
         usable = _is_repository(base.label, parts=1) and not _COMMIT.fullmatch(base.label)
         models = [base.label] if usable else []
     if models:
-        used = (adapter for adapter, use in zip(adapters, uses, strict=True) if use.weight)
+        # What an adapter was before its training is only taken off.
+        beginnings = [adapter.before for adapter in adapters]
+        used = (
+            adapter
+            for adapter, use in zip(adapters, uses, strict=True)
+            if use.weight and not any(adapter is before for before in beginnings)
+        )
         names = (_hub_name(adapter.path, adapter.label) for adapter in used)
         models += [name.split("@")[0] for name in names if name is not None]
     return list(dict.fromkeys(models))
@@ -290,6 +305,11 @@ def _hub_name(path: Path, label: str) -> str | None:
     if folder.parent.name == "snapshots" and len(parts) == 3 and parts[0] == "models":
         label = f"{parts[1]}/{parts[2]}@{folder.name}"
     return label if _is_repository(label.split("@")[0], parts=2) else None
+
+
+def _adapter_name(adapter: Adapter, use: AdapterUse) -> str:
+    name = _hub_name(adapter.path, use.label) if use.label == adapter.path.name else None
+    return name or use.label
 
 
 def _claim(adapter: Adapter) -> str | None:
@@ -312,61 +332,3 @@ def _is_repository(text: str, *, parts: int) -> bool:
     except ValueError:
         return False
     return True
-
-
-# Text
-
-
-def _section(
-    base: Checkpoint,
-    adapters: Sequence[Adapter],
-    uses: Sequence[AdapterUse],
-    card: _Card,
-    *,
-    undo: bool,
-    had_results: bool,
-) -> str:
-    name = _code(_hub_name(base.path, base.label) or base.label)
-    these = "this adapter" if len(uses) == 1 else "these adapters"
-    if card.told:
-        opening = f"Afterwards {these} went into the result ({name}):"
-    elif card.body.strip():
-        above = f"Everything above is the card of {name}."
-        opening = f"{_HEADING}\n\n{above} These weights are that model with {these} merged in:"
-    else:
-        opening = f"{_HEADING}\n\nThese weights are {name} with {these} merged in:"
-    results = "The evaluation results in the metadata were left out: they are results of the base.\n\n"
-    how = (
-        "--adapter ADAPTER --roundtrip`; to take it out again, `lora-cli unmerge . ADAPTER -o BASE`."
-        if undo
-        else "--base BASE --adapter ADAPTER` with the same weights."
-    )
-    entries = "\n".join(_entry(adapter, use) for adapter, use in zip(adapters, uses, strict=True))
-    return (
-        f"{opening}\n\n{entries}\n\n{results if had_results else ''}{_CHECK}{how} `lora_merge.json` has the details.\n"
-    )
-
-
-def _entry(adapter: Adapter, use: AdapterUse) -> str:
-    scales = sorted({entry.scale for entry in use.scales})
-    words = [f"weight {_number(use.weight)}"]
-    if len(scales) > 4:
-        words.append(f"{len(scales)} scales from {scales[0]:g} to {scales[-1]:g}")
-    elif scales:
-        words.append(f"scale {' and '.join(f'{scale:g}' for scale in scales)}")
-    name = _hub_name(adapter.path, use.label) if use.label == adapter.path.name else None
-    return f"- {_code(name or use.label)}: {use.kind}, {', '.join(words)}"
-
-
-def _number(value: float) -> str:
-    short = f"{value:g}"
-    return short if float(short) == value else repr(value)
-
-
-def _code(label: str) -> str:
-    """A label as a code span that nothing in it can end: letters, digits, and marks that mean nothing to Markdown."""
-    harmless = "".join(
-        character if unicodedata.category(character)[0] in "LMN" or character in " ._-/@+=:,()#%~" else "\ufffd"
-        for character in label[:200]
-    )
-    return f"`{harmless.strip() or chr(0xFFFD)}`"

@@ -12,6 +12,7 @@ from lora_cli.checkpoint.checkpoint import StoredTensor
 from lora_cli.errors import UsageError
 from lora_cli.progress import Progress
 from lora_cli.surgery.edit import MERGEABLE
+from lora_cli.surgery.equal_rows import equal_rows
 
 if TYPE_CHECKING:
     from lora_cli.arithmetic.lowrank import Spectrum
@@ -22,11 +23,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Changed:
-    """A tensor, or the delta of a module, that is not the same in both.
+    """A tensor, the delta of a module, or something that an adapter says, that is not the same in both.
 
     Attributes:
         key: Its name; a delta has the name of the parameter that it changes, in the adapter's spelling.
-        what: `values`, `dtype` (and then values, if they differ) or `shape`.
+        what: `values`, `dtype` (and then values, if they differ), `shape`, or `setting`: a field of an adapter's config
+            that changes what its factors mean.
         max_abs: The largest |a - b|; infinite where one of them is NaN. None for what is not compared by value:
             integers, packed types, other shapes.
         relative_norm: ‖A - B‖_F / ‖A‖_F, infinite where A is zero; None likewise.
@@ -39,12 +41,13 @@ class Changed:
         energy: Their share of ‖A - B‖_F²; None likewise.
         low_rank: Whether `rank` is all there is, is not zero, and factors of that rank are smaller than the matrix;
             None likewise.
-        before: Type or shape in A, where they differ.
-        after: Type or shape in B.
+        before: Type, shape or setting in A, where they differ.
+        after: The same in B.
+        equal_rows: Of tables of different lengths, how many rows of the shorter one are the same in both; else None.
     """
 
     key: str
-    what: Literal["values", "dtype", "shape"]
+    what: Literal["values", "dtype", "shape", "setting"]
     max_abs: float | None = None
     relative_norm: float | None = None
     changed_fraction: float | None = None
@@ -54,6 +57,7 @@ class Changed:
     low_rank: bool | None = None
     before: str | None = None
     after: str | None = None
+    equal_rows: int | None = None
 
 
 class Comparison:
@@ -87,7 +91,7 @@ class Comparison:
         for key in self._match(a, b):
             pair = distance.Pair(key, a[key], b[key])
             if pair.a.shape != pair.b.shape:
-                self.changed.append(Changed(key, "shape", before=_words(pair.a, pair.b), after=_words(pair.b, pair.a)))
+                self.changed.append(_reshaped(pair))
             elif pair.a.dtype == pair.b.dtype or pair.by_value:
                 pairs.append(pair)
             else:
@@ -126,6 +130,12 @@ class Comparison:
             if not 0 < delta.largest <= self._tolerance
         ]
 
+    def settings(self, a: Mapping[str, object], b: Mapping[str, object]) -> None:
+        """Compare what adapters say; only what differs counts as a name."""
+        for key in (key for key in a if a[key] != b[key]):
+            self.common += 1
+            self.changed.append(Changed(key, "setting", before=str(a[key]), after=str(b[key])))
+
     def _match(self, a: Mapping[str, T], b: Mapping[str, T]) -> list[str]:
         self.only_in_a += [key for key in a if key not in b]
         self.only_in_b += [key for key in b if key not in a]
@@ -147,6 +157,16 @@ class Comparison:
                 found=f"{self._memory} bytes",
             )
         return max(1, min(self._threads, self._memory // max(1, each)))
+
+
+def _reshaped(pair: Pair) -> Changed:
+    return Changed(
+        pair.key,
+        "shape",
+        before=_words(pair.a, pair.b),
+        after=_words(pair.b, pair.a),
+        equal_rows=equal_rows(pair.a, pair.b),
+    )
 
 
 def _words(tensor: StoredTensor, other: StoredTensor) -> str:

@@ -54,7 +54,8 @@ class Change:
 
     def like(self, other: Change) -> bool:
         """Whether both do the same."""
-        same = [id(term) for term in self.terms] == [id(term) for term in other.terms]
+        terms, others = ([id(term) for term in one.terms if term.weight] for one in (self, other))
+        same = terms == others
         same = same and len(self.rows) == len(other.rows) and all(map(_rows_alike, self.rows, other.rows))
         one, two = self.replaced, other.replaced
         if one is None or two is None:

@@ -104,7 +104,7 @@ class _Tools:
                 count, worst = _differences(piece, found, max_ulp)
                 elements += count
                 most = max(most, worst)
-                strength.sample(piece.offset, piece.source, found, piece.delta)
+                strength.sample(piece.offset, piece.source, found, piece.wanted)
         return Counted(part.edit.key, nbytes, elements, most, part.begin, strength if part.edit.terms else None)
 
     def copied(self, part: Part, candidate: StoredTensor) -> Counted:

@@ -72,7 +72,8 @@ def diff(
 
     Tensors are matched by name, however they are spread over files, and are the same when their bits are: -0.0 is
     not +0.0 (a change of size 0), and NaN is itself. Deltas are the same when `scale·B·A` is, whatever the factors
-    are, up to the rounding of float64; tensors that an adapter holds whole are compared as tensors.
+    are, up to the rounding of float64; tensors that an adapter holds whole are compared as tensors, trained rows of a
+    table one by one, as `TABLE[ROW]`. Adapters also differ where they say other things of layers, ties and inits.
 
     Args:
         a: A checkpoint or an adapter: a file, a folder or a Hub id.
@@ -107,6 +108,7 @@ def diff(
         pattern = re.compile("") if only is None else compile_user_pattern(only)
         comparison.tensors(*(_chosen(_tensors(side), pattern) for side in (one, other)))
         comparison.deltas(*(_chosen(_deltas(side), pattern) for side in (one, other)))
+        comparison.settings(*(_chosen(_settings(side), pattern) for side in (one, other)))
         if only is not None and not comparison.names:
             raise UsageError("The pattern of --only finds nothing in either", found=only)
     changed = comparison.by_size()
@@ -150,8 +152,19 @@ def _tensors(side: Checkpoint | Adapter) -> Mapping[str, StoredTensor]:
         return side.tensors
     magnitudes = (target.delta.magnitude for target in side.targets)
     rest = (*side.unread, *(tensor for tensor, _ in side.skipped), *(found for found in magnitudes if found))
-    return {r.name: r.tensor for r in side.replacements} | {tensor.key: tensor for tensor in rest}
+    rows = {
+        f"{change.name}[{row}]": change.tensor.part(at) for change in side.rows for at, row in enumerate(change.rows)
+    }
+    return {r.name: r.tensor for r in side.replacements} | rows | {tensor.key: tensor for tensor in rest}
 
 
 def _deltas(side: Checkpoint | Adapter) -> Mapping[str, Delta]:
     return {target.name: target.delta for target in side.targets} if isinstance(side, Adapter) else {}
+
+
+def _settings(side: Checkpoint | Adapter) -> Mapping[str, object]:
+    """What an adapter says besides, by the names that PEFT has for it."""
+    if isinstance(side, Checkpoint):
+        return {}
+    layers = None if side.layers is None else list(side.layers)
+    return {"layer_replication": layers, "ensure_weight_tying": side.tied, "init_lora_weights": side.initial}

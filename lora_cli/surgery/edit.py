@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -79,16 +80,30 @@ class Rows:
     Attributes:
         tensor: What holds them, (rows × columns).
         rows: Which rows of that.
-        at: Which rows of the stored tensor become these; each once.
+        at: Which rows of the stored tensor become these; each once. Both are sorted by it.
     """
 
     tensor: StoredTensor
     rows: tuple[int, ...]
     at: tuple[int, ...]
 
-    def between(self, begin: int, end: int) -> Iterator[tuple[int, int]]:
-        """Those with a place from row `begin` of the stored tensor on and before `end`, each as (row, place)."""
-        return ((row, at) for row, at in zip(self.rows, self.at, strict=True) if begin <= at < end)
+    def __post_init__(self) -> None:
+        pairs = sorted(zip(self.at, self.rows, strict=True))
+        object.__setattr__(self, "rows", tuple(row for _, row in pairs))
+        object.__setattr__(self, "at", tuple(at for at, _ in pairs))
+
+    def spans(self, columns: int, first: int, count: int) -> Iterator[tuple[int, slice]]:
+        """Where they lie among `count` elements of the stored tensor from `first` on.
+
+        Yields:
+            The first element in `tensor` of each row, or part of a row, and the slice of the elements.
+        """
+        for number in range(
+            bisect_left(self.at, first // columns), bisect_left(self.at, -(-(first + count) // columns))
+        ):
+            row, at = self.rows[number], self.at[number]
+            begin, end = max(first, at * columns), min(first + count, (at + 1) * columns)
+            yield (row - at) * columns + begin, slice(begin - first, end - first)
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +188,11 @@ class Edit:
             return None
         was = self.displaced or self.source
         return was if was.shape == self.shape else None
+
+    @property
+    def stretched(self) -> bool:
+        """Whether deltas set the lengths of outputs, as DoRA does."""
+        return any(term.delta.magnitude for term in self.terms)
 
     @property
     def matrix(self) -> tuple[int, int]:

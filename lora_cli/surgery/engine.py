@@ -45,6 +45,14 @@ class Piece(NamedTuple):
     gains: torch.Tensor | None = None
     ends_block: bool = True
 
+    @property
+    def wanted(self) -> torch.Tensor | None:
+        """The change before it was rounded: what was added; with gains all that they make of the sum but the source."""
+        if self.delta is None or self.gains is None:
+            return self.delta
+        source = self.source.to(self.delta.dtype)
+        return (source + self.delta) * self.gains - source
+
 
 Pieces = Generator[Piece, None, None]
 """Pieces as they are made; closing it closes the files that it reads."""
@@ -111,7 +119,7 @@ class Workshop:
                 reader.read_into(edit.source.offset + (block.offset + first) * stored.itemsize, raw_bytes(source))
                 delta, gain = deltas[first:last], None if gains is None else gains[first:last]
                 step(source, delta, result, gain)
-                _lay_rows(edit, block.offset + first, result, readers)
+                _lay_rows(edit, block.offset + first, result, readers, delta, gain)
                 yield Piece(block.offset + first, source, result, delta, gain, last == block.elements)
 
     def _cast(self, edit: Edit, begin: int, end: int, readers: Readers) -> Iterator[Piece]:
@@ -205,16 +213,25 @@ def _made(edit: Edit, fresh: FreshTensor, begin: int, end: int) -> Iterator[Piec
         yield Piece(offset, result, result)
 
 
-def _lay_rows(edit: Edit, first: int, result: torch.Tensor, readers: Readers) -> None:
-    """Put the rows that adapters hold over what was made of the elements from `first` on."""
-    columns = edit.matrix[1]
+def _lay_rows(
+    edit: Edit,
+    first: int,
+    result: torch.Tensor,
+    readers: Readers,
+    delta: torch.Tensor | None = None,
+    gains: torch.Tensor | None = None,
+) -> None:
+    """Put the rows that adapters hold over what was made of the elements from `first` on: nothing was added there."""
     for rows in edit.rows:
         dtype = torch_dtype(rows.tensor.dtype)
-        for row, at in rows.between(first // columns, -(-(first + result.numel()) // columns)):
-            begin, end = max(first, at * columns), min(first + result.numel(), (at + 1) * columns)
-            values = readers.load_part(rows.tensor, dtype, (row - at) * columns + begin, end - begin)
+        for begin, span in rows.spans(edit.matrix[1], first, result.numel()):
+            values = readers.load_part(rows.tensor, dtype, begin, span.stop - span.start)
             _check_finite(values)
-            cast(values, result[begin - first : end - first])
+            cast(values, result[span])
+            if delta is not None:
+                delta[span] = 0
+            if gains is not None:
+                gains[span] = 1
 
 
 def _check_finite(tensor: torch.Tensor) -> None:

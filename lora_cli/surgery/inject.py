@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lora_cli.adapters.spelling import spelling
 from lora_cli.adapters.target_files import expand
 from lora_cli.adapters.targets import ALL_LINEAR, Selected, select
+from lora_cli.adapters.ties import ties
 from lora_cli.adapters.wrapped import refuse_other_factors
 from lora_cli.checkpoint.checkpoint import Checkpoint
-from lora_cli.checkpoint.tied import tie_of
 from lora_cli.errors import UnsupportedError, UsageError
 from lora_cli.progress import SILENT, Progress
 from lora_cli.surgery.inject_options import InjectOptions, Layout
@@ -209,29 +210,37 @@ def prepare(base: Reference, options: InjectOptions, *, progress: Progress = SIL
     checkpoint = open_base(base, progress)
     refuse_other_factors(checkpoint, ())
     selection = select(checkpoint, wanted, unwanted)
-    _refuse_ties(checkpoint, selection.modules)
+    tied = _ties(checkpoint, selection.modules)
     for note in selection.notes:
         progress.note(note)
+    for name, alias in tied.items():
+        progress.note(f"{name} is one tensor with {alias}; the adapter is for {name} alone, and merging stores both")
     if options.principal:
+        _refuse_ties(checkpoint, tied)
         check_sides(selection.modules, options.rank, checkpoint.label)
-    for warning in _warnings(selection.modules, options):
+    names = spelling(checkpoint.config, checkpoint.tensors).names
+    for warning in _warnings(selection.modules, options, names):
         progress.warn(warning)
     # A local path wins when it exists; what was opened otherwise came from the Hub.
     from_hub = str(base).startswith("hf://") or not Path(base).exists()
     settled = dataclasses.replace(options, targets=wanted, exclude=unwanted)
-    return Injection(checkpoint, selection.modules, settled, checkpoint.label if from_hub else None)
+    return Injection(checkpoint, selection.modules, settled, checkpoint.label if from_hub else None, names=names)
 
 
-def _refuse_ties(checkpoint: Checkpoint, modules: Sequence[Selected]) -> None:
-    """Refuse what no merge could take: a change of one of two tensors that the model holds as one."""
-    ties = {module.module: tie_of(checkpoint, module.key, checkpoint.tensors) for module in modules}
-    details = [f"{name}: {tie} in this model" for name, tie in ties.items() if tie]
-    if details:
+def _ties(checkpoint: Checkpoint, modules: Sequence[Selected]) -> dict[str, str]:
+    """Modules whose weight the model also has under another name, with that name."""
+    tied = {key: alias for alias, key in ties(checkpoint.config, checkpoint.tensors).items()}
+    return {module.module: tied[module.key] for module in modules if module.key in tied}
+
+
+def _refuse_ties(checkpoint: Checkpoint, tied: Mapping[str, str]) -> None:
+    """Refuse what would change a weight for all of its uses: factors that are taken off it."""
+    if tied:
         raise UnsupportedError(
-            "An adapter changes only one of two tied tensors",
+            "The init would take factors off a weight that the model uses twice",
             file=checkpoint.label,
-            details=details,
-            hint="leave them out with --exclude",
+            details=[f"{name} is one tensor with {alias}" for name, alias in tied.items()],
+            hint="leave them out with --exclude, or use an init that leaves the base as it is",
         )
 
 
@@ -251,7 +260,7 @@ def check_injection_output(
         left.check(made, force=force)
 
 
-def _warnings(modules: Sequence[Selected], options: InjectOptions) -> list[str]:
+def _warnings(modules: Sequence[Selected], options: InjectOptions, names: Collection[str]) -> list[str]:
     warnings = []
     small = [module for module in modules if min(module.out, module.inner) < options.rank]
     if small:
@@ -260,9 +269,17 @@ def _warnings(modules: Sequence[Selected], options: InjectOptions) -> list[str]:
             f"rank {options.rank} is more than {len(small)} of {len(modules)} modules can use: "
             f"{first.module} is ({first.out} × {first.inner})"
         )
-    experts = sum("experts" in module.module.split(".") for module in modules)
-    if experts and options.layout == "adapter":
+    if options.layout != "adapter":
+        return warnings
+    experts = [module.module for module in modules if "experts" in module.module.split(".")]
+    if experts:
         warnings.append(
-            f"{experts} targets are single experts, which transformers 5 holds fused: PEFT may not find them there"
+            f"{len(experts)} targets are single experts, which transformers 5 holds fused: PEFT may not find them there"
+        )
+    others = [m.module for m in modules if m.key not in names and m.module not in experts]
+    if others:
+        warnings.append(
+            f"{len(others)} targets, such as {others[0]}, are other modules in transformers 5, which splits or joins "
+            "them: PEFT will not find them there"
         )
     return warnings

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lora_cli.adapters.formats.peft_keys import PREFIX
@@ -36,6 +36,7 @@ class Injection:
         options: What the user said.
         base_id: The base's id on the Hub, with its revision; None for a local one.
         taken: Factors that are taken from the base's weights, once they are computed.
+        names: Key → the name of that parameter in memory, where it is one.
     """
 
     base: Checkpoint
@@ -43,6 +44,7 @@ class Injection:
     options: InjectOptions
     base_id: str | None = None
     taken: Taken = field(default_factory=Taken)
+    names: Mapping[str, str] = field(default_factory=dict)
 
     def plan(self) -> Plan:
         """Lay out the output.
@@ -112,19 +114,25 @@ class Injection:
         factors = [
             (f"{PREFIX}{key}", fresh)
             for module in self.modules
-            for key, fresh in zip(peft_keys(module), self.factors(module), strict=True)
+            for key, fresh in zip(
+                peft_keys(replace(module, module=self.live_name(module))), self.factors(module), strict=True
+            )
         ]
         # In the order in which the safetensors library writes tensors of one type.
         rows: list[_Row] = [(key, "append", fresh) for key, fresh in sorted(factors, key=lambda row: row[0])]
         header = _header(rows, {"format": "pt"})
         return OutputFile(ADAPTER_FILE, header, _edits(rows, header), None)
 
+    def live_name(self, module: Selected) -> str:
+        """What a module is called in memory, where PEFT looks for it; a part of one has the name in the files."""
+        return self.names.get(module.key, module.key).removesuffix(".weight")
+
     def adapter_config(self) -> dict[str, Any]:
         """What `adapter_config.json` says."""
-        modules = [module.module for module in self.modules]
         config = self.base.config
+        live = [self.names.get(key, key) for key in self.base.tensors]
         return adapter_config(
-            target_names(modules, self.base.tensors, bare=is_bare(config)),
+            target_names(list(map(self.live_name, self.modules)), live, bare=is_bare(config)),
             self.options.scale,
             task=task_type(config),
             fan_in_fan_out=self.transposed,

@@ -59,11 +59,14 @@ def _unmapped(message: str, adapter: Adapter, found: Resolution, new: set[str] |
     details = [
         name.name
         + (f", by --map {name.told}" if name.told else "")
-        + (f" (nearest: {', '.join(name.nearest)})" if name.nearest else "")
+        + (f" ({name.reason})" if name.reason else f" (nearest: {', '.join(name.nearest)})" if name.nearest else "")
         for name in found.unmapped
         if name.name not in (new or ())
     ]
     details += [f"{tensor.key} belongs to no pair of factors" for tensor in adapter.unread]
+    biases = {target.name for target in adapter.targets if target.delta.kind == "lora-bias"}
+    if any(name.name in biases for name in found.unmapped):
+        details.append("the bias of a factor (lora_bias) needs one in the base to go into; PEFT cannot merge it either")
     return NamesError(
         message,
         file=adapter.label,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from operator import contains
 from pathlib import Path
@@ -16,6 +16,7 @@ from lora_cli.errors import UsageError
 from lora_cli.progress import SILENT, Progress
 from lora_cli.surgery.budget import settle_budget
 from lora_cli.surgery.card import CARD, model_card
+from lora_cli.surgery.effects import Effects, effects_of
 from lora_cli.surgery.identity import adapter_records, refuse_again
 from lora_cli.surgery.placing import PlanOptions
 from lora_cli.surgery.plan import AdapterUse, LedgerEntry, Plan
@@ -47,6 +48,7 @@ class MergeResult:
         files: Names of the files written.
         left_out: Files of the base's folder that were not taken along.
         warnings: What a person should look at.
+        effects: What was done besides adding to whole tensors.
         survival: What of the change survived rounding, tensor by tensor.
         undo: The undo file; None where none was wanted.
         bytes_written: Bytes of all output files.
@@ -62,6 +64,7 @@ class MergeResult:
     files: tuple[str, ...]
     left_out: tuple[str, ...]
     warnings: tuple[str, ...]
+    effects: Effects
     survival: tuple[Survival, ...]
     undo: WrittenUndo | None
     bytes_written: int
@@ -179,6 +182,7 @@ def merge(
         files=finishing.names,
         left_out=made.left_out,
         warnings=(*made.warnings, *lost),
+        effects=effects_of(made),
         survival=survival,
         undo=finishing.written,
         bytes_written=written,
@@ -191,7 +195,9 @@ def _with_card(made: Plan, *, undo: bool) -> Plan:
     """The plan with a model card that says what was merged, where the output has side files at all."""
     if made.checkpoint.folder is None or not made.side_files:
         return made
-    data, warnings = model_card(made.checkpoint, made.side_files, made.opened, made.adapters, undo=undo)
+    data, warnings = model_card(
+        made.checkpoint, made.side_files, made.opened, made.adapters, effects_of(made), undo=undo
+    )
     sides = {side.name: side for side in made.side_files}
     if data is not None:
         sides[CARD] = SideFile(CARD, None, len(data), data)
@@ -261,7 +267,7 @@ def output_sizes(made: Plan, target: Path) -> dict[str, int]:
 
 def receipt_content(made: Plan, options: PlanOptions) -> dict[str, Any]:
     """What a receipt says of a plan: inputs by label, scales with their sources, rewrites and options."""
-    said = made.as_dict()
+    said, effects = made.as_dict(), effects_of(made)
     return {
         "base": {"label": made.base},
         "adapters": said["adapters"],
@@ -275,4 +281,5 @@ def receipt_content(made: Plan, options: PlanOptions) -> dict[str, Any]:
         "tensors": said["tensors"],
         "ledger": said["ledger"],
         "edited": [edit.key for edit in made.edits if edit.operation not in ("keep", "rename")],
+        **({"effects": asdict(effects)} if made.operation == "merge" and effects else {}),
     }

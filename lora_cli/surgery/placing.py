@@ -51,6 +51,11 @@ class PlanOptions:
     orientation: Orientation | None = None
     read: ReadOptions = field(default_factory=ReadOptions)
 
+    @property
+    def says_how(self) -> bool:
+        """Whether anything is said of how to merge, and not only what adapters were before training."""
+        return self != PlanOptions(read=ReadOptions(initial=self.read.initial))
+
 
 @dataclass(frozen=True, slots=True)
 class _Applied:
@@ -142,7 +147,8 @@ class Placement:
         weight = self.weights[position]
         maps = parse_maps(self.options.maps)
         found = resolve(adapter.names, self.tensors, config=self.base.config, maps=maps, file=adapter.label)
-        new = frozenset(r.name for r in adapter.replacements if r.may_be_new and r.name not in found.places)
+        held = {*found.places, *(lost.name for lost in found.unmapped if lost.reason)}
+        new = frozenset(r.name for r in adapter.replacements if r.may_be_new and r.name not in held)
         check_mapped(adapter, found, set(new), allow_unmapped=self.options.allow_unmapped)
         for tensor, reason in left_out(adapter, found, set(new)):
             self.accounts.enter(position, tensor, "ignored", None, reason)

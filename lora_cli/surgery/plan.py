@@ -7,8 +7,8 @@ second implementation of what an operation does.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -120,6 +120,8 @@ class Plan:
         dropped: Base tensors that the output lacks (the factors that a wrapped checkpoint carried).
         inputs: Every place that must not be written to.
         warnings: What a person should look at.
+        untied: Name that gets a tensor of its own → the key whose tensor it is in the base.
+        layers: The former layer of each layer, where layers of the base are repeated or left out.
     """
 
     operation: Literal["merge", "unmerge", "inject"]
@@ -133,6 +135,8 @@ class Plan:
     dropped: tuple[str, ...]
     inputs: tuple[Path, ...]
     warnings: tuple[str, ...]
+    untied: Mapping[str, str] = field(default_factory=dict)
+    layers: tuple[int, ...] | None = None
 
     @property
     def base(self) -> str:

@@ -78,6 +78,8 @@ class _Layout:
             dropped=tuple(sorted({*placed.carried, *self._left_layers()})),
             inputs=(*self.base.paths, *(path for adapter in placed.adapters for path in adapter.paths)),
             warnings=(*self._own_warnings(), *placed.warnings, *warnings),
+            untied={name: placed.views.tied[name] for name in placed.apart},
+            layers=placed.views.layers,
         )
 
     def _own_warnings(self) -> list[str]:

@@ -6,7 +6,7 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,10 +39,19 @@ def open_adapters(references: Iterable[Reference], options: ReadOptions, progres
     """Open adapters from paths or Hub ids; one alone may be given without a list.
 
     Raises:
-        UsageError: Not one adapter as it was before training for each that needs it.
-        LoraCliError: What `check_initial` and reading the files raise.
+        LoraCliError: What `with_beginnings` and reading the files raise.
     """
     adapters = [_open_adapter(reference, options, progress) for reference in listed(references)]
+    return with_beginnings(adapters, options, progress)
+
+
+def with_beginnings(adapters: Sequence[Adapter], options: ReadOptions, progress: Progress = SILENT) -> list[Adapter]:
+    """Open what the user gave with `--initial`, and let each adapter that needs it know what it was before training.
+
+    Raises:
+        UsageError: Not one for each adapter that needs it.
+        LoraCliError: What `with_initial` and reading the files raise.
+    """
     before = [_open_adapter(reference, options, progress) for reference in options.initial]
     wanting = [adapter for adapter in adapters if adapter.initial]
     if before and len(before) != len(wanting):

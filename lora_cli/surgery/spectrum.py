@@ -20,7 +20,7 @@ from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
-from lora_cli.adapters.adapter import Adapter, Delta, Target
+from lora_cli.adapters.adapter import Adapter, Delta, Load, Target
 from lora_cli.checkpoint.checkpoint import StoredTensor
 from lora_cli.errors import NumericError, UnsupportedError
 from lora_cli.progress import Progress
@@ -30,6 +30,8 @@ from lora_cli.surgery.workers import default_threads, run_units
 
 if TYPE_CHECKING:
     import torch
+
+    from lora_cli.arithmetic.product import Term
 
 Values = tuple[tuple[float, ...], ...]
 """Singular values, for each matrix of a target."""
@@ -50,7 +52,7 @@ class ModuleSpectrum:
         kind: Kind of delta.
         shape: (out, in) of the change, or of each change of a stack.
         stack: How many matrices there are; None for a single one.
-        rank: Rank as the factors have it.
+        rank: Rank as the factors have it; with those that are taken off again, of both together.
         magnitude: Whether each output of base and change together gets a length afterwards (DoRA): these are the values
             of the change alone, before that.
         norm: ‖Δ‖_F.
@@ -94,11 +96,16 @@ class AdapterSpectrum:
         norm: The root of the sum of all squared norms.
         scaled: Whether the adapter's scale is in the values; without one they are those of B·A alone.
         modules: One entry for each target, in file order.
+        initial: The init that took the first factors off the base; None where none did.
+        before: The adapter as it was before training, whose changes are taken off again: then the values are those of
+            what a merge adds. Without it, what `initial` took off the base is in them too.
     """
 
     norm: float
     scaled: bool
     modules: tuple[ModuleSpectrum, ...]
+    initial: str | None = None
+    before: str | None = None
 
 
 def module_name(target: Target) -> str:
@@ -108,6 +115,8 @@ def module_name(target: Target) -> str:
 
 def adapter_spectrum(adapter: Adapter, progress: Progress, *, scaled: bool) -> AdapterSpectrum:
     """Take every change of an adapter apart; memory is what the factors of one matrix need, for each worker.
+
+    Where an init took the first factors off the base, and the adapter knows what it was then, that is taken off again.
 
     Args:
         adapter: Its factors are read.
@@ -119,14 +128,36 @@ def adapter_spectrum(adapter: Adapter, progress: Progress, *, scaled: bool) -> A
         UnsupportedError: A factor of a type that takes no part in a merge.
         LoraCliError: What reading the files raises.
     """
-    targets = adapter.targets
-    found = _measured(targets, progress)
+    before = {target.name: target.delta for target in adapter.before.targets} if adapter.before else {}
+    changes = [_Change(target, before.get(target.name)) for target in adapter.targets]
+    found = _measured(changes, progress)
     total = math.hypot(*(_norm(values) for values in found))
-    modules = tuple(_summed_up(target, values, total) for target, values in zip(targets, found, strict=True))
-    return AdapterSpectrum(total, scaled, modules)
+    modules = tuple(_summed_up(change, values, total) for change, values in zip(changes, found, strict=True))
+    return AdapterSpectrum(total, scaled, modules, adapter.initial, adapter.before.label if adapter.before else None)
 
 
-def _summed_up(target: Target, values: Values, total: float) -> ModuleSpectrum:
+@dataclass(frozen=True, slots=True)
+class _Change:
+    """What a merge adds for one target: its delta, less the one that it had before training."""
+
+    target: Target
+    before: Delta | None
+
+    @property
+    def deltas(self) -> tuple[Delta, ...]:
+        return (self.target.delta,) if self.before is None else (self.target.delta, self.before)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for delta in self.deltas for tensor in delta.tensors)
+
+    def terms(self, load: Load, index: int) -> list[Term]:
+        """The products of matrix `index`; what was there before training is taken off."""
+        return [delta.term(load, weight, index) for delta, weight in zip(self.deltas, (1.0, -1.0), strict=False)]
+
+
+def _summed_up(change: _Change, values: Values, total: float) -> ModuleSpectrum:
+    target = change.target
     norm, profile = _norm(values), _profile(values)
     # Relative to the first: squares neither overflow nor vanish.
     relative = [value / profile[0] for value in profile] if norm else []
@@ -136,7 +167,7 @@ def _summed_up(target: Target, values: Values, total: float) -> ModuleSpectrum:
         kind=target.delta.kind,
         shape=target.delta.shape,
         stack=target.delta.stack,
-        rank=target.delta.rank,
+        rank=sum(delta.rank for delta in change.deltas),
         magnitude=target.delta.magnitude is not None,
         norm=norm,
         largest=max((matrix[0] for matrix in values if matrix), default=0.0),
@@ -172,30 +203,30 @@ def _rank_for(share: float, energies: Sequence[float]) -> int:
 # From files
 
 
-def _measured(targets: Sequence[Target], progress: Progress) -> list[Values]:
-    """The values of each target."""
+def _measured(changes: Sequence[_Change], progress: Progress) -> list[Values]:
+    """The values of each change."""
     import torch  # noqa: F401 (before processes are forked, which then share it)
 
-    nbytes = sum(_stored_bytes(target.delta) for target in targets)
+    nbytes = sum(change.nbytes for change in changes)
     progress.begin("spectrum", nbytes)
     found: dict[int, Values] = {}
-    units = run_units(_units(targets), _unit_values, lambda: None, default_threads(), nbytes=nbytes)
+    units = run_units(_units(changes), _unit_values, lambda: None, default_threads(), nbytes=nbytes)
     for unit, results in units:
         found |= {number: values for (number, _), values in zip(unit, results, strict=True)}
-        progress.advance(sum(_stored_bytes(target.delta) for _, target in unit))
-    return [found[number] for number in range(len(targets))]
+        progress.advance(sum(change.nbytes for _, change in unit))
+    return [found[number] for number in range(len(changes))]
 
 
-Unit = tuple[tuple[int, Target], ...]
-"""Targets with their numbers: a thousand small ones are not worth a thousand tasks."""
+_Unit = tuple[tuple[int, _Change], ...]
+"""Changes with their numbers: a thousand small ones are not worth a thousand tasks."""
 
 
-def _units(targets: Iterable[Target]) -> Iterator[Unit]:
-    unit: list[tuple[int, Target]] = []
+def _units(changes: Iterable[_Change]) -> Iterator[_Unit]:
+    unit: list[tuple[int, _Change]] = []
     size = 0
-    for number, target in enumerate(targets):
-        unit.append((number, target))
-        size += _stored_bytes(target.delta)
+    for number, change in enumerate(changes):
+        unit.append((number, change))
+        size += change.nbytes
         if size >= _UNIT_BYTES:
             yield tuple(unit)
             unit, size = [], 0
@@ -203,24 +234,20 @@ def _units(targets: Iterable[Target]) -> Iterator[Unit]:
         yield tuple(unit)
 
 
-def _stored_bytes(delta: Delta) -> int:
-    return sum(tensor.nbytes for tensor in delta.tensors)
-
-
-def _unit_values(unit: Unit, _: None) -> list[Values]:
+def _unit_values(unit: _Unit, _: None) -> list[Values]:
     with open_readers() as readers:
-        return [_values(target, readers) for _, target in unit]
+        return [_values(change, readers) for _, change in unit]
 
 
-def _values(target: Target, readers: Readers) -> Values:
+def _values(change: _Change, readers: Readers) -> Values:
     from lora_cli.arithmetic.lowrank import singular_values
 
     load = partial(_load, readers)
     try:
-        terms = (target.delta.term(load, 1.0, index) for index in range(target.delta.stack or 1))
-        return tuple(tuple(singular_values([term]).tolist()) for term in terms)
+        matrices = (change.terms(load, index) for index in range(change.target.delta.stack or 1))
+        return tuple(tuple(singular_values(terms).tolist()) for terms in matrices)
     except NumericError as error:
-        error.tensor = error.tensor or target.name
+        error.tensor = error.tensor or change.target.name
         raise
 
 

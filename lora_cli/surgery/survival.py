@@ -10,10 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from lora_cli.arithmetic.strength import Strength
-    from lora_cli.surgery.engine import Piece, Pieces
+    from lora_cli.surgery.engine import Pieces
     from lora_cli.surgery.units import Unit
 
 WEAK = 0.9
@@ -50,7 +48,7 @@ class Survivals:
 
         sums = Strength()
         for piece in pieces:
-            sums.sample(piece.offset, piece.source, piece.result, _wanted(piece))
+            sums.sample(piece.offset, piece.source, piece.result, piece.wanted)
             yield piece
         if sums.elements:
             found.append(sums)
@@ -75,14 +73,6 @@ class Survivals:
                 whole.take(parts[begin])
             found.append(Survival(key, whole.changed_fraction, whole.value))
         return tuple(found)
-
-
-def _wanted(piece: Piece) -> Tensor | None:
-    """What was to be added: with lengths of its own, all that they make of the sum but the base."""
-    if piece.delta is None or piece.gains is None:
-        return piece.delta
-    base = piece.source.to(piece.delta.dtype)
-    return (base + piece.delta) * piece.gains - base
 
 
 def warnings_of(survivals: tuple[Survival, ...]) -> list[str]:

@@ -100,11 +100,11 @@ def _planned(
             raise UsageError("--approximate is for when there is no undo file", hint="leave out one of the two")
         found: Undoing | Plan = plan_subtraction(checkpoint, adapters, options, progress)
     else:
-        if options != PlanOptions():
+        if options.says_how:
             raise UsageError(
                 "The undo file knows scales, weights and names itself", hint="such options belong to --approximate"
             )
-        found = open_undoing(checkpoint, adapters, undo, progress)
+        found = open_undoing(checkpoint, [*listed(adapters), *options.read.initial], undo, progress)
     for warning in (found.plan if isinstance(found, Undoing) else found).warnings:
         progress.warn(warning)
     return found

@@ -15,7 +15,7 @@ from lora_cli.surgery.identity import content_digest, contents
 from lora_cli.surgery.placing import PlanOptions
 from lora_cli.surgery.plan import AdapterUse, Plan
 from lora_cli.surgery.planning import plan
-from lora_cli.surgery.results import Reference, measured, open_adapters, open_base
+from lora_cli.surgery.results import Reference, listed, measured, open_adapters, open_base
 from lora_cli.surgery.survival import Survival, Survivals, warnings_of
 from lora_cli.surgery.undo.undoing import Undoing
 from lora_cli.surgery.unmerge import open_undoing
@@ -142,14 +142,14 @@ def verify(
     options = options or PlanOptions()
     if base is None and not roundtrip:
         raise UsageError("Name the base, or ask for the round trip that needs none", hint="--base BASE or --roundtrip")
-    if base is None and (options != PlanOptions() or max_ulp):
+    if base is None and (options.says_how or max_ulp):
         raise UsageError("Without --base the undo file says how the merge was made", hint="name the base with --base")
     with measured() as run:
         candidate = open_base(merged, progress)
         opened = None if base is None else open_base(base, progress)
         work = _Work(candidate, opened, adapters, threads or default_threads(), memory, progress)
         found = work.compare(options, max_ulp) if opened else _Found()
-        trip = work.roundtrip(found, undo) if roundtrip else None
+        trip = work.roundtrip(found, undo, options.read.initial) if roundtrip else None
     different = sorted(found.different, key=lambda difference: difference.key)
     return VerifyResult(
         verified=not different,
@@ -210,11 +210,12 @@ class _Work:
         edited = tuple(edit.key for edit in made.edits if edit.terms or edit.operation in ("replace", "append"))
         return _Found(made.base, made.adapters, len(checked), different, looks_like, edited, survival)
 
-    def roundtrip(self, found: _Found, undo: Reference | None) -> RoundTrip:
-        """Unmerge in memory; what is wrong is added to what was found."""
+    def roundtrip(self, found: _Found, undo: Reference | None, initial: Sequence[Reference]) -> RoundTrip:
+        """Unmerge in memory; what is wrong is added to what was found. What adapters were at first is needed, too."""
         against = "base" if self.base else "digests"
         try:
-            undoing = open_undoing(self.candidate, self.adapters, undo, self.progress, whole=self.base is None)
+            given = [*listed(self.adapters), *initial]
+            undoing = open_undoing(self.candidate, given, undo, self.progress, whole=self.base is None)
         except LoraCliError as error:
             if not found.different:
                 raise

@@ -132,6 +132,16 @@ def test_other_tuners_are_refused_by_name(tuner: object) -> None:
     assert (caught.value.tensor, caught.value.expected) == ("peft_type", "LORA")
 
 
+@pytest.mark.parametrize(
+    "field", ["ensure_weight_tying", "layer_replication", "trainable_token_indices", "use_bdlora", "use_dora"]
+)
+@pytest.mark.parametrize("value", [None, False], ids=str)
+def test_a_field_that_is_not_set_says_nothing(tmp_path: Path, field: str, value: Any) -> None:
+    adapter = open_adapter(write_adapter(tmp_path / "a", **{field: value}))
+    assert (adapter.tied, adapter.layers, adapter.rows, adapter.kind) == (False, None, (), "LoRA")
+    assert {target.delta.kind for target in adapter.targets} == {"lora"}
+
+
 HUGE = 10**400
 """A whole number that no float holds; JSON may have it."""
 BAD: dict[str, Any] = {"text": "8", "flag": True, "list": [8], "huge": HUGE, "null": None}
@@ -139,7 +149,12 @@ WRONG: list[tuple[str, Any]] = [
     *((field, value) for field in ("r", "lora_alpha") for value in BAD.values() if (field, value) != ("r", HUGE)),
     *(("r", 0.5), ("r", 8.0), ("rank_pattern", ["q"]), ("alpha_pattern", "q"), ("modules_to_save", "head")),
     *(("use_rslora", "true"), ("use_rslora", 1), ("fan_in_fan_out", "yes"), ("fan_in_fan_out", 1)),
-    *(("ensure_weight_tying", 1), ("use_bdlora", True), ("use_bdlora", ["q_proj"]), ("use_bdlora", {"nblocks": 0})),
+    *(
+        ("ensure_weight_tying", 1),
+        ("use_bdlora", True),
+        ("use_bdlora", ["q_proj"]),
+        ("use_bdlora", {"nblocks": 0, "match_strict": False}),
+    ),
     *(("use_bdlora", {"nblocks": 2.0}), ("use_bdlora", {"nblocks": 2, "target_modules_bd_a": "q_proj"})),
     *(("use_bdlora", {"target_modules_bd_b": [3]}), ("use_bdlora", {"nblocks": 2, "match_strict": "no"})),
     *(("layer_replication", value) for value in (3, [3], [[0]], [[0, 1, 2]], [[1, 1]], [[-1, 2]], [[0, "2"]])),

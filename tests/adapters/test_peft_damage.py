@@ -166,6 +166,13 @@ def test_lengths_that_are_not_one_for_each_output(tmp_path: Path, module: str, s
     assert refused(made, UnsupportedError, "lacks magnitudes").details == (module,)
 
 
+def test_lengths_that_the_config_does_not_ask_for(tmp_path: Path) -> None:
+    """PEFT would leave them out, which gives another model than the one that was trained with them."""
+    made = saved(tmp_path, net(), target_modules=["up_proj"], use_dora=True)
+    made.write(use_dora=False)
+    assert refused(made, UnsupportedError, "does not say use_dora").details == ("up_proj",)
+
+
 # Files
 
 

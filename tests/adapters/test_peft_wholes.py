@@ -128,6 +128,7 @@ DAMAGES: dict[str, tuple[Damage, type[Exception], str]] = {
     "twice": (lambda made: made.write(trainable_token_indices=[5, 3, 5]), MalformedFileError, "a token twice"),
     "negative": (lambda made: made.write(trainable_token_indices=[5, 3, -1]), MalformedFileError, "wrong type"),
     "not said": (lambda made: made.write(trainable_token_indices=None), MalformedFileError, "does not say which"),
+    "said to be none": (lambda made: made.write(trainable_token_indices=False), MalformedFileError, "does not say"),
     "of another": (
         lambda made: made.write(trainable_token_indices={"wte": [5, 3, 1]}), MalformedFileError, "does not say which"
     ),
@@ -205,6 +206,49 @@ def test_tied_tensors_that_are_trained_as_one_are_stored_twice(tmp_path: Path, n
         assert torch.equal(content(made, adapter, EMBED), content(made, adapter, HEAD))
 
 
+@pytest.mark.parametrize(
+    "config",
+    [{"target_modules": ["word_embeddings"]}, {"target_modules": ["query"], "modules_to_save": ["word_embeddings"]}],
+    ids=["factors", "whole"],
+)
+def test_a_tie_that_peft_does_not_find(tmp_path: Path, config: dict[str, Any]) -> None:
+    """It leaves the head as it is, whatever the config says."""
+    made = saved(tmp_path, bert("BertForMaskedLM"), ensure_weight_tying=True, **config)
+    assert not made.adapter.tied
+    table = "bert.embeddings.word_embeddings.weight"
+    state = made.model.state_dict()
+    head = state[f"{PREFIX}cls.predictions.decoder.weight"]
+    assert torch.equal(head, made.before[table])
+    assert {name for name in made.adapter.names if "query" not in name} == {table}
+
+
+def test_lengths_are_not_tied(tmp_path: Path) -> None:
+    """Those of an embedding are of its columns, those of a head of its rows."""
+    made = saved(tmp_path, llama(tied=True), ensure_weight_tying=True, target_modules=["lm_head"], use_dora=True)
+    adapter = made.adapter
+    assert not adapter.tied
+    lengths = {target.name: target.delta.magnitude for target in adapter.targets}
+    assert {name: found.shape for name, found in lengths.items() if found} == {EMBED: (8,), HEAD: (20,)}
+
+
+@pytest.mark.parametrize(
+    ("tied", "save", "config"),
+    [
+        (False, {}, {"ensure_weight_tying": True, "target_modules": ["q_proj", "embed_tokens"]}),
+        (False, {"save_embedding_layers": True}, {"ensure_weight_tying": True, "target_modules": ["q_proj"]}),
+        (True, {}, {"target_modules": ["embed_tokens", "lm_head"]}),
+        (True, {}, {"modules_to_save": ["embed_tokens", "lm_head"], **LORA}),
+    ],
+    ids=["untied", "untied tables beside it", "factors apart", "wholes apart"],
+)
+def test_tables_that_are_not_changed_as_one(
+    tmp_path: Path, tied: bool, save: dict[str, Any], config: dict[str, Any]
+) -> None:
+    made = saved(tmp_path, llama(tied=tied), save=save, **config)
+    assert not made.adapter.tied
+    assert {EMBED, HEAD} & set(made.adapter.names)
+
+
 # Heads and biases
 
 
@@ -250,6 +294,16 @@ def test_infixes_that_a_person_left_in(tmp_path: Path, infix: str) -> None:
     made.write(tensors)
     assert set(wholes(made)) == {"classifier.weight", "classifier.bias"}
     assert {reason for _, reason in made.adapter.skipped} == {"a copy of the base's own tensor"}
+
+
+def test_the_infix_without_a_name_as_older_versions_saved_it(tmp_path: Path) -> None:
+    made = saved(tmp_path, bert("BertModel"), target_modules=["query"], modules_to_save=["pooler"], bias="all")
+    tensors = made.tensors()
+    infix = f"{PREFIX}pooler.modules_to_save"
+    tensors[f"{infix}.dense.bias"] = tensors.pop(f"{infix}.default.dense.bias")
+    made.write(tensors)
+    found = {name for name, said in wholes(made).items() if said[0] == "modules_to_save"}
+    assert found == {"pooler.dense.weight", "pooler.dense.bias"}
 
 
 def test_two_tensors_for_one_parameter(tmp_path: Path) -> None:

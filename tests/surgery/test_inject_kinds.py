@@ -1,5 +1,6 @@
 """Fresh adapters on embeddings and convolutions: PEFT takes them, they change nothing, and both layouts agree."""
 
+import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from lora_cli.adapters.inits import draw
 from lora_cli.errors import UnsupportedError
+from lora_cli.progress import Progress
 from lora_cli.surgery.inject import inject
 from lora_cli.surgery.merge import merge
 
@@ -187,14 +189,20 @@ def test_the_numbers_are_those_of_the_module_s_name(tmp_path: Path) -> None:
     assert np.allclose(orthogonal @ orthogonal.T, np.eye(2))
 
 
-def test_one_of_two_tied_tensors_is_refused(tmp_path: Path) -> None:
-    """What the model holds once no adapter can change for one of its uses; a merge would refuse it later."""
+def test_of_two_tied_tensors_one_gets_an_adapter(tmp_path: Path) -> None:
+    """As it does in PEFT's live model; but nothing may be taken off what the other use still needs."""
     (tmp_path / "base").mkdir()
-    tensors = {"model.embed_tokens.weight": torch.zeros(20, 8), "model.layers.0.up_proj.weight": torch.zeros(8, 8)}
+    tensors = {"model.embed_tokens.weight": torch.ones(20, 8), "model.layers.0.up_proj.weight": torch.ones(8, 8)}
     save_file(tensors, tmp_path / "base" / "model.safetensors")
-    (tmp_path / "base" / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
-    for targets in (["embed_tokens"], ["**"]):
-        with pytest.raises(UnsupportedError, match="tied") as caught:
-            inject(tmp_path / "base", tmp_path / "out", rank=2, targets=targets)
-        assert caught.value.details == ("model.embed_tokens: head and embed_tokens are one tensor in this model",)
-    assert len(inject(tmp_path / "base", tmp_path / "out", rank=2).modules) == 1
+    config = {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    notes: list[str] = []
+    seen = Progress()
+    seen.note = notes.append  # type: ignore[method-assign]
+    made = inject(tmp_path / "base", tmp_path / "out", rank=2, targets=["**"], progress=seen)
+    assert len(made.modules) == 2
+    words = "model.embed_tokens is one tensor with lm_head.weight"
+    assert [note for note in notes if words in note]
+    with pytest.raises(UnsupportedError, match="uses twice") as caught:
+        inject(tmp_path / "base", tmp_path / "o", rank=2, targets=["**"], init="pissa", base_out=tmp_path / "left")
+    assert caught.value.details == (words,)

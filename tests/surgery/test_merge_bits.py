@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from lora_cli.checkpoint import digests
 from lora_cli.errors import UsageError
-from lora_cli.surgery import budget, compare, engine
+from lora_cli.surgery import budget, compare, engine, products
 from lora_cli.surgery.merge import merge
 from lora_cli.surgery.placing import PlanOptions
 from lora_cli.surgery.verify import verify
@@ -139,8 +139,9 @@ def test_every_bit_is_that_of_rational_arithmetic(tmp_path: Path, name: str, out
 
 
 def one_tile_each(patch: Patch) -> None:
-    patch.setattr(engine, "TILE_ELEMENTS", 1 << 20)
-    patch.setattr(engine, "TILE_COLUMNS", 1 << 20)
+    for module in (engine, products):
+        patch.setattr(module, "TILE_ELEMENTS", 1 << 20)
+    patch.setattr(products, "TILE_COLUMNS", 1 << 20)
 
 
 class Work:
@@ -189,7 +190,7 @@ CUTS = {
 def test_no_byte_depends_on_how_the_work_is_cut(work: Work, cut: str, tmp_path: Path, monkeypatch: Patch) -> None:
     how = {name: value for name, value in CUTS[cut].items() if name.islower()}
     for name in CUTS[cut].keys() - how.keys():
-        for module in (budget, digests, engine, compare):
+        for module in (budget, digests, engine, products, compare):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, CUTS[cut][name])
     before = torch.get_num_threads()

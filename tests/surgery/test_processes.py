@@ -22,7 +22,7 @@ from round_trips import RECEIPT, contents, gaussian, lora, write_adapter, write_
 from lora_cli.arithmetic.product import prepare
 from lora_cli.checkpoint.staged import Scratch, Span
 from lora_cli.errors import DiskFullError, LoraCliError, NumericError
-from lora_cli.surgery import engine, workers
+from lora_cli.surgery import engine, products, workers
 from lora_cli.surgery.diff import DiffResult, diff
 from lora_cli.surgery.merge import MergeResult, merge, plan_merge
 from lora_cli.surgery.readers import raw_bytes
@@ -311,7 +311,7 @@ def test_factors_are_prepared_once_for_the_cuts_of_a_tensor_that_follow_each_oth
         prepared.append(slices)
         return prepare(terms, slices=slices)
 
-    monkeypatch.setattr(engine, "prepare", counted)
+    monkeypatch.setattr(products, "prepare", counted)
     cuts = [(one, 0, 700), (one, 700, SIDE), (other, 0, SIDE), (one, 0, 700)]
     workshop = engine.Workshop(1 << 20)
     kept = [b"".join(bytes(raw_bytes(p.result)) for p in workshop.pieces(*cut)) for cut in cuts]

@@ -228,7 +228,7 @@ def test_beside_the_checkpoint_only_a_regular_file_is_looked_for(tmp_path: Path)
 
 # Versions
 
-FORMATS = {"lora-cli/undo/2": 12, "lora-cli/undo/999999999": 12, "lora-cli/undo/0": 10, "lora-cli/undo/01": 10}
+FORMATS = {"lora-cli/undo/3": 12, "lora-cli/undo/999999999": 12, "lora-cli/undo/0": 10, "lora-cli/undo/01": 10}
 FORMATS |= {"lora-cli/undo/1 ": 10, "lora-cli/undo/1\n": 10, "lora-cli/undo/-1": 10, "lora-cli/undo/1.0": 10}
 FORMATS |= {
     "lora-cli/undo/\u0661": 10,

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from lora_cli.checkpoint import digests
 from lora_cli.errors import LoraCliError, OutputExistsError, UsageError, WrongInputError
 from lora_cli.progress import Progress
-from lora_cli.surgery import budget, engine
+from lora_cli.surgery import budget, products
 from lora_cli.surgery.approximate import Undecided
 from lora_cli.surgery.inspect import inspect
 from lora_cli.surgery.merge import merge
@@ -170,7 +170,7 @@ def test_proofs_do_not_depend_on_how_the_work_is_cut(
         found.append(unmerge(tmp_path / "merged", both, out, options, approximate=True, threads=threads).undecided)
         assert (out / "model.safetensors").read_bytes() == (tmp_path / "out1/model.safetensors").read_bytes()
         monkeypatch.setattr(budget, "STRIP_BYTES", 999 + number)
-        monkeypatch.setattr(engine, "TILE_COLUMNS", 31 + number)
+        monkeypatch.setattr(products, "TILE_COLUMNS", 31 + number)
         monkeypatch.setattr(digests, "CUT_ELEMENTS", 2500 + number)
     assert found[0] == found[1] == found[2]
     base, merged, back = (read_tensors(folder) for folder in (made.base_dir, tmp_path / "merged", tmp_path / "out1"))

@@ -10,9 +10,11 @@ import struct
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
+from itertools import pairwise
 from typing import Any
 
 import reference
+from blake3 import blake3
 from reference import FORMATS, Term, TooLargeError, cast_bits, decode, encode, rounded
 from undo_world import Document, Parts, Raw, unframe
 
@@ -47,18 +49,51 @@ def restore(said: Document, parts: Parts, merged: Parts, dtype: str, find: Find)
     patterns = patterns_in(data, there)
     deltas = [Fraction(0)] * len(patterns)
     work = reference.working(NAMES[dtype], NAMES[there])
+    gains: list[int] | None = None
     if said.get("terms"):
-        deltas = []
-        for terms in zip(*(terms_of(term, find) for term in said["terms"]), strict=True):
-            product = reference.product(terms, 1 if work == "float32" else 2)
-            transposed = said["terms"][0].get("transposed", False)
-            product = turned(product) if transposed else product
-            deltas += [rounded(value, work) for row in product for value in row]
+        deltas = deltas_of(said["terms"], find, work)
+        gains = gains_of(said, parts, len(patterns), work)
     else:
         largest = FORMATS[NAMES[there]].largest_pattern
         sign = FORMATS[NAMES[there]].sign
         patterns = [pattern if pattern & (sign - 1) <= largest else 0 for pattern in patterns]
-    return Preimages(NAMES[dtype], NAMES[there], work, patterns, deltas).read(stream, dtype, there)
+    block = Preimages if gains is None else Gained
+    return block(NAMES[dtype], NAMES[there], work, patterns, deltas, gains or []).read(stream, dtype, there)
+
+
+def deltas_of(said: Sequence[Mapping[str, Any]], find: Find, work: str) -> list[Fraction]:
+    """What was added to each element: of a stack one matrix after the other, elsewhere band by band."""
+    transposed = said[0].get("transposed", False)
+    matrices = []
+    for terms in zip(*(terms_of(term, find) for term in said), strict=True):
+        places = [
+            term.get("outputs") or (0, len(found.b), len(found.b)) for term, found in zip(said, terms, strict=True)
+        ]
+        inputs = len(terms[0].a[0])
+        product = [[Fraction(0)] * inputs for _ in range(places[0][2])]
+        borders = sorted({border for begin, end, _ in places for border in (begin, end)})
+        for low, high in pairwise(borders):
+            band = [
+                Term(found.b[low - begin : high - begin], found.a, found.scale)
+                for found, (begin, end, _) in zip(terms, places, strict=True)
+                if begin <= low and high <= end
+            ]
+            product[low:high] = reference.product(band, 1 if work == "float32" else 2) if band else product[low:high]
+        matrices += turned(product) if transposed else product
+    return [rounded(value, work) for row in matrices for value in row]
+
+
+def gains_of(said: Document, parts: Parts, elements: int, work: str) -> list[int] | None:
+    """The pattern of what each element was multiplied by."""
+    if not said.get("gains"):
+        return None
+    dtype, shape, data = parts[f"gains/{said['key']}"]
+    assert (NAMES[dtype], blake3(data).hexdigest()) == (work, said["gains"])
+    found = patterns_in(data, dtype)
+    assert shape == [len(found)]
+    inputs = elements // len(found)
+    transposed = said["terms"][0].get("transposed", False)
+    return found * inputs if transposed else [gain for gain in found for _ in range(inputs)]
 
 
 def streams_of(fragment: bytes) -> Iterator[bytes]:
@@ -131,15 +166,15 @@ def terms_of(said: Mapping[str, Any], find: Find) -> list[Term]:
         ]
         return [Term(turned(right), turned(left), said["scale"]) for left, right in zip(a, b, strict=True)]
     matrices = [rows_of(one, math.prod(shape[1:])) for one, shape in zip(values, shapes, strict=True)]
-    if said["kind"] == "lora-bias":
-        return [Term(matrices[0], [[Fraction(1)]], said["scale"])]
-    left, right = matrices[1], matrices[0]
+    left, right = (matrices[0], [[Fraction(1)]]) if said["kind"] == "lora-bias" else (matrices[1], matrices[0])
     if said["kind"] == "lora-blocks-a":
         right = on_the_diagonal(right, said["blocks"])
     if said["kind"] == "lora-blocks-b":
         left = on_the_diagonal(left, said["blocks"])
     if said.get("swapped"):
         left, right = turned(left), right if said["kind"] == "lora-conv" else turned(right)
+    if said.get("outputs"):
+        left = [left[row] for run in said["rows"] for row in range(*run)]
     return [Term(left, right, said["scale"])]
 
 
@@ -165,9 +200,11 @@ def turned(matrix: list[list[Fraction]]) -> list[list[Fraction]]:
 class Preimages:
     """One block: which values map to what is there."""
 
-    def __init__(self, base: str, merged: str, work: str, patterns: list[int], deltas: list[Fraction]) -> None:
+    def __init__(
+        self, base: str, merged: str, work: str, patterns: list[int], deltas: list[Fraction], gains: list[int]
+    ) -> None:
         self.base, self.merged, self.work = base, merged, work
-        self.patterns, self.deltas = patterns, deltas
+        self.patterns, self.deltas, self.gains = patterns, deltas, gains
         self.sign, self.merged_sign = FORMATS[base].sign, FORMATS[merged].sign
         self.top = FORMATS[base].largest_pattern
 
@@ -187,7 +224,7 @@ class Preimages:
             near = spare > 1 and first <= 0 and first + spare >= -1
             if pair or (near and next(flags)):
                 found[at] = self.sign * next(signs)
-            elif spare:
+            else:
                 indexed.append(at)
         self._read_planes(planes, indexed, intervals, found)
         for bits_left in (flags, signs):
@@ -212,6 +249,7 @@ class Preimages:
 
     def _read_planes(self, planes: bytes, alive: list[int], intervals: Mapping[int, tuple[int, int]], out: Any) -> None:
         index, plane = dict.fromkeys(alive, 0), 0
+        alive = [at for at in alive if intervals[at][1]]
         while alive:
             size = (len(alive) + 7) // 8
             for at, bit in zip(alive, bits_of(planes[:size]), strict=False):
@@ -277,6 +315,65 @@ class Preimages:
             middle = (low + high) // 2
             low, high = (low, middle) if self.reached(at, middle) >= least else (middle, high)
         return high
+
+
+class Gained(Preimages):
+    """One block whose sums were multiplied."""
+
+    def __init__(self, *said: Any) -> None:
+        super().__init__(*said)
+        # A negative gain gives the results of its opposite with the other sign.
+        sign = FORMATS[self.work].sign
+        self.patterns = [
+            m ^ self.merged_sign if g & sign else m for m, g in zip(self.patterns, self.gains, strict=True)
+        ]
+        self.gains = [gain & (sign - 1) for gain in self.gains]
+
+    def candidate(self, at: int) -> int:
+        return encode(self._difference(at), self.base)
+
+    def _difference(self, at: int) -> Fraction:
+        gain, m, largest = decode(self.gains[at], self.work), self.patterns[at], decode(self.top, self.base)
+        if gain == 0:
+            assert decode(m, self.merged) == 0
+            return Fraction(0)
+        try:
+            value = rounded(rounded(decode(m, self.merged) / gain, self.work) - self.deltas[at], self.work)
+        except TooLargeError:
+            return -largest if m & self.merged_sign else largest
+        return max(-largest, min(value, largest))
+
+    def suspected(self, at: int, candidate: int) -> bool:
+        magnitude = candidate & (self.sign - 1)
+        return magnitude == 0 or any(self.result(at, candidate + step) == self.patterns[at] for step in (1, -1))
+
+    def result(self, at: int, pattern: int) -> int:
+        """The pattern of what a value becomes; drawn in where that is too large."""
+        largest = FORMATS[self.merged].largest_pattern + (self.merged_sign if pattern & self.sign else 0)
+        if pattern & (self.sign - 1) > self.top:
+            return largest if self.gains[at] else 0
+        try:
+            return self._multiplied(at, pattern)
+        except TooLargeError:
+            return largest
+
+    def _multiplied(self, at: int, pattern: int) -> int:
+        delta = self.deltas[at]
+        if delta == 0:
+            total = cast_bits(pattern, self.base, self.work)
+        else:
+            total = encode(decode(pattern, self.base) + delta, self.work)
+        product = decode(self.gains[at], self.work) * decode(total, self.work)
+        # A zero has the sign of the sum.
+        found = encode(product, self.work) if product else total & FORMATS[self.work].sign
+        return cast_bits(found, self.work, self.merged)
+
+    def reached(self, at: int, key: int) -> int:
+        pattern = at_place(key, self.sign)
+        try:
+            return place(self._multiplied(at, pattern), self.merged_sign)
+        except TooLargeError:
+            return self.merged_sign if pattern < self.sign else -self.merged_sign
 
 
 def bits_of(data: bytes) -> Iterator[int]:

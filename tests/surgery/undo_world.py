@@ -40,6 +40,8 @@ UNDO, RECEIPT = "lora_merge.undo", "lora_merge.json"
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 INDEX = "model.safetensors.index.json"
 LORA = "base_model.model."
+NEWER = {"gains", "outputs", "rows", "blocks"}
+"""Fields of a manifest that format 1 does not have."""
 
 
 def numbers(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -267,14 +269,24 @@ def read_undo(path: Path) -> tuple[Document, Parts]:
     """The manifest and the other parts of an undo file, after checking the manifest's digest."""
     metadata, parts = read_raw(path)
     packed = parts.pop("manifest")[2]
-    assert metadata == {"format": "lora-cli/undo/1", "manifest": blake3(packed).hexdigest()}
-    return json.loads(unpack(packed)), parts
+    manifest = json.loads(unpack(packed))
+    assert metadata == {"format": f"lora-cli/undo/{format_of(manifest)}", "manifest": blake3(packed).hexdigest()}
+    return manifest, parts
+
+
+def format_of(manifest: Document) -> int:
+    """The format that has all the fields of a manifest."""
+    tensors = [tensor for file in manifest["files"] for tensor in file["tensors"]]
+    fields = {name for tensor in tensors for said in (tensor, *tensor.get("terms", ())) for name in said}
+    return 2 if fields & NEWER else 1
 
 
 def write_undo(path: Path, manifest: object, parts: Mapping[str, Raw], **metadata: str) -> None:
     """An undo file with this manifest, under its right digest; bytes are taken for the packed manifest as they are."""
-    packed = manifest if isinstance(manifest, bytes) else pack(json.dumps(manifest).encode())
-    said = {"format": "lora-cli/undo/1", "manifest": blake3(packed).hexdigest()} | metadata
+    text = b"" if isinstance(manifest, bytes) else json.dumps(manifest).encode()
+    packed = manifest if isinstance(manifest, bytes) else pack(text)
+    number = 2 if any(f'"{name}":'.encode() in text for name in NEWER) else 1
+    said = {"format": f"lora-cli/undo/{number}", "manifest": blake3(packed).hexdigest()} | metadata
     write_raw(path, said, {**parts, "manifest": as_part(packed)})
 
 

@@ -21,6 +21,7 @@ from lora_cli.adapters.formats.pairs import Pair, check_pairs
 from lora_cli.adapters.formats.peft_blocks import Blocks
 from lora_cli.adapters.formats.peft_keys import Found, sort_keys
 from lora_cli.adapters.formats.peft_scales import Scales, check_ranks, twice
+from lora_cli.adapters.formats.peft_ties import changes_as_one
 from lora_cli.adapters.formats.peft_wholes import replacements, trained_rows
 from lora_cli.adapters.peft_config import check_fields, initial_of, layers_of
 from lora_cli.adapters.source import CONFIG_FILE, AdapterSource, ReadOptions
@@ -56,16 +57,17 @@ def read(source: AdapterSource, options: ReadOptions) -> Adapter:
     reader = _Reader(config, options, found, file)
     whole, copies = replacements(found, config, file)
     rows, empty = trained_rows(found, config, file)
+    targets = (*reader.weights(), *reader.biases())
     return Adapter(
         label=source.label,
         path=source.path,
         format=NAME,
         evidence=detect(source) or "",
-        targets=(*reader.weights(), *reader.biases()),
+        targets=targets,
         replacements=tuple(whole),
         rows=tuple(rows),
         layers=layers_of(config),
-        tied=bool(config.get("ensure_weight_tying")),
+        tied=changes_as_one(config, targets, whole),
         initial=initial_of(config, ignored),
         unread=(*found.unread, *reader.alone()),
         skipped=(*found.skipped, *reader.idle(), *copies, *empty),
@@ -163,6 +165,14 @@ def _check_magnitudes(targets: Iterable[Target], config: Mapping[str, Any]) -> N
     ]
     if wrong:
         raise ShapeError("There is not one magnitude for each output", file=CONFIG_FILE, details=wrong)
+    untold = [target.module for target, magnitude in found if magnitude is not None and not config.get("use_dora")]
+    if untold:
+        raise UnsupportedError(
+            "The file has DoRA's magnitudes, and the config does not say use_dora",
+            file=CONFIG_FILE,
+            details=untold,
+            hint="PEFT would leave them out: say use_dora there, or take lora_magnitude_vector out of the file",
+        )
 
 
 def _refuse_stacks(pairs: Mapping[str, Pair], file: str) -> None:

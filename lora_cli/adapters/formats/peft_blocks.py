@@ -26,13 +26,10 @@ class Blocks:
         said = config.get("use_bdlora") or {}
         self.count: int = said.get("nblocks", 1)
         self._parts: dict[BlocksKind, list[str]] = {kind: said.get(field) or [] for kind, field in _FIELDS.items()}
-        # One block is the whole matrix.
         self._strict = bool(said) and said.get("match_strict") is not False
 
     def kind(self, module: str) -> BlocksKind | None:
         """Which factor of a module has blocks: that whose list has a part of the module's name."""
-        if self.count == 1:
-            return None
         return next((kind for kind, parts in self._parts.items() if any(part in module for part in parts)), None)
 
     def fit(self, a: tuple[int, ...], b: tuple[int, ...], kind: BlocksKind) -> bool:

@@ -50,7 +50,7 @@ def replacements(found: Found, config: Mapping[str, Any], file: str) -> tuple[li
         copies[_plain(name, names)].append((name, tensor))
     chosen, skipped, wrong = [], Skipped(), []
     for plain, several in copies.items():
-        (name, tensor), *others = sorted(several, key=lambda one: -len(one[0]))
+        (name, tensor), *others = sorted(several, key=lambda one: len(one[0]))
         chosen.append(_replacement(plain, tensor, config, inner=_INNER.search(name) is not None))
         for _, other in others:
             if _content(other) == _content(tensor):
@@ -146,7 +146,7 @@ class _Lists:
         self._said: Mapping[str, list[int]] = {}
         if isinstance(said, Mapping):
             self._said = said
-        elif said is not None:
+        elif isinstance(said, list):
             self._said = dict.fromkeys(self._modules or ["one table"], said)
         self._own = {module: self._own_list(module) for module in self._modules}
         self._lists = [tokens for tokens in self._own.values() if tokens is not None]

@@ -28,7 +28,7 @@ from lora_cli.surgery.compare import Part, parts
 from lora_cli.surgery.edit import Edit
 from lora_cli.surgery.engine import Piece, Workshop
 from lora_cli.surgery.readers import Readers, open_readers, raw_bytes, torch_dtype
-from lora_cli.surgery.runs import runs
+from lora_cli.surgery.runs import Run, runs
 from lora_cli.surgery.workers import run_units
 
 AGREES = 50
@@ -46,19 +46,26 @@ class Mistake(NamedTuple):
     Attributes:
         strengths: The strength at which each adapter is in it.
         again: Made from the merge, not from the base.
+        unstretched: Without the lengths that DoRA gives to outputs.
     """
 
     strengths: tuple[float, ...]
     again: bool = False
+    unstretched: bool = False
 
 
 def asked_of(edit: Edit) -> tuple[float, ...]:
-    """The strength that is asked for along each delta of a tensor: 1, and 0 where the user's weight is 0."""
-    return tuple(1.0 if term.weight else 0.0 for term in edit.terms)
+    """The strength that is asked for along each delta of a tensor: 1, and 0 where the user's weight is 0.
+
+    Where deltas set lengths there is no strength but that of the change as a whole.
+    """
+    return (1.0,) if edit.stretched else tuple(1.0 if term.weight else 0.0 for term in edit.terms)
 
 
-def mistakes(asked: tuple[float, ...]) -> list[Mistake]:
-    """Merges that are easily made instead of the one with these strengths."""
+def mistakes(asked: tuple[float, ...], *, stretched: bool = False) -> list[Mistake]:
+    """Merges that are easily made instead of the one with these strengths; of DoRA the sum alone."""
+    if stretched:
+        return [Mistake(asked, unstretched=True)]
     if not any(asked):
         return [Mistake(_but(asked, at, 1.0)) for at in range(len(asked))]
     twice = tuple(2 * strength for strength in asked)
@@ -81,6 +88,8 @@ class Evidence:
     Attributes:
         elements: Elements seen.
         broken: Those that are NaN or infinity; they count nowhere else.
+        unlike_rows: Those in rows that an adapter holds whole, and that are not its; such rows count nowhere else.
+        rows_moved: Those in such rows that are not the base's.
         unlike_base: Those whose value is not the base's.
         unlike_merge: Those whose value is not what the merge would have written.
         moved: Those that the merge itself changes.
@@ -97,6 +106,8 @@ class Evidence:
     enough: int
     elements: int = 0
     broken: int = 0
+    unlike_rows: int = 0
+    rows_moved: int = 0
     unlike_base: int = 0
     unlike_merge: int = 0
     moved: int = 0
@@ -108,7 +119,17 @@ class Evidence:
         """Add the sums of another part."""
         self.products = self.products + other.products
         self.unlike = [one + two for one, two in zip(self.unlike, other.unlike, strict=True)]
-        for name in ("elements", "broken", "unlike_base", "unlike_merge", "moved", "against", "noise"):
+        for name in (
+            "elements",
+            "broken",
+            "unlike_rows",
+            "rows_moved",
+            "unlike_base",
+            "unlike_merge",
+            "moved",
+            "against",
+            "noise",
+        ):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.reach = max(self.reach, other.reach)
 
@@ -163,7 +184,7 @@ class _Bench:
         rows = torch.empty((len(asked) + 2, longest), dtype=torch.float64)
         evidence = Evidence(
             products=torch.zeros((len(rows), len(rows)), dtype=torch.float64),
-            unlike=[0] * len(mistakes(asked)),
+            unlike=[0] * len(mistakes(asked, stretched=edit.stretched)),
             enough=math.prod(edit.shape) // AGREES,
         )
         with open_readers() as readers:
@@ -174,11 +195,15 @@ class _Bench:
                 reader.read_into(candidate.offset + piece.offset * found.itemsize, raw_bytes(found))
                 for run in runs(piece.offset, found.numel(), edit.terms[0].matrices, longest):
                     here = rows[:, : run.place.stop - run.place.start]
-                    for row, product in zip(here, products.of(run.number), strict=False):
-                        transposed = edit.terms[0].transposed
-                        product.tile(run.rows, run.columns, transposed=transposed, out=row.view(run.shape))
                     at = run.place
-                    _see(evidence, here, asked, Piece(0, piece.source[at], piece.result[at]), found[at])
+                    delta, gains = (None if part is None else part[at] for part in (piece.delta, piece.gains))
+                    seen = Piece(0, piece.source[at], piece.result[at], delta, gains)
+                    if seen.gains is None:
+                        products.write(here, run)
+                    elif seen.wanted is not None:
+                        here[0] = seen.wanted
+                    whole = _held_whole(edit, piece.offset + at.start, at.stop - at.start)
+                    _see(evidence, here, asked, seen, found[at], whole)
         return evidence
 
 
@@ -194,7 +219,13 @@ class _Products:
         self._slices = slices_for(work_dtype(torch_dtype(edit.source.dtype), torch_dtype(edit.dtype)))
         self._prepared: tuple[int, list[ExactProduct]] = (-1, [])
 
-    def of(self, index: int) -> list[ExactProduct]:
+    def write(self, rows: Tensor, run: Run) -> None:
+        """Write what each of them is in a run into a row."""
+        transposed = self._edit.terms[0].transposed
+        for row, product in zip(rows, self._of(run.number), strict=False):
+            product.tile(run.rows, run.columns, transposed=transposed, out=row.view(run.shape))
+
+    def _of(self, index: int) -> list[ExactProduct]:
         """Those of one matrix of the stack; the last ones are kept."""
         if self._prepared[0] != index:
             load = self._readers.load
@@ -203,11 +234,29 @@ class _Products:
         return self._prepared[1]
 
 
-def _see(evidence: Evidence, rows: Tensor, asked: tuple[float, ...], piece: Piece, found: Tensor) -> None:
+def _held_whole(edit: Edit, first: int, count: int) -> Tensor | None:
+    """Which of `count` elements from `first` on lie in rows that adapters hold whole; None for none."""
+    spans = [span for rows in edit.rows for _, span in rows.spans(edit.matrix[1], first, count)]
+    if not spans:
+        return None
+    whole = torch.zeros(count, dtype=torch.bool)
+    for span in spans:
+        whole[span] = True
+    return whole
+
+
+def _see(
+    evidence: Evidence, rows: Tensor, asked: tuple[float, ...], piece: Piece, found: Tensor, whole: Tensor | None
+) -> None:
     """Take in one run; the deltas are in the first rows, and the others are filled here."""
     deltas, moves, off = rows[:-2], rows[-2], rows[-1]
     base, merged, there = (values.to(torch.float64) for values in (piece.source, piece.result, found))
     stored_base = base if piece.source.dtype == found.dtype else piece.source.to(found.dtype).to(torch.float64)
+    if whole is not None:
+        evidence.unlike_rows += _count((there != merged) & whole)
+        evidence.rows_moved += _count((there != stored_base) & whole)
+        base, stored_base, there = (torch.where(whole, merged, values) for values in (base, stored_base, there))
+        deltas[:, whole] = 0
     torch.sub(merged, base, out=moves)
     torch.sub(there, merged, out=off)
     products = inner_products(rows)
@@ -225,10 +274,11 @@ def _see(evidence: Evidence, rows: Tensor, asked: tuple[float, ...], piece: Piec
     evidence.unlike_merge += _count(off)
     evidence.moved += _count(stored_base != merged)
     evidence.against += _count((there - base).mul_(_sum(deltas, asked)) < 0)
-    for number, mistake in enumerate(mistakes(asked)):
+    for number, mistake in enumerate(mistakes(asked, stretched=piece.gains is not None)):
         # Only one that hardly an element speaks against can be meant; of the others a part is enough to see.
         if evidence.unlike[number] <= evidence.enough:
-            made = _sum(deltas, asked) + merged if mistake.again else _sum(deltas, mistake.strengths) + base
+            change = piece.delta if mistake.unstretched and piece.delta is not None else _sum(deltas, mistake.strengths)
+            made = _sum(deltas, asked) + merged if mistake.again else base + change
             evidence.unlike[number] += _count(made.to(found.dtype).to(torch.float64) != there)
     # Last, since it takes the signs away.
     _see_sizes(evidence, torch.maximum(base.abs_(), merged.abs_()), there.abs_(), moves, found.dtype)

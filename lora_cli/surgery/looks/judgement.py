@@ -10,7 +10,7 @@ import math
 from dataclasses import replace
 from typing import NamedTuple
 
-from lora_cli.surgery.looks.evidence import AGREES, Evidence, mistakes
+from lora_cli.surgery.looks.evidence import AGREES, Evidence, Mistake, mistakes
 from lora_cli.surgery.looks.phrases import (
     Likeness,
     another,
@@ -18,9 +18,13 @@ from lora_cli.surgery.looks.phrases import (
     but_for,
     composed,
     less_exact,
+    other_lengths,
     plain,
     rounded,
+    unstretched,
     with_broken,
+    without_changes,
+    without_rows,
 )
 from lora_cli.surgery.looks.strengths import COARSE, named, strengths_of, whole_strength
 
@@ -43,16 +47,31 @@ _AGAINST = 20
 """Of so many changed elements one may have moved against the change that was asked for, to be that at some scale."""
 
 
+_MOSTLY = 0.9
+"""Share of a change that DoRA makes which, if it is there, is of this adapter or one near to it."""
+
+_EXACTLY = 1e-3
+"""Relative error of such a change that no other magnitudes leave."""
+
+
 class Subject(NamedTuple):
     """Whose deltas a tensor takes.
 
     Attributes:
         asked: The strength asked for along each, see `evidence.asked_of`.
         labels: Of their adapters; "the adapter" where there is but one in all.
+        names: What tells the deltas apart: the same, and where one adapter has several, what each of them is on.
+        sole: The label, where one adapter has several deltas on the tensor, and no other has any.
+        stretched: Whether deltas set lengths, so that there are no strengths to tell.
+        on_base: Whether they are added to the base's own tensor, and not to one that an adapter holds whole.
     """
 
     asked: tuple[float, ...]
     labels: tuple[str, ...]
+    names: tuple[str, ...]
+    sole: str | None = None
+    stretched: bool = False
+    on_base: bool = True
 
     @property
     def one(self) -> str | None:
@@ -69,10 +88,12 @@ def judge(evidence: Evidence, subject: Subject, wrong: int, max_ulp: int | None)
         wrong: How many elements differ by more than was allowed.
         max_ulp: By how much, at most.
     """
-    broken = evidence.broken
-    if broken:
-        wrong, max_ulp = max(0, wrong - broken), None  # the worst of all is one of those
+    broken, rows = evidence.broken, evidence.unlike_rows
+    if broken or rows:
+        wrong, max_ulp = max(0, wrong - broken - rows), None  # the worst of all is one of those
     likeness = _by_element(evidence, subject, wrong, max_ulp) or _by_strength(evidence, subject, wrong, max_ulp)
+    if rows and (evidence.unlike_base or evidence.rows_moved):
+        likeness = without_rows(likeness)
     if broken:
         likeness = with_broken(likeness, broken)
     return replace(likeness, strength=whole_strength(evidence, subject.asked))
@@ -80,14 +101,14 @@ def judge(evidence: Evidence, subject: Subject, wrong: int, max_ulp: int | None)
 
 def _by_element(evidence: Evidence, subject: Subject, wrong: int, max_ulp: int | None) -> Likeness | None:
     """What holds for all, or nearly all elements."""
-    if not evidence.unlike_merge:
+    still = not evidence.unlike_base and not evidence.rows_moved
+    if not evidence.unlike_merge and not (still and evidence.unlike_rows):
         return plain("this merge, but for signs of zeros" if wrong else "this merge")
     if not evidence.unlike_base:
-        return bare(subject.one)
+        return bare(subject.one) if subject.on_base and still else without_changes(subject.one)
     unlike, number = min((count, number) for number, count in enumerate(evidence.unlike))
     if unlike * AGREES <= evidence.unlike_merge:
-        made = zip(mistakes(subject.asked)[number].strengths, subject.asked, strict=True)
-        return composed([named(strength, asked) for strength, asked in made], subject.labels)
+        return _mistaken(subject, mistakes(subject.asked, stretched=subject.stretched)[number])
     few = _few(wrong, evidence)
     if max_ulp is not None and _small(max_ulp) and (few or max_ulp * _REACH <= evidence.reach):
         return rounded(wrong, max_ulp)
@@ -96,23 +117,33 @@ def _by_element(evidence: Evidence, subject: Subject, wrong: int, max_ulp: int |
     return but_for("this merge", wrong) if few else None
 
 
+def _mistaken(subject: Subject, mistake: Mistake) -> Likeness:
+    if mistake.unstretched:
+        return unstretched(subject.one)
+    made = zip(mistake.strengths, subject.asked, strict=True)
+    return composed([named(strength, asked) for strength, asked in made], subject.names, subject.sole)
+
+
 def _by_strength(evidence: Evidence, subject: Subject, wrong: int, max_ulp: int | None) -> Likeness:
     strengths = strengths_of(evidence, subject.asked)
     if strengths is None:
         return another(subject.one, 0.0)
     if len(strengths.right) < len(subject.labels):
-        subject = Subject((1.0,), ("the sum of all adapters",))
+        subject = Subject((1.0,), ("the sum of all adapters",), ("the sum of all adapters",))
     # What is left of small changes is below the noise, whatever they are; but no scale moves a weight the other way.
     by_scale = evidence.against * _AGAINST <= evidence.unlike_base
     states = strengths.states(subject.asked)
     forms = {state.form for state in states}
+    if subject.stretched and not strengths.rounding and strengths.share >= _MOSTLY:
+        error = _relative_error(evidence)
+        return less_exact(error) if error <= _EXACTLY else other_lengths()
     if forms == {"same"}:
         return _right_strength(evidence, strengths.rounding and by_scale, wrong, max_ulp)
     if {state.form for state, asked in zip(states, subject.asked, strict=True) if asked} == {"missing"}:
         few = _few(evidence.unlike_base, evidence)
         return but_for("the bare base", evidence.unlike_base) if few else another(subject.one, strengths.share)
-    if strengths.explained and (by_scale or not forms & {"more", "less"}):
-        return composed(states, subject.labels)
+    if not subject.stretched and strengths.explained and (by_scale or not forms & {"more", "less"}):
+        return composed(states, subject.names, subject.sole)
     return another(subject.one, strengths.share)
 
 

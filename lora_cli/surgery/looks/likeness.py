@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import TYPE_CHECKING
@@ -48,7 +49,7 @@ def likenesses(
     evidence = gather(with_terms, candidates, budget, progress.advance)
     found = {}
     for edit in with_terms:
-        difference, subject = values[edit.key], Subject(asked_of(edit), _labels(plan, edit))
+        difference, subject = values[edit.key], _subject(plan, edit)
         found[edit.key] = judge(evidence[edit.key], subject, difference.elements or 0, difference.max_ulp)
     wholes = [edit for edit in edits if not edit.terms]
     return found | _wholes(plan, wholes, candidates, values, budget, progress)
@@ -76,10 +77,16 @@ def summary(different: Sequence[Difference], likenesses: Mapping[str, Likeness])
     return f"all {len(alike):,} tensors that differ look like {words}"
 
 
-def _labels(plan: Plan, edit: Edit) -> tuple[str, ...]:
-    if len(plan.adapters) == 1:
-        return ("the adapter",) * len(edit.terms)
-    return tuple(plan.adapters[term.adapter].label for term in edit.terms)
+def _subject(plan: Plan, edit: Edit) -> Subject:
+    alone = len(plan.adapters) == 1
+    labels = tuple("the adapter" if alone else plan.adapters[term.adapter].label for term in edit.terms)
+    count = Counter(term.adapter for term in edit.terms)
+    names = tuple(
+        f"{label} on {term.name}" if count[term.adapter] > 1 else label
+        for term, label in zip(edit.terms, labels, strict=True)
+    )
+    sole = labels[0] if len(count) == 1 else None
+    return Subject(asked_of(edit), labels, names, sole, edit.stretched, edit.displaced is None)
 
 
 def _wholes(
@@ -96,12 +103,12 @@ def _wholes(
     wanted = [
         distance.Pair(edit.key, edit.source, candidates[edit.key])
         for edit in edits
-        if edit.fresh is None and edit.source.dtype == edit.dtype
+        if edit.fresh is None and not edit.rows and edit.source.dtype == edit.dtype
     ]
     from_base = [
-        distance.Pair(edit.key, edit.displaced, candidates[edit.key])
+        distance.Pair(edit.key, edit.former, candidates[edit.key])
         for edit in edits
-        if edit.displaced is not None and edit.displaced.shape == edit.shape
+        if edit.former is not None and (edit.displaced or edit.rows)
     ]
     apart = distance.measure(wanted, threads, progress)
     apart_from_base = distance.measure([pair for pair in from_base if pair.by_value], threads, progress)

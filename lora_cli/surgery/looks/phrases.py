@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 Form = Literal["same", "missing", "twice", "opposite", "times", "more", "less", "extra"]
@@ -68,6 +68,20 @@ def bare(label: str | None) -> Likeness:
     return plain(f"the bare base: {label or 'no adapter'} was {'not ' if label else ''}applied")
 
 
+def without_changes(label: str | None) -> Likeness:
+    """What an adapter holds whole, without what should have been added to it."""
+    return plain(f"this merge without what {label or 'the adapters'} would have added")
+
+
+def without_rows(likeness: Likeness) -> Likeness:
+    """Something, but for rows that an adapter holds whole."""
+    return replace(
+        likeness,
+        words=f"{likeness.words}, but for the rows that the adapter holds whole",
+        general=f"{likeness.general}, but for the rows that the adapter holds whole",
+    )
+
+
 def but_for(what: str, count: int) -> Likeness:
     """Something, but for a few elements."""
     noun = "element" if count == 1 else "elements"
@@ -109,20 +123,31 @@ def another(label: str | None, share: float) -> Likeness:
     return Likeness(f"{words} ({named} {percent(share)} of it)", words)
 
 
-def composed(states: Sequence[State], labels: Sequence[str]) -> Likeness:
-    """What became of each adapter on one tensor."""
-    words = _sentence(states, labels)
+def unstretched(label: str | None) -> Likeness:
+    """The sum, without what DoRA makes of it."""
+    return plain(f"this merge without the magnitudes of {label or 'the adapters'}: only B·A was added")
+
+
+def other_lengths() -> Likeness:
+    """Near to what DoRA makes, of which nobody can say how much of it is there."""
+    return plain("this merge with other magnitudes or factors")
+
+
+def composed(states: Sequence[State], labels: Sequence[str], one: str | None) -> Likeness:
+    """What became of each delta on one tensor; `one` is the adapter where all are of one."""
+    words = _sentence(states, labels, one)
     numbers = {state.number for state in states if state.form == "times"}
     if len(numbers) != 1:
         return plain(words)
-    general = _sentence([state._replace(number="{times}") for state in states], labels)
+    general = _sentence([state._replace(number="{times}") for state in states], labels, one)
     return Likeness(words, general, float(numbers.pop()), max(state.doubt for state in states))
 
 
-def _sentence(states: Sequence[State], labels: Sequence[str]) -> str:
-    if len(states) == 1:
-        return f"{labels[0]} {_phrase(states[0])}"
-    if len({state[:2] for state in states}) == 1 and states[0].form in _WORDS:
+def _sentence(states: Sequence[State], labels: Sequence[str], one: str | None) -> str:
+    alike = len({state[:2] for state in states}) == 1 and states[0].form in _WORDS
+    if len(states) == 1 or (alike and one):
+        return f"{one or labels[0]} {_phrase(states[0])}"
+    if alike:
         return f"all adapters {_phrase(states[0]).replace('its', 'their')}"
     unique = [label if labels.count(label) == 1 else f"{label} ({at})" for at, label in enumerate(labels, 1)]
     odd = [(state, label) for state, label in zip(states, unique, strict=True) if state.form != "same"]

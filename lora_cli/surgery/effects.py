@@ -1,0 +1,107 @@
+"""What a merge does to a checkpoint besides adding to whole tensors of it, read off its plan."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from lora_cli.surgery.plan import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigChange:
+    """A field of config.json that says something else.
+
+    Attributes:
+        field: Its name, with those of the levels above it.
+        before: What it said; None if it was not there.
+        after: What it says; None if it is not there.
+    """
+
+    field: str
+    before: Any
+    after: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Effects:
+    """What a merge does besides adding to whole tensors.
+
+    Attributes:
+        lengths: How many tensors have the lengths of their outputs set (DoRA).
+        rows: Key → how many of its rows are replaced, of those that stay otherwise.
+        parts: Key → the outputs that deltas change where these are not all: first, and one past the last.
+        untied: Name that has a tensor of its own now → the key whose tensor it was before.
+        layers: The former layer of each layer, where a model's layers are repeated or left out; else None.
+        repeated: Keys under which tensors of the base are stored once more, for such layers.
+        resized: Key → how many rows it had, and has.
+        config: What config.json says otherwise.
+    """
+
+    lengths: int = 0
+    rows: Mapping[str, int] = field(default_factory=dict)
+    parts: Mapping[str, tuple[tuple[int, int], ...]] = field(default_factory=dict)
+    untied: Mapping[str, str] = field(default_factory=dict)
+    layers: tuple[int, ...] | None = None
+    repeated: tuple[str, ...] = ()
+    resized: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    config: tuple[ConfigChange, ...] = ()
+
+    def __bool__(self) -> bool:
+        """Whether there is any."""
+        return self != Effects()
+
+
+def effects_of(plan: Plan) -> Effects:
+    """Say what a plan does besides adding to whole tensors."""
+    parts: defaultdict[str, set[tuple[int, int]]] = defaultdict(set)
+    for edit in plan.edits:
+        for term in edit.terms:
+            if term.region:
+                parts[edit.key].add(term.outputs)
+    added = {entry.key for entry in plan.ledger if entry.outcome == "added"} | plan.untied.keys()
+    return Effects(
+        lengths=sum(1 for edit in plan.edits if any(term.delta.magnitude for term in edit.terms)),
+        rows={edit.key: sum(len(rows.at) for rows in edit.rows) for edit in plan.edits if edit.rows},
+        parts={key: tuple(sorted(outputs)) for key, outputs in parts.items()},
+        untied=dict(plan.untied),
+        layers=plan.layers,
+        repeated=tuple(e.key for e in plan.edits if e.operation in ("repeat", "append") and e.key not in added),
+        resized={
+            edit.key: (edit.displaced.shape[0], edit.shape[0])
+            for edit in plan.edits
+            if edit.displaced and edit.displaced.shape != edit.shape
+        },
+        config=tuple(_config_changes(plan)),
+    )
+
+
+def recalled(said: object) -> Effects | None:
+    """The effects that a receipt tells of; None where it tells of none that make sense."""
+    try:
+        return msgspec.convert(said, Effects)
+    except msgspec.ValidationError:
+        return None
+
+
+def _config_changes(plan: Plan) -> Iterator[ConfigChange]:
+    config = next((side for side in plan.side_files if side.name == "config.json"), None)
+    if config is None or config.data is None:
+        return
+    before, after = dict(_leaves(plan.checkpoint.config)), dict(_leaves(json.loads(config.data)))
+    for name in dict.fromkeys((*before, *after)):
+        if before.get(name) != after.get(name) or (name in before) != (name in after):
+            yield ConfigChange(name, before.get(name), after.get(name))
+
+
+def _leaves(level: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in level.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{path}{name}.")
+        else:
+            yield f"{path}{name}", value

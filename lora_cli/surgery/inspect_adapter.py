@@ -1,0 +1,217 @@
+"""Inspect an adapter: what it changes, how strongly, where that lies in a base, and why it could not be merged."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from lora_cli.adapters.adapter import Adapter, Replacement, RowReplacement, Target
+from lora_cli.adapters.formats import read_adapter
+from lora_cli.adapters.peft_config import refusals
+from lora_cli.adapters.source import CONFIG_FILE, AdapterSource, ReadOptions, look_at_adapter
+from lora_cli.checkpoint.checkpoint import StoredTensor
+from lora_cli.checkpoint.hub import Location
+from lora_cli.errors import MissingScaleError, UnsupportedError
+from lora_cli.progress import Progress
+from lora_cli.surgery.effects import Effects, effects_of
+from lora_cli.surgery.inspection import InspectResult, LeftOut, ModuleInfo, PlaceInfo, TensorInfo
+from lora_cli.surgery.placing import PlanOptions
+from lora_cli.surgery.plan import Plan
+from lora_cli.surgery.planning import plan
+from lora_cli.surgery.receipt import find_receipt
+from lora_cli.surgery.results import Reference, open_base, with_beginnings
+from lora_cli.surgery.spectrum import adapter_spectrum, module_name
+
+NO_SCALE = "nothing says how strong this adapter is; merge will need --alpha A or --scale S"
+
+
+def inspect_adapter(
+    place: Location, base: Reference | None, options: PlanOptions, spectrum: bool, progress: Progress
+) -> InspectResult:
+    """Say what an adapter holds; see `inspect.inspect`."""
+    source = look_at_adapter(place.path, label=place.label)
+    refused = _refusals(source, options.read)
+    # What a merge refuses is shown as far as it is understood.
+    allowed = replace(options.read, ignore_fields=(*options.read.ignore_fields, *refused))
+    try:
+        adapter, scaled = _read(source, allowed)
+    except UnsupportedError as error:
+        if spectrum:
+            raise
+        return _not_understood(source, (*refused.values(), _words(error)))
+    (adapter,) = with_beginnings([adapter], options.read, progress)
+    found = _Found() if base is None else _find(adapter, base, options, progress)
+    named = adapter.config.get("base_model_name_or_path")
+    return InspectResult(
+        kind="adapter",
+        label=place.label,
+        format=adapter.format,
+        evidence=adapter.evidence,
+        parameters=sum(math.prod(tensor.shape) for tensor in adapter.tensors),
+        bytes=sum({tensor.shard.source: tensor.shard.source.size for tensor in adapter.tensors}.values()),
+        dtypes=count_dtypes(adapter.tensors),
+        adapter_kind=adapter.kind,
+        base=str(named) if named else None,
+        refused=tuple(refused.values()),
+        modules=(
+            *(_target_info(target, found, scaled=scaled) for target in adapter.targets),
+            *(_whole_info(replacement, found) for replacement in adapter.replacements),
+            *(_rows_info(rows, found) for rows in adapter.rows),
+        ),
+        left_out=tuple(LeftOut(tensor.key, reason) for tensor, reason in adapter.skipped),
+        layers=adapter.layers,
+        initial=adapter.initial,
+        before=adapter.before.label if adapter.before else None,
+        tied=adapter.tied or None,
+        receipt=find_receipt(place.path),
+        effects=found.effects,
+        spectrum=adapter_spectrum(adapter, progress, scaled=scaled) if spectrum else None,
+        warnings=(*adapter.warnings, *_unread_warning(adapter), *(() if scaled else (NO_SCALE,))),
+    )
+
+
+def count_dtypes(tensors: Iterable[StoredTensor]) -> Mapping[str, int]:
+    """Storage type → number of tensors, the most frequent first."""
+    return dict(Counter(tensor.dtype.name for tensor in tensors).most_common())
+
+
+def tensor_infos(tensors: Iterable[StoredTensor]) -> tuple[TensorInfo, ...]:
+    """What is said of each of some tensors."""
+    return tuple(TensorInfo(t.key, t.dtype.name, t.shape, t.shard.name) for t in tensors)
+
+
+def _refusals(source: AdapterSource, options: ReadOptions) -> dict[str, str]:
+    """Fields of the config that a merge refuses, each with why."""
+    config = source.config or {}
+    found = refusals(config) if config.get("peft_type") == "LORA" else {}
+    return {name: words for name, words in found.items() if name not in options.ignore_fields}
+
+
+def _read(source: AdapterSource, options: ReadOptions) -> tuple[Adapter, bool]:
+    """Read it, and say whether its scale is known; for a look at it that is not needed."""
+    try:
+        return read_adapter(source, options), True
+    except MissingScaleError:
+        return read_adapter(source, replace(options, scale=1.0)), False
+
+
+def _words(error: UnsupportedError) -> str:
+    return ": ".join([error.message, *([", ".join(error.details)] if error.details else [])])
+
+
+def _not_understood(source: AdapterSource, refused: tuple[str, ...]) -> InspectResult:
+    """What can be said of an adapter that cannot be read: what its file holds."""
+    config, tensors = source.config or {}, list(source.tensors.values())
+    tuner, named = config.get("peft_type"), config.get("base_model_name_or_path")
+    return InspectResult(
+        kind="adapter",
+        label=source.label,
+        format="peft" if tuner else "safetensors",
+        evidence=f"{CONFIG_FILE} has peft_type" if tuner else "names of factors",
+        parameters=sum(math.prod(tensor.shape) for tensor in tensors),
+        bytes=source.shard.source.size,
+        dtypes=count_dtypes(tensors),
+        adapter_kind="LoRA" if tuner == "LORA" else str(tuner) if tuner else None,
+        base=str(named) if named else None,
+        refused=refused,
+        tensors=tensor_infos(tensors),
+        receipt=find_receipt(source.path),
+    )
+
+
+def _unread_warning(adapter: Adapter) -> tuple[str, ...]:
+    names = [tensor.key for tensor in adapter.unread]
+    return (f"{len(names)} tensors belong to no pair of factors: {', '.join(names[:4])}",) if names else ()
+
+
+# Where it goes in a base
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Where the parts of an adapter go.
+
+    Attributes:
+        places: For the identity of a delta, or of a tensor that is held whole: what it changes.
+        keys: Name of a tensor in the adapter's file → the key that it is for.
+        effects: What a merge would do besides.
+    """
+
+    places: Mapping[int, tuple[PlaceInfo, ...]] | None = None
+    keys: Mapping[str, str] | None = None
+    effects: Effects | None = None
+
+    def of(self, part: object, tensor: StoredTensor) -> tuple[str | None, tuple[PlaceInfo, ...]]:
+        """The key of a delta or whole tensor, and all of its places; `tensor` is the first that it is made of."""
+        places = (self.places or {}).get(id(part), ())
+        return (places[0].key if places else (self.keys or {}).get(tensor.key)), places
+
+
+def _find(adapter: Adapter, base: Reference, options: PlanOptions, progress: Progress) -> _Found:
+    """Find the names in a base; what resolves is shown, and what does not as well."""
+    known = adapter if adapter.before else replace(adapter, initial=None)
+    made = plan(open_base(base, progress), [known], replace(options, allow_unmapped=True))
+    keys = {entry.tensor: entry.key for entry in made.ledger if entry.key}
+    return _Found(_places(made), keys, effects_of(made))
+
+
+def _places(made: Plan) -> Mapping[int, tuple[PlaceInfo, ...]]:
+    found: defaultdict[int, list[PlaceInfo]] = defaultdict(list)
+    for edit in made.edits:
+        for term in edit.terms:
+            found[id(term.delta)].append(PlaceInfo(edit.key, term.outputs if term.region else None))
+        for rows in edit.rows:
+            found[id(rows.tensor)].append(PlaceInfo(edit.key))
+        if edit.displaced or edit.operation == "append":
+            found[id(edit.source)].append(PlaceInfo(edit.key))
+    return {part: tuple(places) for part, places in found.items()}
+
+
+# Single modules
+
+
+def _target_info(target: Target, found: _Found, *, scaled: bool) -> ModuleInfo:
+    delta = target.delta
+    key, places = found.of(delta, delta.tensors[0])
+    return ModuleInfo(
+        module=module_name(target),
+        key=key,
+        rank=delta.rank,
+        alpha=delta.scale.alpha if delta.scale.rank else None,
+        scale=delta.scale.times() if scaled else None,
+        scale_source=delta.scale.source if scaled else None,
+        kind=delta.kind,
+        shape=delta.shape,
+        dtype="/".join(sorted({tensor.dtype.name for tensor in delta.tensors})),
+        magnitude=delta.magnitude is not None,
+        places=places,
+    )
+
+
+def _whole_info(replacement: Replacement, found: _Found) -> ModuleInfo:
+    tensor = replacement.tensor
+    key, places = found.of(tensor, tensor)
+    kind = f"whole tensor ({replacement.reason})"
+    return ModuleInfo(
+        replacement.name, key, None, None, None, None, kind, tensor.shape, tensor.dtype.name, places=places
+    )
+
+
+def _rows_info(change: RowReplacement, found: _Found) -> ModuleInfo:
+    tensor, kind = change.tensor, f"rows ({change.reason})"
+    key, places = found.of(tensor, tensor)
+    return ModuleInfo(
+        change.name,
+        key,
+        None,
+        None,
+        None,
+        None,
+        kind,
+        tensor.shape,
+        tensor.dtype.name,
+        rows=change.rows,
+        places=places,
+    )
