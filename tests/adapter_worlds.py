@@ -8,9 +8,21 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from tiny import CONFIG, LAYERS, MODULES, PREFIX, RANK, WIDTH, Array, adapter_tensors, base_tensors, factors, numbers
+from tiny import (
+    CONFIG,
+    LAYERS,
+    MODULES,
+    PREFIX,
+    RANK,
+    WIDTH,
+    Array,
+    adapter_tensors,
+    base_tensors,
+    factors,
+    numbers,
+    write_base,
+)
 from tiny import write_adapter as write
-from tiny import write_base
 
 VOCABULARY: Final = 20
 TABLE: Final = "model.embed_tokens.weight"
@@ -123,7 +135,7 @@ def taken(folder: Path) -> World:
 
 def blocks(folder: Path) -> World:
     """A factor of which only blocks on the diagonal are stored."""
-    made = factors({module: (12, WIDTH) for module in MODULES[::2]} | {module: (16, WIDTH) for module in MODULES[1::2]})
+    made = factors(dict.fromkeys(MODULES[::2], (12, WIDTH)) | dict.fromkeys(MODULES[1::2], (16, WIDTH)))
     for module in MODULES[::2]:
         key = f"{PREFIX}{module}.lora_A.weight"
         made[key] = np.ascontiguousarray(made[key][:, : WIDTH // 2])

@@ -1,4 +1,4 @@
-"""What a merge says that it does besides adding to whole tensors: in plans, results and receipts, and of checkpoints."""
+"""What a merge says that it does besides adding to whole tensors: in plans, results, receipts, and of checkpoints."""
 
 from __future__ import annotations
 
