@@ -100,8 +100,10 @@ def untied(folder: Path) -> World:
 
 
 def as_one(folder: Path) -> World:
-    """Both of two tied tensors are changed by what one is changed by."""
-    return World(tied_base(folder), write(folder / "adapter", table_factors(), ensure_weight_tying=True))
+    """Embedding and head are one tensor and stay one: the head's factors are the embedding's, turned and exchanged."""
+    a, b = table_factors().values()
+    head = {f"{PREFIX}lm_head.lora_A.weight": b.T.copy(), f"{PREFIX}lm_head.lora_B.weight": a.T.copy()}
+    return World(tied_base(folder), write(folder / "adapter", table_factors() | head, ensure_weight_tying=True))
 
 
 def resized(folder: Path) -> World:

@@ -257,6 +257,20 @@ _LISTED: Final = (
     ),
     Family("vit", model("ViT", "ForImageClassification", **EYE, **FEW), pixels, IMAGES, kernel="projection"),
     Family("dinov2", model("Dinov2", "ForImageClassification", **EYE, **FEW), pixels, IMAGES, kernel="projection"),
+    Family(  # its files have two matrices of each block as one
+        "dinov2-gated",
+        model("Dinov2", "ForImageClassification", use_swiglu_ffn=True, **EYE, **FEW),
+        pixels,
+        IMAGES,
+        kernel="projection",
+    ),
+    Family(  # and these three
+        "nomic",
+        model("NomicBert", "ForSequenceClassification", num_labels=LABELS, **ENCODER),
+        words,
+        CLASSES,
+        table="word_embeddings",
+    ),
     Family(
         "siglip",
         model("SiglipVision", "Model", **EYE),

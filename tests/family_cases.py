@@ -99,6 +99,8 @@ MORE: Final = {
     "llava": f"{ENDS} old old-dora old-both old-head-saved between",
     "qwen2-vl": f"{ENDS} old old-both",
     "vit": "old old-dora",
+    "dinov2-gated": "bias-all rslora lora-bias",
+    "nomic": "rslora patterns",
     "siglip": "attention attention-rslora",
     "small": "attention kernels kernels-dora kernels-lora-bias table table-dora lora-bias",
     "llava-today": "old old-both table-and-head",

@@ -108,6 +108,7 @@ BIASED: Final[dict[str, list[str]]] = {
     "phi": ["q_proj", "dense", "fc1"],
     "small": ["wide", "one", "two"],
     "llama": ["q_proj"],
+    "dinov2-gated": ["q_proj", "gate_proj", "up_proj", "down_proj"],
 }
 NEAR: Final[dict[str, list[str]]] = {"llama": ["q_proj", "o_proj"], "gpt2": ["c_attn"], "bert-bare": ["query"]}
 MIXED: Final[dict[str, str | list[str]]] = {"siglip": r".*head\.attention", "small": ["resampler", "wide"]}

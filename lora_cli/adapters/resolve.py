@@ -151,16 +151,9 @@ class _Names:
     def _there(self, name: str) -> tuple[Place, ...] | None:
         key = _key_of(name, self.base)
         if key is not None:
-            return self._own(key)
+            return self._stored.setdefault(key, (Place(key),))
         key = _key_of(name, self.spelled.places) if self.spelled.places else None
         return self.spelled.places[key] if key is not None else None
-
-    def _own(self, key: str) -> tuple[Place, ...]:
-        """A stored tensor under its own name; the module of the same name may hold it turned."""
-        today = self.spelled.places.get(key, ())
-        if any(place.key == key for place in today):
-            return today
-        return self._stored.setdefault(key, (Place(key),))
 
     def is_stored(self, name: str) -> bool:
         """Whether it is a key of the base."""
@@ -168,7 +161,7 @@ class _Names:
 
     def reason(self, name: str) -> str | None:
         """Why a parameter that the base holds has no place."""
-        return self.spelled.apart.get(name) or self.spelled.apart.get(self._newest.get(name, name))
+        return self.spelled.apart.get(self._newest.get(name, name))
 
     def rewrites(self) -> list[Rewrite]:
         """Every rewrite from adapter to base spelling, simplest first."""

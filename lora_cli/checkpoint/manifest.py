@@ -72,7 +72,7 @@ class TensorRecord(_Record, frozen=True):
     source_digests: tuple[Digest, ...] = ()
     fragments: tuple[int, ...] = ()
     terms: tuple[TermRecord, ...] = ()
-    gains: Digest | Literal[""] = ""
+    gains: Annotated[str, msgspec.Meta(pattern=r"\A(?:[0-9a-f]{64})?\Z")] = ""
 
     @property
     def origin(self) -> str:

@@ -189,6 +189,10 @@ class Edit:
         was = self.displaced or self.source
         return was if was.shape == self.shape else None
 
+    def held(self, first: int, count: int) -> Iterator[slice]:
+        """Where among `count` elements from `first` on rows lie that adapters hold."""
+        return (span for rows in self.rows for _, span in rows.spans(self.matrix[1], first, count))
+
     @property
     def stretched(self) -> bool:
         """Whether deltas set the lengths of outputs, as DoRA does."""

@@ -65,18 +65,18 @@ def effects_of(plan: Plan) -> Effects:
             if term.region:
                 parts[edit.key].add(term.outputs)
     added = {entry.key for entry in plan.ledger if entry.outcome == "added"} | plan.untied.keys()
+    rows = {edit.key: sum(len(rows.at) for rows in edit.rows) for edit in plan.edits if edit.rows}
+    displaced = ((edit, edit.displaced) for edit in plan.edits if edit.displaced)
+    sizes = {edit.key: (old.shape[0], edit.shape[0]) for edit, old in displaced if old.shape != edit.shape}
+    # By name, as a receipt has them.
     return Effects(
         lengths=sum(1 for edit in plan.edits if any(term.delta.magnitude for term in edit.terms)),
-        rows={edit.key: sum(len(rows.at) for rows in edit.rows) for edit in plan.edits if edit.rows},
-        parts={key: tuple(sorted(outputs)) for key, outputs in parts.items()},
-        untied=dict(plan.untied),
+        rows=dict(sorted(rows.items())),
+        parts={key: tuple(sorted(outputs)) for key, outputs in sorted(parts.items())},
+        untied=dict(sorted(plan.untied.items())),
         layers=plan.layers,
         repeated=tuple(e.key for e in plan.edits if e.operation in ("repeat", "append") and e.key not in added),
-        resized={
-            edit.key: (edit.displaced.shape[0], edit.shape[0])
-            for edit in plan.edits
-            if edit.displaced and edit.displaced.shape != edit.shape
-        },
+        resized=dict(sorted(sizes.items())),
         config=tuple(_config_changes(plan)),
     )
 

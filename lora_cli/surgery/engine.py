@@ -221,11 +221,16 @@ def _lay_rows(
     delta: torch.Tensor | None = None,
     gains: torch.Tensor | None = None,
 ) -> None:
-    """Put the rows that adapters hold over what was made of the elements from `first` on: nothing was added there."""
+    """Put the rows that adapters hold over what was made of the elements from `first` on: nothing was added there.
+
+    Nor can they be subtracted, so that what is there stays.
+    """
     for rows in edit.rows:
-        dtype = torch_dtype(rows.tensor.dtype)
+        stays = edit.operation == "subtract"
+        tensor = edit.source if stays else rows.tensor
         for begin, span in rows.spans(edit.matrix[1], first, result.numel()):
-            values = readers.load_part(rows.tensor, dtype, begin, span.stop - span.start)
+            at, dtype = first + span.start if stays else begin, torch_dtype(tensor.dtype)
+            values = readers.load_part(tensor, dtype, at, span.stop - span.start)
             _check_finite(values)
             cast(values, result[span])
             if delta is not None:

@@ -146,7 +146,9 @@ class _Found:
     def of(self, part: object, tensor: StoredTensor) -> tuple[str | None, tuple[PlaceInfo, ...]]:
         """The key of a delta or whole tensor, and all of its places; `tensor` is the first that it is made of."""
         places = (self.places or {}).get(id(part), ())
-        return (places[0].key if places else (self.keys or {}).get(tensor.key)), places
+        key = places[0].key if places else (self.keys or {}).get(tensor.key)
+        # What is done to one of two tied tensors for both has no place of its own.
+        return key, places or ((PlaceInfo(key),) if key else ())
 
 
 def _find(adapter: Adapter, base: Reference, options: PlanOptions, progress: Progress) -> _Found:

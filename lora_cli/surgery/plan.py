@@ -90,7 +90,7 @@ class AdapterUse:
     Attributes:
         label: What it is called.
         format: The format it was read as.
-        kind: LoRA, rsLoRA.
+        kind: LoRA, rsLoRA or DoRA.
         weight: The user's weight.
         rewrite: How its names became the base's names.
         scales: Each distinct scale, the weight included.

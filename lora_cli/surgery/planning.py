@@ -110,7 +110,8 @@ class _Layout:
         placed.accounts.keep_replaced(KEPT)
         for change in placed.changes.values():
             change.replaced = None
-            change.rows.clear()
+            if not change.terms:
+                change.rows.clear()
         placed.appended.clear()
 
     def _output_file(self, shard: Shard) -> OutputFile:

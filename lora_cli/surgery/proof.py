@@ -70,6 +70,8 @@ def _count(edit: Edit, unit: Unit, workshop: Workshop) -> Count:
         # At the ends of the line a value is its own neighbour, which proves nothing against it.
         low &= _bits(below) != _bits(candidate)
         high &= _bits(above) != _bits(candidate)
+        for span in edit.held(piece.offset, merged.numel()):
+            hit[span] = low[span] = True  # rows that were replaced: they may have been anything
         count.elements += merged.numel()
         count.exact += int((hit & ~low & ~high).sum())
         count.impossible += int((~(low | hit | high)).sum())

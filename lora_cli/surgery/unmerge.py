@@ -234,7 +234,7 @@ class _How:
         """Write what subtracting gives, and prove what can be proved."""
         stays = kept(self.made)
         for name in stays:
-            self.progress.warn(f"{name}: the adapter replaced it whole; its base values are lost, the merged ones stay")
+            self.progress.warn(f"{name}: the adapter replaced it, or rows of it; these stay, what was there is lost")
         sizes = output_sizes(self.made, self.target)
         content = receipt_content(self.made, options)
         taken = {record.digest for record in adapter_records(self.made, embed=False)}

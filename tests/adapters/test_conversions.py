@@ -73,6 +73,11 @@ CLASSES = [
     "HrmTextForCausalLM",
     "MistralLarge4ForConditionalGeneration",
     "Step3p7Model",
+    "Ernie4_5_VLMoeForConditionalGeneration",
+    "Kimi_K25ForConditionalGeneration",
+    "Inkling2ForConditionalGeneration",
+    "AXK1ForCausalLM",
+    "CHMv2ForDepthEstimation",
 ]
 """The families that people train, whatever else stores a parameter in parts, and bare backbones."""
 
@@ -191,6 +196,15 @@ def test_patterns_are_put_together_as_transformers_does() -> None:
     assert {step.compiled_sources.pattern for step in steps} == {
         compiled(tuple(step.source_patterns)).pattern for step in steps
     }
+
+
+def test_steps_that_belong_together_wait_for_the_first() -> None:
+    """Both names of a pair are in newer files too; the older ones have a first that these lack."""
+    config = {"architectures": ["Kimi_K25ForConditionalGeneration"], "model_type": "kimi_k25"}
+    older, newer = ([f"vision_tower.encoder.blocks.3.norm{n}.weight" for n in numbers] for numbers in ((0, 1), (1, 2)))
+    names = conversions(config).for_files(newer).newest(newer)
+    assert [name.split(".")[-2] for name in names] == ["norm1", "norm2"]
+    assert conversions(config).for_files(older).newest(older) == names
 
 
 def test_no_pattern_can_take_long() -> None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 from tiny import within
 
 from lora_cli.adapters.region import Place, Region
 from lora_cli.adapters.resolve import Resolution, parse_maps, resolve
 from lora_cli.errors import NamesError
+from lora_cli.surgery.merge import plan_merge
 
 
 @dataclass(frozen=True)
@@ -163,6 +166,20 @@ def test_a_tensor_that_the_model_puts_together() -> None:
     assert "lacks a part" in str(lost.reason)
 
 
+def test_many_parts_are_in_the_order_of_their_numbers() -> None:
+    said = config("Qwen4ExpTextModel", "qwen4_exp_text")
+    keys = [f"layers.0.ngram_embedding.shard_{number}.weight" for number in range(12)]
+    name = "layers.0.ngram_embedding.weight"
+    assert [place.key for place in found(said, [name], sorted(keys)).places[name]] == keys
+
+
+def test_a_matrix_that_lies_turned_under_its_own_name() -> None:
+    said = config("Ernie4_5_VLMoeForConditionalGeneration", "ernie4_5_vl_moe")
+    name = "model.language_model.layers.0.mlp.text_moe.gate.weight"
+    key = "model.layers.0.mlp.gate.weight"
+    assert found(said, [name], [key]).places == {name: (Place(key, None, turned=True),)}
+
+
 def test_rows_in_the_order_of_rotary_embeddings() -> None:
     said = config("MistralLarge4ForConditionalGeneration", "mistral_large4", vision_config={"num_attention_heads": 2})
     key = "vision_encoder.transformer.layers.0.attention.wq.weight"
@@ -193,6 +210,21 @@ def test_experts_that_are_stored_one_by_one() -> None:
     assert found(MIXTRAL, EXPERTS, EXPERTS).keys == {key: key for key in EXPERTS}
     newer = [key.replace("block_sparse_moe", "mlp") for key in EXPERTS]
     assert found(MIXTRAL, newer, EXPERTS).keys == dict(zip(newer, EXPERTS, strict=True))
+
+
+def test_trained_experts_are_not_added_beside_the_stored_ones(tmp_path: Path) -> None:
+    """Whole tensors may be new to a base; these are not, they are there in another form."""
+    held: dict[str, tiny.Array] = {key: tiny.numbers(6, 4) for key in (*EXPERTS, "model.norm.weight")}
+    base = tiny.write_base(tmp_path / "base", held, shards=1, config=MIXTRAL)
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    whole: dict[str, tiny.Array] = {
+        f"{tiny.PREFIX}{name}": tiny.numbers(2, 12, 4),
+        f"{tiny.PREFIX}model.norm.weight": tiny.numbers(6, 4),
+    }
+    adapter = tiny.write_adapter(tmp_path / "adapter", whole, modules_to_save=["experts", "norm"], target_modules=[])
+    with pytest.raises(NamesError) as caught:
+        plan_merge(base, [adapter])
+    assert list(caught.value.details) == [f"{name} (the base stores the experts of this layer one by one)"]
 
 
 # Size

@@ -80,6 +80,22 @@ def test_names_that_a_model_ties(name: str, says: str) -> None:
     assert not found.keys() & files.keys()
 
 
+LEVELS = (None, False, True)
+
+
+@pytest.mark.parametrize("inner", LEVELS)
+@pytest.mark.parametrize("outer", LEVELS)
+@pytest.mark.parametrize("family", ["Llava", "Gemma3", "PaliGemma", "Mistral3", "Qwen2VL", "InternVL"])
+def test_a_text_config_may_say_it_as_well(family: str, outer: bool | None, inner: bool | None) -> None:
+    said: dict[str, Any] = {"text_config": {} if inner is None else {"tie_word_embeddings": inner}}
+    if outer is not None:
+        said["tie_word_embeddings"] = outer
+    kind = getattr(transformers, f"{family}Config")
+    config = {"architectures": [f"{family}ForConditionalGeneration"], "model_type": kind.model_type, **said}
+    found = ties(config, ["model.language_model.embed_tokens.weight"])
+    assert bool(found) == kind(**said).tie_word_embeddings
+
+
 # Files
 
 

@@ -125,6 +125,7 @@ def rotary(folder: Path, dtype: torch.dtype, shards: int) -> World:
     kind = {"architectures": ["GradiumPhononTTSForConditionalGeneration"], "model_type": "gradium_phonon_tts"}
     stored, name = "flow_lm.transformer.layers.0.self_attn.in_proj.weight", "model.layers.0.self_attn"
     tensors = {stored: gaussian(1, 48, 10, dtype=dtype), "flow_lm.out_norm.weight": gaussian(2, 10, dtype=dtype)}
+    tensors["flow_lm.emb_mean"] = gaussian(3, 7, dtype=dtype)
     factors = lora(10, f"{name}.q_proj", 16, 10) | lora(20, f"{name}.v_proj", 16, 10)
     more = lora(30, f"{name}.k_proj", 16, 10) | lengths(40, f"{name}.k_proj", 16, 10**0.5)
     base = write_base(folder / "base", tensors, shards, num_attention_heads=4, **kind)

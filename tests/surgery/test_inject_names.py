@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 
@@ -47,14 +48,13 @@ def test_targets_are_named_as_the_files_name_them(tmp_path: Path) -> None:
     """The user sees the files, so the patterns are for these, and so are the names in the result."""
     with quiet(FAMILIES["vit"].seed):
         FAMILIES["vit"].save(tmp_path / "base")
-    result = inject(tmp_path / "base", tmp_path / "fresh", rank=2, targets=["attention.query"])
-    assert [m.key for m in result.modules] == [
-        f"vit.encoder.layer.{n}.attention.attention.query.weight" for n in range(2)
-    ]
+    result = inject(tmp_path / "base", tmp_path / "fresh", rank=2, targets=["layer.0.**.query"])
+    assert [module.key for module in result.modules] == ["vit.encoder.layer.0.attention.attention.query.weight"]
     keys = load_file(tmp_path / "fresh" / "adapter_model.safetensors")
-    assert {key.removeprefix(tiny.PREFIX).partition(".lora_")[0] for key in keys} == {
-        f"vit.layers.{n}.attention.q_proj" for n in range(2)
-    }
+    assert {key.removeprefix(tiny.PREFIX).partition(".lora_")[0] for key in keys} == {"vit.layers.0.attention.q_proj"}
+    # The shortest end that means no other module of the model in memory.
+    config = json.loads((tmp_path / "fresh" / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["layers.0.attention.q_proj"]
 
 
 def test_parts_of_modules_keep_their_names_and_are_told(tmp_path: Path) -> None:

@@ -128,7 +128,12 @@ ROWS: list[tuple[str, str, str, Spoil]] = [
     ("rank of the config", "Shape", "rank 2, r says 3", adds(r=3)),
     ("rank of a pattern", "Shape", "rank_pattern['q_proj'] says 5", adds(rank_pattern={"q_proj": 5})),
     ("vocabulary of a delta", "Shape", "24 rows in the adapter, 20 in", adds(lora("lm_head", 24, 8))),
-    ("vocabulary of a head", "Shape", "24 rows in the adapter, and model.embed_tokens.weight has 20", head(torch.ones(20, 8), 24)),
+    (
+        "vocabulary of a head",
+        "Shape",
+        "24 rows in the adapter, and model.embed_tokens.weight has 20",
+        head(torch.ones(20, 8), 24),
+    ),
     ("square", "Shape", "--orientation", plain(lora("x", 5, 5), alpha="1")),
     ("square in two ways", "Shape", "x.weight", TWO_WAYS),
     ("A without B", "Names", "k.lora_A.weight has no B", adds({"k.lora_A.weight": torch.ones(2, 8)})),

@@ -91,14 +91,20 @@ class Damage:
 def with_everything(folder: Path) -> Damage:
     """A stack of merges whose undo file has a part of every kind."""
     world = World(folder)
-    tensors = {"x.base.weight": numbers(3, 4, seed=1, dtype=torch.bfloat16), "head.weight": numbers(2, 3, seed=3)}
+    tensors = {
+        "x.base.weight": numbers(3, 4, seed=1, dtype=torch.bfloat16),
+        "head.weight": numbers(2, 3, seed=3),
+        "y.weight": numbers(5, 4, seed=7),
+    }
     tensors |= {key.removeprefix(LORA): tensor for key, tensor in lora("x", 3, 4, 20).items()}
     base = world.write_base(folder / "first", tensors)
     (base / "lora_merge.undo").write_bytes(b"an older undo file")
     (base / "lora_merge.json").write_text('{"schema": "an older receipt"}')
     world.base = base
     adapter = world.write_adapter("adapter", lora("x", 3, 4, 10) | {f"{LORA}head.weight": numbers(2, 3, seed=5)})
-    world.merge(adapter, options=PlanOptions(read=ReadOptions(scale=2.0)), embed_adapter=True)
+    magnitudes = {f"{LORA}y.lora_magnitude_vector": numbers(5, seed=8)}
+    lengths = world.write_adapter("lengths", lora("y", 5, 4, 30) | magnitudes, use_dora=True)
+    world.merge(adapter, lengths, options=PlanOptions(read=ReadOptions(scale=2.0)), embed_adapter=True)
     return Damage(world)
 
 
@@ -107,7 +113,7 @@ def damage(tmp_path_factory: pytest.TempPathFactory) -> Damage:
     return with_everything(tmp_path_factory.mktemp("damage"))
 
 
-KINDS = ("stored/", "factor/", "undo/head", "undo/x", "header/", "side/")
+KINDS = ("stored/", "factor/", "undo/head", "undo/x", "undo/y", "gains/", "header/", "side/")
 
 
 def test_it_has_a_part_of_every_kind_and_is_whole(damage: Damage) -> None:

@@ -212,7 +212,25 @@ def test_the_page_has_every_field_of_the_manifest() -> None:
             assert f"`{field.name}`" in text, f"{kind.__name__}.{field.name}"
 
 
+def test_only_what_needs_format_2_says_so() -> None:
+    """Older readers know no other number than 1."""
+    term = records.TermRecord("lora", 0, ("a", "b"), 1.0, swapped=True, transposed=True)
+    newer: list[dict[str, Any]] = [{"outputs": (0, 2, 3)}, {"rows": ((0, 2, 1),)}, {"blocks": 2}]
+    tensor = records.TensorRecord("w", "preimages", ("0" * 64,), "v", ("0" * 64,), (7,), (term,))
+    tensors = [msgspec.structs.replace(tensor, terms=(term, msgspec.structs.replace(term, **said))) for said in newer]
+    tensors.append(msgspec.structs.replace(tensor, gains="0" * 64))
+    for number, said in [(1, tensor), *((2, other) for other in tensors)]:
+        file = records.FileRecord("f", 1, "0" * 64, (said,), own_header=True, appended={"x": ("0" * 64,)})
+        assert records.Manifest(1, "t", "b", (file,), (), ()).format == number
+
+
+def test_the_page_marks_what_format_2_has() -> None:
+    lines = [line for line in PAGE.read_text("utf-8").splitlines() if line.startswith("| `") and "| (2)" in line]
+    marked = {line.split("`")[1] for line in lines}
+    assert marked == {"gains/KEY", "gains", "outputs", "rows", "blocks"}
+
+
 def test_the_page_has_every_part() -> None:
     text = PAGE.read_text("utf-8")
-    for part in ("stored/KEY", "factor/N/NAME", "undo/KEY", "header/FILE", "side/NAME", "manifest"):
+    for part in ("stored/KEY", "factor/N/NAME", "undo/KEY", "gains/KEY", "header/FILE", "side/NAME", "manifest"):
         assert f"`{part}`" in text

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from lora_cli.adapters.adapter import Delta, Scale
 from lora_cli.adapters.deltas import LowRank, LowRankBias, LowRankBlocks, LowRankKernel, LowRankStack
+from lora_cli.adapters.region import Region
 from lora_cli.checkpoint.checkpoint import StoredTensor, open_checkpoint
 from lora_cli.checkpoint.manifest import TermRecord
 from lora_cli.errors import MalformedFileError, UnsupportedError
@@ -52,6 +53,17 @@ def test_what_is_recorded_is_recalled(stored: Mapping[str, StoredTensor]) -> Non
     for delta, transposed in deltas:
         found = recall(record(Contribution(3, "m", delta, 1.0, transposed)), "key", lambda number, name: s[name])
         assert found == Contribution(3, "key", delta, 1.0, transposed)
+
+
+def test_parts_of_outputs_are_recalled(stored: Mapping[str, StoredTensor]) -> None:
+    """And lengths are not: what they came to is kept apart."""
+    scale = Scale(0.5, None, rslora=False, source="undo file")
+    for region in (Region((3, 12), 20, ((0, 9, 1),)), Region((0, 4), 5, ((8, 0, -2),)), None):
+        lengthened = LowRank(stored["a"], stored["b"], scale, magnitude=stored["bias"])
+        recorded = record(Contribution(3, "m", lengthened, 1.0, False, region))
+        assert recorded.tensors == (stored["a"].key, stored["b"].key)
+        found = recall(recorded, "key", lambda number, name: stored[name])
+        assert found == Contribution(3, "key", LowRank(stored["a"], stored["b"], scale), 1.0, False, region)
 
 
 def said(kind: str, *tensors: str, **more: Any) -> TermRecord:

@@ -236,7 +236,7 @@ class _Products:
 
 def _held_whole(edit: Edit, first: int, count: int) -> Tensor | None:
     """Which of `count` elements from `first` on lie in rows that adapters hold whole; None for none."""
-    spans = [span for rows in edit.rows for _, span in rows.spans(edit.matrix[1], first, count)]
+    spans = list(edit.held(first, count))
     if not spans:
         return None
     whole = torch.zeros(count, dtype=torch.bool)

@@ -125,7 +125,7 @@ def _gains_seen(edit: Edit, piece: Piece) -> bytes:
         first = piece.gains[: max(0, columns - piece.offset)]
     else:
         first = piece.gains[-piece.offset % columns :: columns]
-    return bytes(raw_bytes(first.contiguous()))
+    return first.numpy().tobytes()
 
 
 def codec_of(edit: Edit) -> How:
