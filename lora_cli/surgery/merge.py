@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -103,7 +104,7 @@ def plan_merge(
     receipt = find_receipt(opened.path)
     if not again and (receipt or len(made.opened) > 1):
         refuse_again(made, adapter_records(made, embed=False), receipt)
-    made = _with_card(made.for_output(Path(out)), undo=undo)
+    made = _with_card(_alone(made, Path(out)), undo=undo)
     for warning in made.warnings:
         progress.warn(warning)
     return made
@@ -189,6 +190,15 @@ def merge(
         seconds=run.seconds,
         peak_rss_bytes=run.peak_rss_bytes,
     )
+
+
+def _alone(made: Plan, target: Path) -> Plan:
+    """The plan for this output. Beside one file no config is written that could say what it has to say otherwise."""
+    planned = made.for_output(target)
+    left = [] if planned.side_files else effects_of(made).config
+    words = ", ".join(f"{change.field} {json.dumps(change.after)}" for change in left)
+    warning = f"no config.json is written beside a single file, and the one that it is used with has to say: {words}"
+    return replace(planned, warnings=(*planned.warnings, *([warning] if left else [])))
 
 
 def _with_card(made: Plan, *, undo: bool) -> Plan:

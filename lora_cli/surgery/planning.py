@@ -84,11 +84,10 @@ class _Layout:
 
     def _own_warnings(self) -> list[str]:
         placed = self.placement
-        added, tied = placed.appended.items(), placed.views.tied
+        added = placed.appended.items()
         return [
             *(f"{self.base.label}: {text}" for text in self.base.warnings),
             *(f"{name} is not in the base and is added ({replacement.reason})" for name, replacement in added),
-            *(f"{name} was one tensor with {tied[name]}, and is stored apart now" for name in placed.apart),
         ]
 
     def _left_layers(self) -> list[str]:

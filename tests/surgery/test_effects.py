@@ -139,3 +139,16 @@ def test_inspecting_writes_nothing(tmp_path: Path) -> None:
     before = listing(tmp_path)
     inspect(world.adapter, base=world.base)
     assert listing(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_a_single_file_says_what_a_config_would_have_to_say(name: str, tmp_path: Path) -> None:
+    """No config.json is written beside it: without a word the vocabulary would be cut, or the head tied again."""
+    world = WORLDS[name](tmp_path)
+    alone = plan_merge(world.base, [world.adapter], options(world), out=tmp_path / "merged.safetensors")
+    whole = plan_merge(world.base, [world.adapter], options(world), out=tmp_path / "merged")
+    told = [text for text in alone.warnings if "config.json" in text]
+    changes = EXPECTED[name].config
+    assert len(told) == (1 if changes else 0)
+    assert all(f"{change.field} {json.dumps(change.after)}" in told[0] for change in changes)
+    assert not any("config.json" in text for text in whole.warnings)
