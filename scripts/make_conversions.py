@@ -192,7 +192,7 @@ def of_class(kind: Any, model: Model | None) -> Facts:
         made["tied"] = when_tied(kind.config_class)
     if model is not None and converted(model):
         made["tops"] = sorted({name.split(".")[0] for name in model.state_dict()})
-        made["stay"] = names_that_stay(model)
+        made |= {"stay": kept} if (kept := names_that_stay(model)) else {}
     return made
 
 

@@ -94,7 +94,7 @@ class Conversion:
 
     def __call__(self, name: str) -> tuple[str, int] | None:
         """The new name and which of the patterns was found; None for a name that is not concerned."""
-        start = self._start(name)
+        start = self._start(name) if len(name) <= LONGEST else None
         found = self.pattern.search(name[start:]) if start is not None else None
         if found is None:
             return None
@@ -114,7 +114,7 @@ class Conversion:
         return None
 
     def concerns_none(self, lines: str) -> bool:
-        """Whether it surely concerns none of these names, one a line; asked before each of them is."""
+        """Whether it surely concerns none of these names, one a line; asked once before it is asked for each."""
         return self.scope is None and re.search(self.pattern.pattern, lines, re.MULTILINE) is None
 
 
@@ -189,13 +189,17 @@ _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 def renamed(names: Iterable[str], renamings: Sequence[Conversion]) -> list[str]:
     """Names after every renaming that concerns them, in order."""
     current = list(names)
-    lines = "\n".join(current)
+    lines = _lines(current)
     for step in renamings:
         if step.concerns_none(lines):
             continue
-        current = [found[0] if len(name) <= LONGEST and (found := step(name)) else name for name in current]
-        lines = "\n".join(current)
+        current = [found[0] if (found := step(name)) else name for name in current]
+        lines = _lines(current)
     return current
+
+
+def _lines(names: Iterable[str]) -> str:
+    return "\n".join(name for name in names if len(name) <= LONGEST)
 
 
 def conversions(config: Mapping[str, Any]) -> Conversions:

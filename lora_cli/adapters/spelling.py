@@ -10,7 +10,7 @@ from functools import lru_cache
 from importlib import resources
 from typing import Any, Protocol
 
-from lora_cli.adapters.conversions import LONGEST, Conversion, Conversions, conversions
+from lora_cli.adapters.conversions import Conversion, Conversions, conversions
 from lora_cli.adapters.operations import EXPERTS, NoPlaceError, Pieces, followed, placed, stored
 from lora_cli.adapters.region import Place
 
@@ -131,7 +131,7 @@ def _groups(converters: Sequence[Conversion], names: Iterable[tuple[str, str]]) 
     groups: dict[str, _Group] = {}
     for key, name in names if converters else ():
         for step in converters:
-            found = step(name) if len(name) <= LONGEST else None
+            found = step(name)
             if found is not None:
                 groups.setdefault(found[0], _Group(step, found[0])).sources[found[1]].append(key)
                 break

@@ -32,6 +32,13 @@ def script() -> ModuleType:
 
 
 @dataclass(frozen=True)
+class Shaped:
+    """A tensor of which nothing but the shape is known."""
+
+    shape: tuple[int, ...] = (8, 4)
+
+
+@dataclass(frozen=True)
 class Stored:
     """A model and its files: each number is another one, so that every row is known again.
 
@@ -62,7 +69,7 @@ def stored(model: Model) -> Stored:
     return Stored({**model.config.to_dict(), "architectures": [type(model).__name__]}, live, files)
 
 
-def tiny(name: str) -> Model:
+def small_model(name: str) -> Model:
     """A small model of a class on the meta device, from its default config."""
     import transformers
 

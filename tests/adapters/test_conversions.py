@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conversion_world import held, script, stored, tiny
+from conversion_world import Shaped, held, script, small_model, stored
+from tiny import within
 
-from lora_cli.adapters.conversions import LONGEST, compiled, conversions, tables
+from lora_cli.adapters.conversions import LONGEST, Conversion, Part, compiled, conversions, renamed, tables
 from lora_cli.adapters.resolve import resolve
 from lora_cli.adapters.spelling import spelling
 
@@ -97,7 +98,7 @@ def wrong(model: Any) -> list[str]:
 @CURRENT
 @pytest.mark.parametrize("name", CLASSES)
 def test_every_parameter_is_where_the_tables_say(name: str) -> None:
-    assert wrong(tiny(name)) == []
+    assert wrong(small_model(name)) == []
 
 
 @CURRENT
@@ -218,6 +219,15 @@ def test_no_pattern_can_take_long() -> None:
     assert conversions(config).newest([name]) == ["layers.0.attention.q_proj.weight"]
     long = name + "x" * LONGEST
     assert conversions(config).newest([long]) == [long]
+    mixtral = {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}
+    with within(1):
+        assert spelling(mixtral, {"mlp.experts." * 100_000: Shaped((2, 2))}).places == {}
+        long = "experts." * 100_000
+        assert renamed([long], [Conversion((r"experts.*.w1.*.w2",), ("x",))]) == [long]
+
+
+def test_the_parts_of_every_class_come_to_an_end() -> None:
+    assert max(len(list(Part("", kind, {}).parts())) for kind in tables()["classes"]) < 50
 
 
 def test_the_table_says_where_it_comes_from() -> None:

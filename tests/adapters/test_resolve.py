@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from conversion_world import Shaped
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import PREFIX, Array, numbers, within, write_adapter, write_base
@@ -22,13 +22,6 @@ from lora_cli.surgery.merge import plan_merge
 
 TABLE: Mapping[str, Any] = yaml.safe_load((resources.files("lora_cli") / "data" / "names.yaml").read_text("utf-8"))
 TEXT = ("layers.0.self_attn.q_proj.weight", "layers.11.mlp.up_proj.weight", "embed_tokens.weight")
-
-
-@dataclass(frozen=True)
-class Shaped:
-    """A tensor of which nothing but the shape is known."""
-
-    shape: tuple[int, ...] = (1, 1)
 
 
 def resolve(names: Sequence[str], keys: Sequence[str], *, maps: Sequence[Subtree] = (), file: str = "") -> Resolution:

@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
+from conversion_world import Shaped
 from tiny import within
 
 from lora_cli.adapters.region import Place, Region
 from lora_cli.adapters.resolve import Resolution, parse_maps, resolve
 from lora_cli.errors import NamesError
 from lora_cli.surgery.merge import plan_merge
-
-
-@dataclass(frozen=True)
-class Shaped:
-    """A tensor of which nothing but the shape is known."""
-
-    shape: tuple[int, ...] = (8, 4)
 
 
 def config(kind: str, model_type: str, **more: Any) -> dict[str, Any]:
