@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from lora_cli.adapters.adapter import Adapter
@@ -66,6 +66,13 @@ class Accounts:
             if len(ledger) != adapter.stored:
                 found = f"{len(ledger)} of {adapter.stored} tensors"
                 raise LoraCliError("The ledger of this adapter is not complete", file=adapter.label, found=found)
+
+    def went_to(self, keys: Mapping[str, str]) -> None:
+        """Name the tensors that names stand for, where these turned out to be one: name → key."""
+        self._ledgers = [
+            [replace(entry, key=keys[entry.key]) if entry.key and entry.key in keys else entry for entry in ledger]
+            for ledger in self._ledgers
+        ]
 
     def keep_replaced(self, reason: str) -> None:
         """Say of tensors that were to be replaced or added that they are not, for that reason."""

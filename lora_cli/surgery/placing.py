@@ -122,6 +122,8 @@ class Placement:
         self.apart = settle_ties(self.views, self.changes)
         if self.apart:
             self.repairs.append(untied)
+        else:
+            self.accounts.went_to(self.views.tied)
         self.warnings += unused_maps(options.maps, self.adapters)
         self.warnings += _guessed_words(self._guessed)
 
