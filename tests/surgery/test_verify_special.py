@@ -66,6 +66,15 @@ def test_the_base_alone(tmp_path: Path, name: str) -> None:
     assert {one.what for one in result.different} <= {"values", "missing", "shape", "unexpected"}
 
 
+@every_world
+def test_what_survived_is_what_the_merge_said(tmp_path: Path, name: str) -> None:
+    world = WORLDS[name](tmp_path, BF16, 1)
+    result = merge(world.base, world.adapters, tmp_path / "merged", world.options)
+    survival = verify(tmp_path / "merged", world.base, world.adapters, world.options).survival
+    assert survival == result.survival
+    assert all(survived.strength == pytest.approx(1, abs=0.01) for survived in survival)
+
+
 # Lengths
 
 
@@ -102,6 +111,16 @@ def test_other_magnitudes(stretched: World, tmp_path: Path) -> None:
     assert all(one.strength == pytest.approx(1.01, abs=0.01) for one in result.different)
 
 
+def test_half_way_there_is_no_scale(stretched: World, tmp_path: Path) -> None:
+    """A tool may have taken the middle of base and merge, which is no DoRA of these factors."""
+    merged, base = merged_of(tmp_path, stretched), read_tensors(stretched.base)
+    right = {key: tensor.clone() for key, tensor in read_tensors(merged).items() if key != "y.weight"}
+    for key in ("x.weight", "emb.weight"):
+        overwrite(merged, key, ((right[key].double() + base[key].double()) / 2).to(BF16))
+    found = looks(verify(merged, stretched.base, stretched.adapters, stretched.options))
+    assert found == dict.fromkeys(("emb.weight", "x.weight"), "this merge with other magnitudes or factors")
+
+
 def test_one_magnitude(stretched: World, tmp_path: Path) -> None:
     def change(key: str, tensor: torch.Tensor) -> torch.Tensor:
         return torch.cat([tensor[:5] * 1.5, tensor[5:]]) if key.endswith("x.lora_magnitude_vector") else tensor
@@ -121,6 +140,25 @@ def test_dora_twice_is_no_strength(stretched: World, tmp_path: Path) -> None:
     assert {found["y.weight"], found["x.bias"]} == {"two applied twice", "one applied twice"}
     rest = {words for key, words in found.items() if key not in ("y.weight", "x.bias")}
     assert not any(word in str(words) for words in rest for word in ("twice", "scale", "sign"))
+
+
+def test_lengths_beside_a_plain_change(tmp_path: Path) -> None:
+    """A value with lengths, and a key without, in one tensor."""
+    world = WORLDS["fused"](tmp_path, BF16, 1)
+    key = "encoder.layers.2.attn.Wqkv.weight"
+    left_out = {"another adapter, or another change": 2, "this merge with other magnitudes or factors": 0}
+    for words, number in left_out.items():
+        chosen = [at for at in range(4) if at != number]
+        weights, adapters = zip(*((world.options.weights[at], world.adapters[at]) for at in chosen), strict=True)
+        merge(world.base, adapters, tmp_path / f"without {number}", PlanOptions(weights), undo=False)
+        different = verify(tmp_path / f"without {number}", world.base, world.adapters, world.options).different
+        (found,) = [one for one in different if one.key == key]
+        assert str(found.looks_like).startswith(words)
+        assert 0 <= (found.strength or 0) <= 1
+    near = with_tensors(world.adapters[2], tmp_path / "near", lambda k, t: t * 1.01 if "magnitude" in k else t)
+    merge(world.base, [*world.adapters[:2], near, world.adapters[3]], tmp_path / "other", world.options, undo=False)
+    result = verify(tmp_path / "other", world.base, world.adapters, world.options)
+    assert looks(result) == {key: "this merge with other magnitudes or factors"}
 
 
 def test_other_rounding_is_told_and_allowed(stretched: World, tmp_path: Path) -> None:

@@ -129,12 +129,14 @@ def _by_strength(evidence: Evidence, subject: Subject, wrong: int, max_ulp: int 
     if strengths is None:
         return another(subject.one, 0.0)
     if len(strengths.right) < len(subject.labels):
-        subject = Subject((1.0,), ("the sum of all adapters",), ("the sum of all adapters",))
+        every = ("the sum of all adapters",)
+        subject = subject._replace(asked=(1.0,), labels=every, names=every, sole=None)
     # What is left of small changes is below the noise, whatever they are; but no scale moves a weight the other way.
     by_scale = evidence.against * _AGAINST <= evidence.unlike_base
     states = strengths.states(subject.asked)
     forms = {state.form for state in states}
-    if subject.stretched and not strengths.rounding and strengths.share >= _MOSTLY:
+    right = forms == {"same"} and strengths.rounding
+    if subject.stretched and not right and strengths.share >= _MOSTLY:
         error = _relative_error(evidence)
         return less_exact(error) if error <= _EXACTLY else other_lengths()
     if forms == {"same"}:
