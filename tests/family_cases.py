@@ -77,7 +77,7 @@ MORE: Final = {
         {ENDS} {AS_ONE} {RESIZED} resized-table both-saved table-dora table-and-head-dora tables-with-it tokens
         tokens-named tokens-of-both tokens-as-one""",
     "llama-shards": "head both-saved replicated resized resized-tokens norms-saved",
-    "llama-bf16": "table-and-head table-dora head-saved tokens tokens-of-both resized-both resized-tokens replicated",
+    "llama-bf16": "table-as-one head-as-one table-and-head-as-one table-and-head table-dora head-saved tokens tokens-of-both resized-both resized-tokens replicated",
     "llama-bare": "table replicated",
     "mistral": "head-saved replicated",
     "qwen2": f"{ENDS} bias-all lora-bias",
@@ -94,7 +94,7 @@ MORE: Final = {
     "bert": f"{ENDS} bias-all bias-lora-only lora-bias dora-bias table-dora positions replicated",
     "bert-bare": "table-and-linear",
     "roberta": "table table-dora head head-saved classifier-saved nested-saved",
-    "t5": ENDS,
+    "t5": f"{ENDS} table-and-head-as-one",  # PEFT does not tie them
     "whisper": f"{ENDS}",
     "llava": f"{ENDS} old old-dora old-both old-head-saved between",
     "qwen2-vl": f"{ENDS} old old-both",
@@ -139,7 +139,6 @@ REFUSED: Final[dict[str, dict[str, tuple[type[LoraCliError], str]]]] = {
         "lora-bias": (NamesError, r"q_proj\.bias"),
         "resized-table": (ShapeError, r"lm_head\.weight has 48"),  # PEFT saves one of two resized tables
     },
-    "t5": {"table-and-head-as-one": (NamesError, "tied by ensure_weight_tying")},  # PEFT does not tie them
     "llama-bare": {"head-adapted": (NamesError, r"score\.weight")},
     "bert-bare": {"head-adapted": (NamesError, r"classifier\.weight")},
 }

@@ -124,7 +124,9 @@ def _parse(reference: str, role: Role) -> _Wanted:
     repo = (match["repo"] or match["short"]) if match else ""
     if match is None or _FILE_OR_PATH.fullmatch(match["short"] or "") or not is_model_id(repo):
         what = "Not the id of a model on the Hub" if reference.startswith("hf://") else "Path not found"
-        raise UsageError(what, file=reference, hint="ids on the Hub look like owner/name or owner/name@revision")
+        hint = "ids on the Hub look like owner/name or owner/name@revision"
+        here = "" if reference.startswith("hf://") else "check the spelling, nothing of that name is here; "
+        raise UsageError(what, file=reference, hint=here + hint)
     if match["path"]:
         raise UsageError("A path inside a Hub repository is not supported", file=reference, hint=f"write hf://{repo}")
     revision = unquote(match["ref"]) if match["ref"] else (match["rest"] or "main")

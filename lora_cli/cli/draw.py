@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise, takewhile
 from math import ceil
 from statistics import fmean
@@ -86,22 +86,30 @@ class Bars:
 _NOTHING = 1e-12
 
 
-def grid(heads: Sequence[str], rows: Iterable[Sequence[object]], right: Iterable[int] = ()) -> NameTable:
+def grid(
+    heads: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    right: Iterable[int] = (),
+    named: Iterable[int] = (0,),
+) -> NameTable:
     """A table of named things, with a head and no lines but one.
 
     Args:
         heads: Names of the columns.
-        rows: Their content; the first cell is a dotted name.
+        rows: Their content.
         right: Columns of numbers.
+        named: Columns of dotted names.
     """
-    return NameTable(heads, [list(row) for row in rows], frozenset(right))
+    return NameTable(heads, [list(row) for row in rows], frozenset(right), frozenset(named))
 
 
 class NameTable:
     """A table that says what all names begin with only once where it would be too wide otherwise."""
 
-    def __init__(self, heads: Sequence[str], rows: list[list[object]], right: frozenset[int]) -> None:
-        self._heads, self._rows, self._right = heads, rows, right
+    def __init__(
+        self, heads: Sequence[str], rows: list[list[object]], right: frozenset[int], named: frozenset[int]
+    ) -> None:
+        self._heads, self._rows, self._right, self._named = heads, rows, right, named
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         from rich.measure import Measurement
@@ -113,23 +121,26 @@ class NameTable:
         if options.max_width < NARROW:
             yield from (line("  ".join("" if cell is None else str(cell) for cell in row)) for row in self._rows)
             return
-        table = self._table("")
-        shared = _shared_prefix([str(row[0]) for row in self._rows])
-        if shared and Measurement.get(console, options.update(max_width=10_000), table).maximum > options.max_width:
-            table = self._table(shared)
+        table = self._table({})
+        if Measurement.get(console, options.update(max_width=10_000), table).maximum > options.max_width:
+            table = self._table({at: _shared_prefix(self._names(at)) for at in self._named if at < len(self._heads)})
         yield table
 
-    def _table(self, prefix: str) -> Table:
+    def _names(self, column: int) -> list[str]:
+        return [str(row[column]) for row in self._rows if row[column] is not None]
+
+    def _table(self, prefixes: Mapping[int, str]) -> Table:
         from rich import box
         from rich.table import Table
 
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
         for position, head in enumerate(self._heads):
-            title = f"{head} in {shown(prefix.rstrip('.'))}" if prefix and position == 0 else head
+            prefix = prefixes.get(position)
+            title = f"{head} in {shown(prefix.rstrip('.'))}" if prefix else head
             table.add_column(title, justify="right" if position in self._right else "left", overflow="fold")
         for row in self._rows:
-            cells = [str(row[0]).removeprefix(prefix), *row[1:]]
-            table.add_row(*(line("" if cell is None else cell) for cell in cells))
+            cells = ("" if cell is None else str(cell) for cell in row)
+            table.add_row(*(line(cell.removeprefix(prefixes.get(at, ""))) for at, cell in enumerate(cells)))
         return table
 
 

@@ -87,7 +87,7 @@ def view(result: InspectResult, *, everything: bool) -> Iterator[RenderableType]
         yield from singular_values.view(result.spectrum, rows)
     elif result.modules:
         yield line()
-        yield adapter.modules(result.modules, rows)
+        yield from adapter.modules(result.modules, rows)
     elif result.tensors:
         yield line()
         heads = ["tensor", "type", "shape", *(["shard"] if len(result.shards) > 1 else [])]

@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from lora_cli.cli.draw import grid
+from lora_cli.cli.draw import grid, line
 from lora_cli.cli.effects import on_base, outputs_words
 from lora_cli.cli.text import count, few, number, shape, spans
 
@@ -101,11 +101,15 @@ def strengths(result: InspectResult) -> Iterator[tuple[str, object]]:
     yield from on_base(result.effects)
 
 
-def modules(modules: Sequence[ModuleInfo], most: int) -> RenderableType:
-    """A line for each module, with its place in the base where that is not plain."""
-    moved = any(_is_moved(module) for module in modules)
-    heads = ["module", "rank", "alpha", "scale", "shape", "type", *(["base key"] if moved else [])]
-    return grid(heads, [_row(module)[: len(heads)] for module in modules[:most]], right=(1, 2, 3))
+def modules(modules: Sequence[ModuleInfo], most: int) -> Iterator[RenderableType]:
+    """A line for each module, and its place in the base where that is not plain: in a column, or below for a few."""
+    moved = [module for module in modules[:most] if _is_moved(module)]
+    column = 2 * len(moved) > len(modules[:most])
+    heads = ["module", "rank", "alpha", "scale", "shape", "type", *(["base key"] if column else [])]
+    yield grid(heads, [_row(module)[: len(heads)] for module in modules[:most]], right=(1, 2, 3), named=(0, 6))
+    if moved and not column:
+        yield line()
+        yield from (line(f"{module.module} goes to {_places(module)}") for module in moved)
 
 
 def _is_moved(module: ModuleInfo) -> bool:
@@ -132,4 +136,4 @@ def _places(module: ModuleInfo) -> str | None:
     if not _is_moved(module):
         return None  # its own name
     said = [f"{place.key}{outputs_words([place.outputs] if place.outputs else [])}" for place in module.places]
-    return few(said, 3) if said else module.key
+    return few(said, 3) or module.key

@@ -61,11 +61,17 @@ class Accounts:
         for kind, message in _MESSAGES.items():
             details = [words for found, words in self._problems if found is kind]
             if details:
-                raise kind(f"{message} ({len(details)})", file=self._base, details=details, hint=_hint(details))
+                said, named = _once(f"{message} ({len(details)})", details)
+                raise kind(said, file=self._subject(details), details=named, hint=_hint(details))
         for adapter, ledger in zip(self._adapters, self._ledgers, strict=True):
             if len(ledger) != adapter.stored:
                 found = f"{len(ledger)} of {adapter.stored} tensors"
                 raise LoraCliError("The ledger of this adapter is not complete", file=adapter.label, found=found)
+
+    def _subject(self, details: Sequence[str]) -> str:
+        """Whose fault it is: the adapter's where it is alone, and any base would do as badly."""
+        alone = len(self._adapters) == 1 and all(_AT_WEIGHT in words for words in details)
+        return self._adapters[0].label if alone else self._base
 
     def went_to(self, keys: Mapping[str, str]) -> None:
         """Name the tensors that names stand for, where these turned out to be one: name → key."""
@@ -86,9 +92,25 @@ class Accounts:
         ]
 
 
+_AT_WEIGHT = " at weight "
+"""In the words of all problems with what is taken as it is, or not at all."""
+
+
+def _once(message: str, details: Sequence[str]) -> tuple[str, Sequence[str]]:
+    """The message and its details; what is wrong with all of several tensors is said once, and these are named."""
+    names, reasons = zip(*(words.partition(": ")[::2] for words in details), strict=True)
+    if len(details) > 1 and len({*reasons}) == 1 and reasons[0]:
+        return f"{message}: {reasons[0]}", names
+    return message, details
+
+
 def _hint(details: Sequence[str]) -> str | None:
     if any("quantised" in words for words in details):
         return "merge into the 16-bit checkpoint that the quantised one was made from"
     if any("--orientation" in words for words in details):
         return "--orientation ba for torch.nn.Linear (out × in), ab for (in × out)"
+    if any(_AT_WEIGHT in words for words in details):
+        return "give them --weight 1, or 0 to leave them out"
+    if any(": DoRA" in words for words in details):
+        return "merge one, then the other into what comes out; verify each against what it was merged into"
     return None

@@ -116,7 +116,7 @@ class Comparison:
             if (a[key].shape, a[key].stack) == (b[key].shape, b[key].stack):
                 pairs.append((key, a[key], b[key]))
             else:
-                before, after = (str(list(side[key].shape)) for side in (a, b))
+                before, after = (_sizes(side[key].shape) for side in (a, b))
                 self.changed.append(Changed(key, "shape", before=before, after=after))
         if not pairs:
             return
@@ -171,8 +171,12 @@ def _reshaped(pair: Pair) -> Changed:
 
 def _words(tensor: StoredTensor, other: StoredTensor) -> str:
     """The shape, and the type as well where that differs too."""
-    shape = str(list(tensor.shape))
+    shape = _sizes(tensor.shape)
     return shape if tensor.dtype == other.dtype else f"{tensor.dtype.name} {shape}"
+
+
+def _sizes(shape: Sequence[int]) -> str:
+    return "×".join(map(str, shape)) or "scalar"
 
 
 def _has_rank(pair: Pair, distance: Distance) -> bool:

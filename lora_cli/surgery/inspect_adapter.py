@@ -13,7 +13,7 @@ from lora_cli.adapters.peft_config import refusals
 from lora_cli.adapters.source import CONFIG_FILE, AdapterSource, ReadOptions, look_at_adapter
 from lora_cli.checkpoint.checkpoint import StoredTensor
 from lora_cli.checkpoint.hub import Location
-from lora_cli.errors import MissingScaleError, UnsupportedError
+from lora_cli.errors import LoraCliError, MissingScaleError, NamesError, ShapeError, UnsupportedError
 from lora_cli.progress import Progress
 from lora_cli.surgery.effects import Effects, effects_of
 from lora_cli.surgery.inspection import InspectResult, LeftOut, ModuleInfo, PlaceInfo, TensorInfo
@@ -54,7 +54,7 @@ def inspect_adapter(
         dtypes=count_dtypes(adapter.tensors),
         adapter_kind=adapter.kind,
         base=str(named) if named else None,
-        refused=tuple(refused.values()),
+        refused=(*refused.values(), *found.refused),
         modules=(
             *(_target_info(target, found, scaled=scaled) for target in adapter.targets),
             *(_whole_info(replacement, found) for replacement in adapter.replacements),
@@ -97,7 +97,7 @@ def _read(source: AdapterSource, options: ReadOptions) -> tuple[Adapter, bool]:
         return read_adapter(source, replace(options, scale=1.0)), False
 
 
-def _words(error: UnsupportedError) -> str:
+def _words(error: LoraCliError) -> str:
     return ": ".join([error.message, *([", ".join(error.details)] if error.details else [])])
 
 
@@ -137,11 +137,13 @@ class _Found:
         places: For the identity of a delta, or of a tensor that is held whole: what it changes.
         keys: Name of a tensor in the adapter's file → the key that it is for.
         effects: What a merge would do besides.
+        refused: Why no merge into the base can be planned; then nothing else is known.
     """
 
     places: Mapping[int, tuple[PlaceInfo, ...]] | None = None
     keys: Mapping[str, str] | None = None
     effects: Effects | None = None
+    refused: tuple[str, ...] = ()
 
     def of(self, part: object, tensor: StoredTensor) -> tuple[str | None, tuple[PlaceInfo, ...]]:
         """The key of a delta or whole tensor, and all of its places; `tensor` is the first that it is made of."""
@@ -154,7 +156,11 @@ class _Found:
 def _find(adapter: Adapter, base: Reference, options: PlanOptions, progress: Progress) -> _Found:
     """Find the names in a base; what resolves is shown, and what does not as well."""
     known = adapter if adapter.before else replace(adapter, initial=None)
-    made = plan(open_base(base, progress), [known], replace(options, allow_unmapped=True))
+    opened = open_base(base, progress)
+    try:
+        made = plan(opened, [known], replace(options, allow_unmapped=True))
+    except (NamesError, ShapeError) as error:
+        return _Found(refused=(f"into {opened.label}: {_words(error)}",))
     keys = {entry.tensor: entry.key for entry in made.ledger if entry.key}
     return _Found(_places(made), keys, effects_of(made))
 

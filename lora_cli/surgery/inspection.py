@@ -91,7 +91,8 @@ class InspectResult:
         dtypes: Storage type → number of tensors.
         adapter_kind: LoRA, rsLoRA or DoRA, or another tuner's name; None for a checkpoint.
         base: The base that an adapter's config names; shown, never opened.
-        refused: Why an adapter cannot be merged, as far as it says itself; then it is shown as far as it is understood.
+        refused: Why an adapter cannot be merged, as far as it says itself, and into the given base; then it is shown as
+            far as it is understood.
         modules: Modules of an adapter.
         tensors: Tensors of a checkpoint, or of an adapter that is not understood.
         left_out: Tensors of an adapter that no merge applies.

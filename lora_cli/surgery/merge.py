@@ -10,7 +10,7 @@ from operator import contains
 from pathlib import Path
 from typing import Any
 
-from lora_cli.checkpoint.sidefiles import SideFile
+from lora_cli.checkpoint.sidefiles import SideFile, tokenizer_files
 from lora_cli.checkpoint.staging import check_apart, check_target
 from lora_cli.checkpoint.undo_file import UNDO_FILE
 from lora_cli.errors import UsageError
@@ -104,6 +104,7 @@ def plan_merge(
     receipt = find_receipt(opened.path)
     if not again and (receipt or len(made.opened) > 1):
         refuse_again(made, adapter_records(made, embed=False), receipt)
+    made = replace(made, warnings=(*made.warnings, *_other_tokenizers(made, options)))
     made = _with_card(_alone(made, Path(out)), undo=undo)
     for warning in made.warnings:
         progress.warn(warning)
@@ -190,6 +191,21 @@ def merge(
         seconds=run.seconds,
         peak_rss_bytes=run.peak_rss_bytes,
     )
+
+
+def _other_tokenizers(made: Plan, options: PlanOptions) -> list[str]:
+    """What a person should know of tokenizers that adapters come with, and that are not taken."""
+    if options.tokenizer == "adapter" or made.checkpoint.folder is None:
+        return []
+    others = {adapter.label: tokenizer_files(adapter.path, made.side_files) for adapter in made.opened}
+    resized = effects_of(made).resized
+    why = ", and the vocabulary has other entries now" if resized else ""
+    return [
+        f"{label} has tokenizer files that differ from the base's ({', '.join(side.name for side in files)}){why}; "
+        "--tokenizer adapter takes them"
+        for label, files in others.items()
+        if files
+    ]
 
 
 def _alone(made: Plan, target: Path) -> Plan:

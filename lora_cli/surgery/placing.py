@@ -22,7 +22,7 @@ from lora_cli.errors import NamesError, ShapeError, UnsupportedError
 from lora_cli.surgery.accounts import Accounts
 from lora_cli.surgery.changing import Change, contents_alike, deltas_alike, settle_ties
 from lora_cli.surgery.edit import MERGEABLE, Contribution, Rows
-from lora_cli.surgery.lying import is_vocabulary, lie, vocabulary_hint
+from lora_cli.surgery.lying import Placed, is_vocabulary, lie, vocabulary_hint
 from lora_cli.surgery.matching import check_mapped, left_out, unused_maps
 from lora_cli.surgery.plan import AdapterUse, ScaleUse
 from lora_cli.surgery.views import Views, views_of
@@ -306,20 +306,40 @@ class Placement:
         for words in lying.problems:
             self.accounts.problem(ShapeError, words)
         self._guessed += lying.guessed
+        tied = one.adapter.tied and self._are_one(one, placed)
         entered: set[int] = set()
         shared: dict[str, Target] = {}
         for (target, place), transposed in zip(placed, lying.transposed, strict=True):
             if transposed is None:
                 continue
-            first = shared.setdefault(self._names(place.key, shared=one.adapter.tied)[0], target)
-            if one.adapter.tied and first.module != target.module:
-                self._enter_twin(one, target, first, place.key)
+            first = shared.setdefault(self._names(place.key, shared=tied)[0], target)
+            if tied and first.module != target.module:
+                for tensor in target.delta.tensors:
+                    reason = f"the change of {first.module}, which is tied to it"
+                    self.accounts.enter(one.position, tensor, "ignored", place.key, reason)
                 continue
             if id(target) not in entered:
                 self._enter_target(one, target, place.key)
                 entered.add(id(target))
             if not (target.delta.magnitude and one.weight == 0):
-                self._add(one, target, place, transposed=transposed)
+                self._add(one, target, place, transposed=transposed, shared=tied)
+
+    def _are_one(self, one: _Applied, placed: Sequence[Placed]) -> bool:
+        """Whether what an adapter does to tied tensors, and holds for each of them, is the same.
+
+        PEFT lets them share their factors. In a model of 16 bits it makes float32 of each on its own, which then are
+        trained apart, and the live model has two tensors.
+        """
+        firsts: dict[str, Target] = {}
+        for target, place in placed:
+            first = firsts.setdefault(self._names(place.key, shared=True)[0], target)
+            if first.module != target.module and not deltas_alike(target.delta, first.delta):
+                self.warnings.append(
+                    f"{one.adapter.label}: {first.module} and {target.module} were to be trained as one "
+                    "(ensure_weight_tying), and their factors differ; each is applied to a tensor of its own"
+                )
+                return False
+        return True
 
     def _enter_target(self, one: _Applied, target: Target, key: str) -> None:
         idle = target.delta.magnitude is not None and one.weight == 0
@@ -328,21 +348,11 @@ class Placement:
                 one.position, tensor, "ignored" if idle else "applied", key, "weight 0" if idle else None
             )
 
-    def _enter_twin(self, one: _Applied, target: Target, first: Target, key: str) -> None:
-        """Enter the second of two changes of one tensor, which an adapter that ties them holds twice."""
-        if not deltas_alike(target.delta, first.delta):
-            words = f"{target.module} and {first.module} are tied by ensure_weight_tying, and their factors differ"
-            self.accounts.problem(NamesError, words)
-        for tensor in target.delta.tensors:
-            self.accounts.enter(
-                one.position, tensor, "ignored", key, f"the change of {first.module}, which is tied to it"
-            )
-
-    def _add(self, one: _Applied, target: Target, place: Place, *, transposed: bool) -> None:
+    def _add(self, one: _Applied, target: Target, place: Place, *, transposed: bool, shared: bool) -> None:
         key = place.key
         self._check_target(one, target, key)
         added = Contribution(one.position, target.module, target.delta, one.weight, transposed, place.region)
-        for name in self._names(key, shared=one.adapter.tied):
+        for name in self._names(key, shared=shared):
             problem = self._change(name).add(added)
             if problem:
                 self.accounts.problem(problem[0], f"{key}: {problem[1]}")

@@ -65,7 +65,7 @@ class _Layout:
         if self.operation == "unmerge":
             self._keep_what_was_replaced()
         files = tuple(file for shard in self.base.shards if (file := self._output_file(shard)).edits)
-        sides, left_out, warnings = self._side_files()
+        sides, left_out = self._side_files()
         return Plan(
             operation=self.operation,
             checkpoint=self.base,
@@ -77,7 +77,7 @@ class _Layout:
             ledger=placed.accounts.ledger,
             dropped=tuple(sorted({*placed.carried, *self._left_layers()})),
             inputs=(*self.base.paths, *(path for adapter in placed.adapters for path in adapter.paths)),
-            warnings=(*self._own_warnings(), *placed.warnings, *warnings),
+            warnings=(*self._own_warnings(), *placed.warnings),
             untied={name: placed.views.tied[name] for name in placed.apart},
             layers=placed.views.layers,
         )
@@ -187,8 +187,8 @@ class _Layout:
         data = index.rewritten(weight_map, total)
         return (SideFile(index.name, None, len(data), data),)
 
-    def _side_files(self) -> tuple[list[SideFile], list[str], list[str]]:
-        """The small files of the output, what is left out, and what a person should know about it."""
+    def _side_files(self) -> tuple[list[SideFile], list[str]]:
+        """The small files of the output, and what is left out."""
         sides, left_out = side_files(self.base)
         repairs = [*self.placement.repairs]
         if self.wanted is not None:
@@ -196,16 +196,8 @@ class _Layout:
         if repairs:
             data = repaired(self.base.config, *repairs)
             sides = [SideFile(s.name, None, len(data), data) if s.name == "config.json" else s for s in sides]
-        warnings = []
-        for adapter in self.placement.adapters:
-            different = tokenizer_files(adapter.path, sides) if self.base.folder else []
-            if different and self.placement.options.tokenizer == "adapter":
-                names = {side.name for side in different}
-                sides = sorted([*(s for s in sides if s.name not in names), *different], key=lambda side: side.name)
-            elif different:
-                names_text = ", ".join(side.name for side in different)
-                warnings.append(
-                    f"{adapter.label} has tokenizer files that differ from the base's ({names_text}); "
-                    "--tokenizer adapter takes them"
-                )
-        return sides, left_out, warnings
+        if self.placement.options.tokenizer == "adapter" and self.base.folder:
+            for adapter in self.placement.adapters:
+                taken = {side.name: side for side in tokenizer_files(adapter.path, sides)}
+                sides = sorted(({side.name: side for side in sides} | taken).values(), key=lambda side: side.name)
+        return sides, left_out

@@ -9,6 +9,9 @@ from dataclasses import replace
 from lora_cli.adapters.adapter import Adapter
 from lora_cli.errors import UnsupportedError, UsageError, WrongInputError
 
+BEFORE_TRAINING = "as it was before training"
+"""What follows the label of an adapter that is taken off, in brackets."""
+
 
 def with_weights(adapters: Sequence[Adapter], weights: Sequence[float]) -> tuple[list[Adapter], list[float]]:
     """Return adapters with their weights; what some were before training follows them, to be taken off again.
@@ -61,9 +64,9 @@ def with_initial(adapter: Adapter, before: Adapter) -> Adapter:
             details=differing,
         )
     whole = [change.tensor for change in before.replacements] + [change.tensor for change in before.rows]
-    reason = "as it was before training"
-    skipped = (*before.skipped, *((tensor, reason) for tensor in whole))
-    bare = replace(before, label=f"{before.label} ({reason})", replacements=(), rows=(), skipped=skipped, initial=None)
+    skipped = (*before.skipped, *((tensor, BEFORE_TRAINING) for tensor in whole))
+    label = f"{before.label} ({BEFORE_TRAINING})"
+    bare = replace(before, label=label, replacements=(), rows=(), skipped=skipped, initial=None)
     # The layers and ties of the model are those of the trained adapter.
     return replace(adapter, before=replace(bare, layers=adapter.layers, tied=adapter.tied))
 

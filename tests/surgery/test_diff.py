@@ -241,7 +241,7 @@ def test_other_names_types_and_shapes_are_told(compare: Callable[..., DiffResult
     result = compare(a, b, tolerance=1e9)
     assert (result.only_in_a, result.only_in_b, result.unchanged) == (("only.a",), ("only.b",), 1)
     found = {change.key: change for change in result.changed}
-    assert found["shape"] == Changed("shape", "shape", before="[6, 4]", after="[4, 6]")
+    assert found["shape"] == Changed("shape", "shape", before="6×4", after="4×6")
     assert found["both"] == Changed("both", "shape", before="BF16 [6, 4]", after="F32 [24]")
     assert found["ids"] == Changed("ids", "dtype", before="I64", after="F32")
     assert found["wider"] == Changed("wider", "dtype", 0.0, 0.0, 0.0, before="BF16", after="F32")
@@ -513,7 +513,7 @@ def test_other_ranks_shapes_and_modules(tmp_path: Path) -> None:
     wide = factors(modules=("q_proj", "k_proj"))
     wide[A] = gaussian(0, 4, 31).float()
     result = diff(a, write_adapter(tmp_path / "wide", wide))
-    assert result.changed == (Changed(KEY, "shape", before="[40, 30]", after="[40, 31]"),)
+    assert result.changed == (Changed(KEY, "shape", before="40×30", after="40×31"),)
     assert (result.only_in_a, result.only_in_b) == (("layers.0.up_proj.weight",), ("layers.0.k_proj.weight",))
     assert diff(a, tmp_path / "wide", only="up_proj").only_in_a == ("layers.0.up_proj.weight",)
 

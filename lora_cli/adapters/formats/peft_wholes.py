@@ -54,7 +54,7 @@ def replacements(found: Found, config: Mapping[str, Any], file: str) -> tuple[li
         chosen.append(_replacement(plain, tensor, config, inner=_INNER.search(name) is not None))
         for _, other in others:
             if _content(other) == _content(tensor):
-                skipped.append((other, f"the same tensor as {tensor.key}"))
+                skipped.append((other, "a second copy of the same tensor"))
             else:
                 wrong.append(f"{plain}: {tensor.key} and {other.key}")
     if wrong:

@@ -22,6 +22,7 @@ from lora_cli.surgery.edit import MERGEABLE, Contribution, Edit, Forgotten, Oper
 from lora_cli.surgery.identity import content_digest, contents
 from lora_cli.surgery.plan import AdapterUse, OutputFile, Plan, ScaleUse
 from lora_cli.surgery.receipt import OWN_FILES, receipt_path
+from lora_cli.surgery.undo.advice import only_last, with_all
 from lora_cli.surgery.undo.terms import recall
 
 _NAME_BYTES = 256
@@ -198,7 +199,7 @@ class _Undoing:
                     file=source.label,
                     expected="; ".join(f"{one.label}, content digest {one.digest}" for one in said),
                     details=differing[closest],
-                    hint="name the adapters of the last merge, as they were then; earlier ones come off after it",
+                    hint=only_last(said),
                 )
 
     def _factors_of(self, number: int, said: AdapterRecord) -> Mapping[str, StoredTensor]:
@@ -219,8 +220,7 @@ class _Undoing:
                 f"The adapter {said.label} is needed to undo this merge",
                 file=self._merged.label,
                 expected=f"content digest {said.digest}",
-                hint="name it: unmerge MERGED ADAPTER -o OUT, verify --adapter ADAPTER; merge --embed-adapter makes it "
-                "needless",
+                hint=with_all(self._undo.manifest.adapters, verify=self._whole),
             )
         return {name: source.tensors[name] for name in said.factors} if source else {}
 
@@ -314,8 +314,10 @@ class _Undoing:
         return self._factors[number][name]
 
     def _appended(self, files: Sequence[OutputFile]) -> tuple[str, ...]:
-        used = {edit.source.key for file in files for edit in file.edits if edit.source.shard is not self._undo.shard}
-        return tuple(sorted(key for key in self._merged.tensors if key not in used))
+        edits = [edit for file in files for edit in file.edits]
+        used = {edit.source.key for edit in edits if edit.source.shard is not self._undo.shard}
+        # What the undo file holds whole has its name back.
+        return tuple(sorted(self._merged.tensors.keys() - used - {edit.key for edit in edits}))
 
     # Small files
 
