@@ -75,9 +75,12 @@ MORE: Final = {
         corda-with-initial lora_ga-with-initial""",
     "llama-tied": f"""
         {ENDS} {AS_ONE} {RESIZED} resized-table both-saved table-dora table-and-head-dora tables-with-it tokens
-        tokens-named tokens-of-both tokens-as-one""",
+        tokens-named tokens-of-both tokens-as-one tokens-and-head""",
+    "llama-head-stored": "table head table-and-head-as-one tokens tokens-named tokens-of-head tokens-of-both resized",
     "llama-shards": "head both-saved replicated resized resized-tokens norms-saved",
-    "llama-bf16": "table-as-one head-as-one table-and-head-as-one table-and-head table-dora head-saved tokens tokens-of-both resized-both resized-tokens replicated",
+    "llama-bf16": """
+        table-as-one head-as-one table-and-head-as-one table-and-head table-dora head-saved tokens tokens-of-both
+        resized-both resized-tokens replicated""",
     "llama-bare": "table replicated",
     "mistral": "head-saved replicated",
     "qwen2": f"{ENDS} bias-all lora-bias",
@@ -89,9 +92,13 @@ MORE: Final = {
     "phi3": "table-and-head dora-rslora",
     "gpt2": f"""
         {ENDS} table-and-head-as-one bias-all bias-lora-only lora-bias layers-pattern fan-in-fan-out positions
-        table-and-linear tokens-named resized dora-bias dora-rslora dora-negative mica pissa-converted""",
+        table-and-positions-as-one table-and-linear tokens-named tokens-and-head resized dora-bias dora-rslora
+        dora-negative mica pissa-converted""",
+    "opt": f"{ENDS} bias-all positions tokens resized",
     "gpt-neox": f"{ENDS} old-head old-head-saved",
-    "bert": f"{ENDS} bias-all bias-lora-only lora-bias dora-bias table-dora positions replicated",
+    "bert": f"""
+        {ENDS} table-and-positions-as-one head-saved-as-one bias-all bias-lora-only lora-bias dora-bias table-dora
+        positions replicated""",
     "bert-bare": "table-and-linear",
     "roberta": "table table-dora head head-saved classifier-saved nested-saved",
     "t5": f"{ENDS} table-and-head-as-one",  # PEFT does not tie them
@@ -139,6 +146,7 @@ REFUSED: Final[dict[str, dict[str, tuple[type[LoraCliError], str]]]] = {
         "lora-bias": (NamesError, r"q_proj\.bias"),
         "resized-table": (ShapeError, r"lm_head\.weight has 48"),  # PEFT saves one of two resized tables
     },
+    "marian": {"resized": (ShapeError, r"final_logits_bias has 48")},  # a buffer, which PEFT does not save
     "llama-bare": {"head-adapted": (NamesError, r"score\.weight")},
     "bert-bare": {"head-adapted": (NamesError, r"classifier\.weight")},
 }

@@ -104,13 +104,20 @@ def both(family: Family) -> list[str]:
 BIASED: Final[dict[str, list[str]]] = {
     "bert": ["query", "value", "dense"],
     "gpt2": ["c_attn", "c_proj", "c_fc"],
+    "opt": ["q_proj", "out_proj", "fc1"],
     "qwen2": ["q_proj", "k_proj"],
     "phi": ["q_proj", "dense", "fc1"],
     "small": ["wide", "one", "two"],
     "llama": ["q_proj"],
     "dinov2-gated": ["q_proj", "gate_proj", "up_proj", "down_proj"],
 }
-NEAR: Final[dict[str, list[str]]] = {"llama": ["q_proj", "o_proj"], "gpt2": ["c_attn"], "bert-bare": ["query"]}
+NEAR: Final[dict[str, list[str]]] = {
+    "llama": ["q_proj", "o_proj"],
+    "llama-tied": ["q_proj", "o_proj"],
+    "gpt2": ["c_attn"],
+    "bert-bare": ["query"],
+}
+POSITIONS: Final = {"gpt2": "wpe", "bert": "position_embeddings"}
 MIXED: Final[dict[str, str | list[str]]] = {"siglip": r".*head\.attention", "small": ["resampler", "wide"]}
 
 
@@ -283,12 +290,23 @@ OPTIONS: Final = {
         Option("table-saved-as-one", lora(modules_to_save=table, ensure_weight_tying=True), ties=True, ignored=TWICE),
         Option("head-saved-as-one", lora(modules_to_save=head, ensure_weight_tying=True), ties=True, ignored=TWICE),
         Option("both-saved-as-one", lora(modules_to_save=both, ensure_weight_tying=True), ties=True, ignored=TWICE),
+        Option(
+            "table-and-positions-as-one",
+            lora(target_modules=lambda f: [f.table, POSITIONS[f.name]], ensure_weight_tying=True),
+            ties=True,
+            ignored=TWICE,
+        ),
         # Single tokens
         Option("tokens", lora(trainable_token_indices=[3, 1, 40])),
         Option("tokens-named", lora(trainable_token_indices=lambda family: {family.table: [0, 47, 5]})),
         Option("tokens-of-head", lora(trainable_token_indices=lambda family: {family.head: [0, 47, 5]})),
         Option("tokens-of-both", lora(trainable_token_indices=lambda f: {f.table: [0, 47], f.head: [9]}), ties=True),
         Option("tokens-as-one", lora(trainable_token_indices=[3, 1, 40], ensure_weight_tying=True)),
+        Option(  # which lie under what the head's factors add
+            "tokens-and-head",
+            lora(target_modules=lambda f: [f.head, *NEAR[f.name]], trainable_token_indices=[3, 1, 40]),
+            ties=True,
+        ),
         Option("tokens-dora", lora(trainable_token_indices=[3, 1, 40], use_dora=True)),
         # Another vocabulary
         Option("resized", lora(), resized(5), inputs=new_words),

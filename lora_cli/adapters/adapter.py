@@ -173,9 +173,11 @@ class Adapter:
         replacements: Whole tensors, in file order.
         rows: Single rows of tables.
         layers: For a model whose layers repeat those of the files: the stored layer of each.
-        tied: What it does to one of two tied tensors it does to both (`ensure_weight_tying`).
+        tied: Its config ties what it does to tied tensors (`ensure_weight_tying`), and its file holds it for several.
+            Whether the base ties them, and the changes are one, is seen where both are at hand.
         initial: The init that took the first factors off the base, where the file holds no more than the trained ones.
         before: The adapter as it was before training, whose deltas are taken off again where `initial` is set.
+        beginning: It is what another was before training, and is only taken off with it.
         unread: Tensors of the file that the format gives no meaning; an error unless the user allows them.
         skipped: Tensors that need not be applied, each with the reason.
         config: The config that gives the tensors meaning; empty when there is none.
@@ -197,6 +199,7 @@ class Adapter:
     tied: bool = False
     initial: str | None = None
     before: Adapter | None = None
+    beginning: bool = False
     unread: tuple[StoredTensor, ...] = ()
     skipped: tuple[tuple[StoredTensor, str], ...] = ()
     config: Mapping[str, Any] = field(default_factory=dict)

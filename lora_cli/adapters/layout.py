@@ -12,15 +12,10 @@ from functools import lru_cache
 from importlib import resources
 from typing import Any, Literal
 
-from lora_cli.adapters.adapter import Adapter, Delta, Target
+from lora_cli.adapters.adapter import Adapter, Target
 from lora_cli.adapters.modules import is_embedding
 
 Orientation = Literal["ba", "ab"]
-
-
-def fits(delta: Delta, base: tuple[int, ...]) -> set[bool]:
-    """The values of `transposed` with which a delta has the base's shape."""
-    return {transposed for transposed, shape in delta.stored.items() if shape == base}
 
 
 def is_table(adapter: Adapter, key: str) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 _SCALED_IF_TIED = {"t5", "mt5", "umt5", "longt5", "pop2piano", "switch_transformers", "udop"}
@@ -13,6 +14,15 @@ Repair = Callable[[dict[str, Any]], dict[str, Any]]
 """Takes one level of a config and returns what is to stand there; inner levels are repaired before it."""
 
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+_OF_EACH = re.compile(
+    r"(?!mtp_)(.*layer_types|.*layers_block_type|.*_per_layer|no_rope_layers|layer_rope_theta|attention_layers"
+    r"|attn_layers|attention_window|block_configs|moe_layer_freq|hybrid_layer_pattern|intermediate_size"
+    r"|activation_sparsity_pattern)"
+)
+"""Fields that models of transformers have with an entry for each layer; those of `mtp_` are of layers behind them."""
+
+_NUMBERS = re.compile(r"layers|idx|layer_i[dn]")
+_IN_SHORT = "attention_types"
 
 
 def repaired(config: Mapping[str, Any], *repairs: Repair) -> bytes:
@@ -48,31 +58,87 @@ def untied(level: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_vocabulary(before: int, after: int) -> Repair:
-    """Say that the vocabulary has more or fewer entries."""
+    """Say that the vocabulary has more or fewer entries: `vocab_size`, and such as Marian's `decoder_vocab_size`."""
 
     def repair(level: dict[str, Any]) -> dict[str, Any]:
-        return level | {"vocab_size": after} if level.get("vocab_size") == before else level
+        return level | {name: after for name, said in level.items() if name.endswith("vocab_size") and said == before}
 
     return repair
 
 
-def with_layers(layers: tuple[int, ...]) -> Repair:
-    """Say which of its layers a model has now, one after the other.
+def with_layers(layers: tuple[int, ...], stored: int) -> Repair:
+    """Say which of its layers a model has now, one after the other; levels of a config for other models are left.
 
     Args:
         layers: The former layer of each layer.
+        stored: How many layers there were.
     """
 
     def repair(level: dict[str, Any]) -> dict[str, Any]:
-        counts = {name: level[name] for name in _LAYER_COUNTS if isinstance(level.get(name), int)}
-        if not counts or max(layers) >= max(counts.values()):
+        counts = _counts(level, stored)
+        if not counts:
             return level
-        before = max(counts.values())
-        lists = {
-            name: [value[layer] for layer in layers]
-            for name, value in level.items()
-            if isinstance(value, list) and len(value) == before
-        }
-        return level | lists | dict.fromkeys(counts, len(layers))
+        level = level | {name: [level[name][at] for at in layers] for name in level if _of_each(name, level, stored)}
+        if (kinds := _expanded(level.get(_IN_SHORT), stored)) is not None:
+            level[_IN_SHORT] = [[[kinds[at] for at in layers], 1]]
+        return level | dict.fromkeys(counts, len(layers))
 
     return repair
+
+
+def counts_layers(config: Mapping[str, Any], stored: int) -> bool:
+    """Whether a level of a config says that there are so many layers."""
+    return any(_counts(level, stored) for _, level in _levels(config))
+
+
+def numbered_layers(config: Mapping[str, Any], stored: int) -> list[str]:
+    """The fields that list numbers of layers, which are others where layers repeat, and which `with_layers` leaves.
+
+    Args:
+        config: The config before it.
+        stored: How many layers there are; other levels are not looked at.
+
+    Returns:
+        Names with those of their levels: `text_config.mlp_only_layers`.
+    """
+    return [
+        f"{prefix}{name}"
+        for prefix, level in _levels(config)
+        if _counts(level, stored)
+        for name, said in level.items()
+        if _NUMBERS.search(name) and _are_numbers(said) and not _of_each(name, level, stored)
+    ]
+
+
+def _levels(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    yield prefix, config
+    for name, value in config.items():
+        if isinstance(value, dict):
+            yield from _levels(value, f"{prefix}{name}.")
+
+
+def _counts(level: Mapping[str, Any], stored: int) -> list[str]:
+    """The fields that say that there are so many layers."""
+    return [name for name in _LAYER_COUNTS if type(level.get(name)) is int and level[name] == stored]
+
+
+def _of_each(name: str, level: Mapping[str, Any], stored: int) -> bool:
+    """Whether a field says something of each layer."""
+    said = level[name]
+    return _OF_EACH.fullmatch(name) is not None and isinstance(said, list) and len(said) == stored
+
+
+def _are_numbers(said: object) -> bool:
+    return isinstance(said, list) and bool(said) and all(type(number) is int for number in said)
+
+
+def _expanded(said: object, stored: int) -> list[Any] | None:
+    """The kind of each layer that GPT-Neo's `[[[kind, …], times], …]` means, if it means so many."""
+    kinds: list[Any] = []
+    for run in said if isinstance(said, list) else ():
+        match run:
+            case [list(names), int(times)] if 0 <= times * len(names) <= stored:
+                kinds += names * times
+            case _:
+                return None
+    return kinds if len(kinds) == stored else None

@@ -19,6 +19,8 @@ SCALES = 6
 """Different scales that are listed for people."""
 ROWS = 12
 """Spans of trained rows that are listed for people."""
+MOVED = 4
+"""Modules at other places in the base that are told of below the table."""
 
 _KINDS = {
     "lora": ("linear layer", ""),
@@ -104,7 +106,7 @@ def strengths(result: InspectResult) -> Iterator[tuple[str, object]]:
 def modules(modules: Sequence[ModuleInfo], most: int) -> Iterator[RenderableType]:
     """A line for each module, and its place in the base where that is not plain: in a column, or below for a few."""
     moved = [module for module in modules[:most] if _is_moved(module)]
-    column = 2 * len(moved) > len(modules[:most])
+    column = len(moved) > max(MOVED, len(modules[:most]) // 2)
     heads = ["module", "rank", "alpha", "scale", "shape", "type", *(["base key"] if column else [])]
     yield grid(heads, [_row(module)[: len(heads)] for module in modules[:most]], right=(1, 2, 3), named=(0, 6))
     if moved and not column:
@@ -135,5 +137,7 @@ def _row(module: ModuleInfo) -> list[object]:
 def _places(module: ModuleInfo) -> str | None:
     if not _is_moved(module):
         return None  # its own name
-    said = [f"{place.key}{outputs_words([place.outputs] if place.outputs else [])}" for place in module.places]
+    said = [
+        " ".join([place.key, *([outputs_words([place.outputs])] if place.outputs else [])]) for place in module.places
+    ]
     return few(said, 3) or module.key

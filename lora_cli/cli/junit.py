@@ -29,7 +29,7 @@ CLASS = "lora-cli.verify"
 
 REST = "tensors that no adapter changes"
 ROUND_TRIP = "round trip"
-_NAMED_ONLY = ("missing", "unexpected", "dtype", "shape")
+_NAMED_ONLY = ("missing", "unexpected", "dtype", "shape", "config")
 _ELSEWHERE = "choose a place outside the inputs"
 _LONGEST = 10_000
 
@@ -181,6 +181,8 @@ def difference_words(difference: Difference) -> str:
         words = f"{count(difference.elements or 0, 'element')} differ{by}"
     elif difference.what == "roundtrip":
         return f"after unmerging: {difference.looks_like}"
+    elif difference.what == "config":
+        return str(difference.looks_like)
     elif difference.what in ("dtype", "shape"):
         words = f"{difference.what} {difference.found} instead of {difference.expected}"
     else:

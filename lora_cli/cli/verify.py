@@ -115,16 +115,18 @@ def view(result: VerifyResult) -> Iterator[RenderableType]:
     if result.verified:
         yield line(("verified ", "bold green"), f"{count(checked, 'tensor')} {allowed}")
     else:
-        every = checked + sum(difference.what not in ("values", "roundtrip") for difference in result.different)
-        yield line(("differs ", "bold red"), f"{count(different, 'tensor')} of {every}, compared {allowed}")
+        listed = len(result.different)
+        every = checked + sum(one.what not in ("values", "roundtrip", "config") for one in result.different)
+        config = ", and config.json" if listed > different else ""
+        yield line(("differs ", "bold red"), f"{count(different, 'tensor')} of {every}, compared {allowed}{config}")
         if result.looks_like:
             yield line(result.looks_like)
         # What all have in common is not said of each of them.
         common = result.looks_like and all(difference.what == "values" for difference in result.different)
         heads = ("tensor", "what", "elements", "max ULP", "strength", *([] if common else ["looks like"]))
         yield grid(heads, [_row(d)[: len(heads)] for d in result.different[:ROWS]], right=(2, 3, 4))
-        if different > ROWS:
-            yield line(f"… and {different - ROWS} more (--json lists all)", style="dim")
+        if listed > ROWS:
+            yield line(f"… and {listed - ROWS} more (--json lists all)", style="dim")
     yield facts(
         [
             ("round trip", _trip_words(result)),

@@ -111,6 +111,6 @@ def _hint(details: Sequence[str]) -> str | None:
         return "--orientation ba for torch.nn.Linear (out × in), ab for (in × out)"
     if any(_AT_WEIGHT in words for words in details):
         return "give them --weight 1, or 0 to leave them out"
-    if any(": DoRA" in words for words in details):
+    if any("merge one after the other" in words for words in details):
         return "merge one, then the other into what comes out; verify each against what it was merged into"
     return None

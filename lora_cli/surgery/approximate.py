@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lora_cli.checkpoint.checkpoint import Checkpoint
 from lora_cli.errors import UnsupportedError, UsageError, WrongInputError
 from lora_cli.progress import Progress
 from lora_cli.surgery.budget import Budget
+from lora_cli.surgery.effects import lasting, recalled
 from lora_cli.surgery.placing import PlanOptions
 from lora_cli.surgery.plan import Plan
 from lora_cli.surgery.planning import KEPT, plan
@@ -65,7 +66,9 @@ def plan_subtraction(
     made = plan(merged, opened, options, operation="unmerge")
     _refuse_other_scales(merged, receipt, made)
     _refuse_lost(merged, made)
-    return made
+    stays = left_behind(merged)
+    warning = f"the merge did more than add to weights, and the output keeps it: {'; '.join(stays)}"
+    return replace(made, warnings=(*made.warnings, *([warning] if stays else [])))
 
 
 def _refuse_lost(merged: Checkpoint, made: Plan) -> None:
@@ -84,6 +87,13 @@ def _refuse_lost(merged: Checkpoint, made: Plan) -> None:
 def kept(made: Plan) -> tuple[str, ...]:
     """Tensors that the adapter had replaced whole, and that stay as they are."""
     return tuple(entry.key for entry in made.ledger if entry.reason == KEPT and entry.key)
+
+
+def left_behind(merged: Checkpoint) -> tuple[str, ...]:
+    """What the merge did besides adding, as its receipt tells, and no subtraction takes back: a phrase for each."""
+    receipt = find_receipt(merged.path) or {}
+    effects = recalled(receipt.get("effects")) if receipt.get("operation") == "merge" else None
+    return tuple(lasting(effects)) if effects else ()
 
 
 def prove_subtraction(made: Plan, budget: Budget, progress: Progress) -> tuple[Undecided, ...]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections import defaultdict
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from lora_cli.adapters.adapter import Delta, Replacement
+from lora_cli.adapters.adapter import Delta, Replacement, Target
 from lora_cli.checkpoint.checkpoint import StoredTensor
 from lora_cli.errors import LoraCliError, ShapeError, UnsupportedError
 from lora_cli.surgery.edit import Contribution, Rows
+from lora_cli.surgery.lying import Placed
 from lora_cli.surgery.views import Views
 
 if TYPE_CHECKING:
@@ -26,12 +28,14 @@ class Change:
     Attributes:
         terms: Deltas on it.
         replaced: What takes its place, under the deltas.
-        rows: Rows that go over all else.
+        rows: Rows that take the place of single ones, under the deltas.
+        holders: Positions of the adapters that hold it, or rows of it.
     """
 
     terms: list[Contribution] = field(default_factory=list)
     replaced: Replacement | None = None
     rows: list[Rows] = field(default_factory=list)
+    holders: set[int] = field(default_factory=set)
 
     def add(self, added: Contribution) -> tuple[type[LoraCliError], str] | None:
         """Add a delta; returns what is wrong with it beside the others, if anything is."""
@@ -46,6 +50,26 @@ class Change:
             words = "DoRA sets the lengths of rows, so nothing can be added along with it; merge one after the other"
             return UnsupportedError, words
         return None
+
+    def lay(self, rows: Rows, adapter: int) -> bool:
+        """Take rows of an adapter; returns whether none of them is another one already."""
+        self.holders.add(adapter)
+        if any(_rows_alike(rows, other) for other in self.rows):
+            return True
+        free = all(set(rows.at).isdisjoint(other.at) for other in self.rows)
+        self.rows.append(rows)
+        return free
+
+    def mixed(self) -> str | None:
+        """Say what is wrong where rows meet other changes of the tensor, if anything is."""
+        if not self.rows:
+            return None
+        if any(term.delta.magnitude for term in self.terms):
+            return "trained rows, and DoRA, whose lengths were of other rows"
+        adding = {term.adapter for term in self.terms if term.weight}
+        if adding <= self.holders and (self.replaced is None or len(self.holders) == 1):
+            return None
+        return "rows of one adapter, and a change of another that was trained without them; merge one after the other"
 
     @staticmethod
     def _overlap(one: Contribution, other: Contribution) -> bool:
@@ -78,6 +102,26 @@ def settle_ties(views: Views, changes: MutableMapping[str, Change]) -> tuple[str
     for alias in views.tied:
         changes.pop(alias, None)
     return ()
+
+
+def twins_in(placed: Sequence[Placed], views: Views) -> dict[int, Target]:
+    """Find what an adapter holds for every one of some tied tensors, all the same: `id` of each → the one that stays.
+
+    PEFT stores so what it ties itself: the factors of a head are those of the embedding, turned and exchanged.
+    """
+    groups: defaultdict[str, dict[str, Target]] = defaultdict(dict)
+    for target, place in placed:
+        names = views.group(place.key)
+        if len(names) > 1 and place.region is None:
+            groups[names[0]][place.key] = target
+    found = {}
+    for key, targets in groups.items():
+        if targets.keys() == set(views.group(key)):
+            tables = (target for target in targets.values() if target.delta.kind == "lora-embedding")
+            first = next(tables, next(iter(targets.values())))
+            if all(target is first or deltas_alike(target.delta, first.delta) for target in targets.values()):
+                found.update({id(target): first for target in targets.values()})
+    return found
 
 
 def deltas_alike(one: Delta, other: Delta) -> bool:

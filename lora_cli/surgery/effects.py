@@ -12,6 +12,9 @@ import msgspec
 
 from lora_cli.surgery.plan import Plan
 
+_LONGEST = 60
+"""Characters of a value that are told."""
+
 
 @dataclass(frozen=True, slots=True)
 class ConfigChange:
@@ -87,6 +90,37 @@ def recalled(said: object) -> Effects | None:
         return msgspec.convert(said, Effects)
     except msgspec.ValidationError:
         return None
+
+
+def lasting(effects: Effects) -> Iterator[str]:
+    """Say what subtracting does not take back, a phrase for each."""
+    for name in effects.untied:
+        yield f"{name} has a tensor of its own"
+    for key, (before, after) in effects.resized.items():
+        yield f"{key} has {after} rows instead of {before}"
+    if effects.layers is not None:
+        yield f"the layers are {', '.join(map(str, effects.layers))} of the base"
+    for change in effects.config:
+        yield f"config.json says {change.field} {_value(change.after)}"
+
+
+def not_said(effects: Effects, config: Mapping[str, Any]) -> Iterator[str]:
+    """Say where a config is not what the merge makes it, a phrase for each field."""
+    found = dict(_leaves(config))
+    for change in effects.config:
+        # Tools write the storage type under its new name or its old one.
+        level, dot, name = change.field.rpartition(".")
+        spellings = ("dtype", "torch_dtype") if name in ("dtype", "torch_dtype") else (name,)
+        values = [found[place] for place in (f"{level}{dot}{spelling}" for spelling in spellings) if place in found]
+        if change.after not in (values or [None]):
+            there = _value(values[0]) if values else "not there"
+            yield f"{change.field} is {there}; this merge makes it {_value(change.after)}"
+
+
+def _value(value: Any) -> str:
+    """A value as JSON, cut where it is long."""
+    text = json.dumps(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
 
 
 def _config_changes(plan: Plan) -> Iterator[ConfigChange]:

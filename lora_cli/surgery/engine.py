@@ -16,12 +16,13 @@ from lora_cli.adapters.inits import FreshTensor
 from lora_cli.arithmetic.fragments import read_fragment
 from lora_cli.arithmetic.rounding import TileKernel, cast, check_flush_to_zero, work_dtype
 from lora_cli.checkpoint.digests import rows_per_cut
-from lora_cli.errors import LoraCliError, MalformedFileError, NumericError
+from lora_cli.errors import LoraCliError, MalformedFileError
 from lora_cli.surgery.budget import BLOCK_ELEMENTS, TILE_ELEMENTS
 from lora_cli.surgery.edit import MERGEABLE, Edit
 from lora_cli.surgery.gains import Gains
 from lora_cli.surgery.products import Products, typed
 from lora_cli.surgery.readers import Readers, open_readers, raw_bytes, torch_dtype
+from lora_cli.surgery.rows import check_finite, lay_rows
 from lora_cli.surgery.runs import Block
 from lora_cli.surgery.undo.codecs import LENGTHS, Summand, decode
 
@@ -118,8 +119,8 @@ class Workshop:
                 source, result = typed(self._input, stored, last - first), typed(self._output, out, last - first)
                 reader.read_into(edit.source.offset + (block.offset + first) * stored.itemsize, raw_bytes(source))
                 delta, gain = deltas[first:last], None if gains is None else gains[first:last]
-                step(source, delta, result, gain)
-                _lay_rows(edit, block.offset + first, result, readers, delta, gain)
+                step(lay_rows(edit, block.offset + first, source, readers), delta, result, gain)
+                _spare_rows(edit, block.offset + first, source, delta, result)
                 yield Piece(block.offset + first, source, result, delta, gain, last == block.elements)
 
     def _cast(self, edit: Edit, begin: int, end: int, readers: Readers) -> Iterator[Piece]:
@@ -129,9 +130,8 @@ class Workshop:
             source = typed(self._input, stored, block.elements)
             reader.read_into(edit.source.offset + block.offset * stored.itemsize, raw_bytes(source))
             if edit.displaced is not None or edit.operation == "append":
-                _check_finite(source)
-            result = cast(source, typed(self._output, out, block.elements))
-            _lay_rows(edit, block.offset, result, readers)
+                check_finite(source)
+            result = cast(lay_rows(edit, block.offset, source, readers), typed(self._output, out, block.elements))
             yield Piece(block.offset, source, result)
 
     def _restored(self, edit: Edit, begin: int, end: int, readers: Readers) -> Iterator[Piece]:
@@ -213,38 +213,15 @@ def _made(edit: Edit, fresh: FreshTensor, begin: int, end: int) -> Iterator[Piec
         yield Piece(offset, result, result)
 
 
-def _lay_rows(
-    edit: Edit,
-    first: int,
-    result: torch.Tensor,
-    readers: Readers,
-    delta: torch.Tensor | None = None,
-    gains: torch.Tensor | None = None,
-) -> None:
-    """Put the rows that adapters hold over what was made of the elements from `first` on: nothing was added there.
+def _spare_rows(edit: Edit, first: int, source: torch.Tensor, delta: torch.Tensor, result: torch.Tensor) -> None:
+    """Say of rows that adapters hold that nothing was added: what changed there is not what deltas do.
 
-    Nor can they be subtracted, so that what is there stays.
+    Nor can they be taken out again, so that they stay where deltas are subtracted.
     """
-    for rows in edit.rows:
-        stays = edit.operation == "subtract"
-        tensor = edit.source if stays else rows.tensor
-        for begin, span in rows.spans(edit.matrix[1], first, result.numel()):
-            at, dtype = first + span.start if stays else begin, torch_dtype(tensor.dtype)
-            values = readers.load_part(tensor, dtype, at, span.stop - span.start)
-            _check_finite(values)
-            cast(values, result[span])
-            if delta is not None:
-                delta[span] = 0
-            if gains is not None:
-                gains[span] = 1
-
-
-def _check_finite(tensor: torch.Tensor) -> None:
-    """Refuse what an adapter holds whole and cannot have meant."""
-    wide = tensor.to(torch.float32) if tensor.itemsize == 1 else tensor
-    broken = int((~torch.isfinite(wide)).sum())
-    if broken:
-        raise NumericError("The adapter's tensor holds NaN or infinity", found=f"{broken} values in one piece")
+    for span in edit.held(first, delta.numel()):
+        delta[span] = 0
+        if edit.operation == "subtract":
+            cast(source[span], result[span])
 
 
 @contextmanager

@@ -15,6 +15,9 @@ from lora_cli.checkpoint.source import Reader, SourceFile
 from lora_cli.errors import WrongInputError
 from lora_cli.surgery.plan import Plan
 
+BEGINNING = "beginning"
+"""What the receipt calls an adapter as it was before training; the others have no role."""
+
 
 def adapter_records(plan: Plan, *, embed: bool) -> tuple[AdapterRecord, ...]:
     """Return what is recorded of each adapter of a merge, reading all of them once."""
@@ -73,8 +76,8 @@ def refuse_again(plan: Plan, records: Sequence[AdapterRecord], receipt: Mapping[
     hint = "to apply it once more on purpose: --again"
     there = {said["digest"]: f"{said['label']} in the receipt of {plan.base}" for said in merged_before(receipt)}
     given: dict[str, str] = {}
-    for said, use in zip(records, plan.adapters, strict=True):
-        if use.weight == 0:
+    for said, use, adapter in zip(records, plan.adapters, plan.opened, strict=True):
+        if use.weight == 0 or adapter.beginning:
             continue
         if said.digest in there:
             found = there[said.digest]
@@ -90,7 +93,8 @@ def refuse_again(plan: Plan, records: Sequence[AdapterRecord], receipt: Mapping[
 def merged_before(receipt: Mapping[str, Any] | None) -> list[dict[str, str]]:
     """Label and digest of every adapter that a receipt says is in a checkpoint, those of earlier merges first.
 
-    The receipt of an exact unmerge names adapters too, which are no longer there.
+    The receipt of an exact unmerge names adapters too, which are no longer there. What adapters were before training
+    is taken off with each of them, and others may have begun from the same.
     """
     if receipt is None:
         return []
@@ -102,5 +106,6 @@ def merged_before(receipt: Mapping[str, Any] | None) -> list[dict[str, str]]:
 
 def _listed(adapters: object) -> list[dict[str, str]]:
     said = [one for one in adapters if isinstance(one, dict)] if isinstance(adapters, list) else []
-    there = [one for one in said if isinstance(one.get("digest"), str) and one.get("weight") != 0]
+    merged = [one for one in said if one.get("weight") != 0 and one.get("role") != BEGINNING]
+    there = [one for one in merged if isinstance(one.get("digest"), str)]
     return [{"label": str(one.get("label")), "digest": one["digest"]} for one in there]

@@ -9,7 +9,7 @@ from lora_cli.adapters.adapter import Adapter, Delta, Target
 from lora_cli.adapters.layout import Orientation, bears_witness, by_architecture, is_table, settle_square
 from lora_cli.adapters.region import Place
 from lora_cli.checkpoint.checkpoint import Checkpoint
-from lora_cli.checkpoint.tied import TABLES
+from lora_cli.surgery.vocabulary import vocabulary_hint
 
 Placed = tuple[Target, Place]
 """A target and one of the places that store it."""
@@ -132,16 +132,12 @@ def _with_outputs(shape: tuple[int, ...], place: Place, *, transposed: bool) -> 
     return (*shape[:-1], outputs) if transposed else (outputs, *shape[1:])
 
 
-def is_vocabulary(key: str) -> bool:
-    """Whether a tensor has a row for each token, by its name."""
-    return not (TABLES | {"predictions", "proj_out"}).isdisjoint(key.split("."))
-
-
-def vocabulary_hint(rows: int, key: str, shape: tuple[int, ...]) -> str:
-    """Words for a table that has another number of rows than an adapter's."""
-    if not is_vocabulary(key) or not shape:
-        return ""
-    return (
-        f"; the vocabulary differs ({rows} rows in the adapter, {shape[0]} in the base): take the base that the "
-        "adapter was trained on"
-    )
+def guessed_words(guessed: Sequence[str]) -> list[str]:
+    """A warning of square tensors that are taken as stored (out × in) for want of any hint, if there are any."""
+    if not guessed:
+        return []
+    several = f" and {len(guessed) - 1} more" if len(guessed) > 1 else ""
+    return [
+        f"{guessed[0]}{several}: square, and taken as stored out × in, like torch.nn.Linear; "
+        "--orientation ab is for in × out, like embeddings and GPT-2"
+    ]

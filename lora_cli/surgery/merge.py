@@ -18,7 +18,7 @@ from lora_cli.progress import SILENT, Progress
 from lora_cli.surgery.budget import settle_budget
 from lora_cli.surgery.card import CARD, model_card
 from lora_cli.surgery.effects import Effects, effects_of
-from lora_cli.surgery.identity import adapter_records, refuse_again
+from lora_cli.surgery.identity import BEGINNING, adapter_records, refuse_again
 from lora_cli.surgery.placing import PlanOptions
 from lora_cli.surgery.plan import AdapterUse, LedgerEntry, Plan
 from lora_cli.surgery.planning import plan
@@ -294,6 +294,9 @@ def output_sizes(made: Plan, target: Path) -> dict[str, int]:
 def receipt_content(made: Plan, options: PlanOptions) -> dict[str, Any]:
     """What a receipt says of a plan: inputs by label, scales with their sources, rewrites and options."""
     said, effects = made.as_dict(), effects_of(made)
+    for use, adapter in zip(said["adapters"], made.opened, strict=True):
+        if adapter.beginning:
+            use["role"] = BEGINNING
     return {
         "base": {"label": made.base},
         "adapters": said["adapters"],

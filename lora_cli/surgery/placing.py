@@ -9,23 +9,25 @@ from typing import Literal
 
 from lora_cli.adapters.adapter import Adapter, Replacement, RowReplacement, Target
 from lora_cli.adapters.layout import Orientation
+from lora_cli.adapters.modules import is_embedding
 from lora_cli.adapters.names import Identity, Mapper
 from lora_cli.adapters.region import Place, whole
 from lora_cli.adapters.resolve import Resolution, parse_maps, resolve
 from lora_cli.adapters.source import ReadOptions
 from lora_cli.adapters.ties import ties
-from lora_cli.adapters.wrapped import Wrapped, unwrap
+from lora_cli.adapters.wrapped import unwrap
 from lora_cli.checkpoint.checkpoint import Checkpoint, StoredTensor
 from lora_cli.checkpoint.quantised import Quantised
 from lora_cli.checkpoint.repairs import Repair, untied, with_layers, with_vocabulary
 from lora_cli.errors import NamesError, ShapeError, UnsupportedError
 from lora_cli.surgery.accounts import Accounts
-from lora_cli.surgery.changing import Change, contents_alike, deltas_alike, settle_ties
+from lora_cli.surgery.changing import Change, contents_alike, settle_ties, twins_in
 from lora_cli.surgery.edit import MERGEABLE, Contribution, Rows
-from lora_cli.surgery.lying import Placed, is_vocabulary, lie, vocabulary_hint
+from lora_cli.surgery.lying import Placed, guessed_words, lie
 from lora_cli.surgery.matching import check_mapped, left_out, unused_maps
 from lora_cli.surgery.plan import AdapterUse, ScaleUse
-from lora_cli.surgery.views import Views, views_of
+from lora_cli.surgery.views import Views, layer_warnings, views_of
+from lora_cli.surgery.vocabulary import may_resize, other_sizes, vocabulary_hint
 from lora_cli.surgery.weighting import with_weights
 
 
@@ -99,14 +101,19 @@ class Placement:
         wrapped = unwrap(base, options.read)
         self.mapper: Mapper = wrapped.mapper if wrapped else Identity()
         self.carried = wrapped.carried if wrapped else frozenset[str]()
-        self.adapters, self.weights = with_weights(_all_adapters(wrapped, adapters), options.weights)
+        self.adapters, self.weights = with_weights(
+            [*([wrapped.adapter] if wrapped else []), *adapters], options.weights
+        )
         self.views = self._views()
         self.tensors: Mapping[str, StoredTensor] = self.views.tensors
         self.changes: dict[str, Change] = {}
         self.appended: dict[str, Replacement] = {}
-        self.repairs: list[Repair] = [with_layers(self.views.layers)] if self.views.layers else []
+        self.repairs: list[Repair] = []
+        if self.views.layers:
+            self.repairs.append(with_layers(self.views.layers, self.views.stored))
         self.uses: list[AdapterUse] = []
         self.warnings = [f"{adapter.label}: {text}" for adapter in self.adapters for text in adapter.warnings]
+        self.warnings += layer_warnings(self.views, base.config, file=base.label)
         self.accounts = Accounts(base.label, self.adapters)
         self._guessed: list[str] = []
         self._resized: dict[str, tuple[int, int]] = {}
@@ -117,7 +124,10 @@ class Placement:
             self._place_wholes(one)
         for one in applied:
             self._place_targets(one)
-        self._settle_vocabulary()
+        for words in other_sizes(self._resized, {key: self._shape(key) for key in self.tensors}):
+            self.accounts.problem(ShapeError, words)
+        self.repairs += [with_vocabulary(*sizes) for sizes in dict.fromkeys(self._resized.values())]
+        self._settle_rows()
         self.accounts.settle()
         self.apart = settle_ties(self.views, self.changes)
         if self.apart:
@@ -125,7 +135,7 @@ class Placement:
         else:
             self.accounts.went_to(self.views.tied)
         self.warnings += unused_maps(options.maps, self.adapters)
-        self.warnings += _guessed_words(self._guessed)
+        self.warnings += guessed_words(self._guessed)
 
     def _views(self) -> Views:
         plain = {
@@ -212,9 +222,9 @@ class Placement:
     def _replace(self, one: _Applied, replacement: Replacement, key: str) -> None:
         tensor = replacement.tensor
         self._check_plain(key)
-        shared = one.adapter.tied or replacement.of_base
-        for name in self._names(key, shared=shared):
+        for name in self._names(key, shared=replacement.of_base):
             change = self._change(name)
+            change.holders.add(one.position)
             if change.replaced and not contents_alike(change.replaced.tensor, tensor):
                 self.accounts.problem(NamesError, _two_words(name, one.adapter))
                 return
@@ -226,32 +236,24 @@ class Placement:
     def _fits_whole(self, adapter: Adapter, tensor: StoredTensor, key: str) -> bool:
         stored = self.tensors[key]
         resized = tensor.shape != stored.shape
-        if resized and not (is_vocabulary(key) and tensor.shape[1:] == stored.shape[1:]):
-            rows = f"{adapter.label} has shape {list(tensor.shape)}, {self.base.label} has {list(stored.shape)}"
-            words = f"{key}: {rows}{vocabulary_hint(tensor.shape[0] if tensor.shape else 0, key, stored.shape)}"
+        rows = stored.shape[0] if stored.shape else 0, tensor.shape[0] if tensor.shape else 0
+        may = tensor.shape[1:] == stored.shape[1:] and may_resize(key, *rows, self.base.config)
+        if resized and not may:
+            both = f"{adapter.label} has shape {list(tensor.shape)}, {self.base.label} has {list(stored.shape)}"
+            words = f"{key}: {both}{vocabulary_hint(rows[1], key, stored.shape)}"
             self.accounts.problem(ShapeError, words)
             return False
-        if tensor.dtype != stored.dtype and not {tensor.dtype.name, stored.dtype.name} <= set(MERGEABLE):
-            taken = f"{tensor.dtype.name} in {adapter.label} cannot become {stored.dtype.name}"
-            words = f"{key}: {taken}, as the base stores it"
-            self.accounts.problem(UnsupportedError, words)
-            return False
         if resized:
-            self._resized[key] = stored.shape[0], tensor.shape[0]
-        return True
+            self._resized[key] = rows
+        return self._fits_type(adapter, tensor, key)
 
-    def _settle_vocabulary(self) -> None:
-        """A vocabulary that has other entries now has them in every tensor that has a row for each."""
-        for before, after in dict.fromkeys(self._resized.values()):
-            self.repairs.append(with_vocabulary(before, after))
-            left = [
-                key
-                for key, tensor in self.tensors.items()
-                if tensor.shape[:1] == (before,) and is_vocabulary(key) and self._shape(key) == tensor.shape
-            ]
-            if left or len({size for old, size in self._resized.values() if old == before}) > 1:
-                words = f"{', '.join(self._resized)}: {after} rows in the adapter, and {', '.join(left)} has {before}"
-                self.accounts.problem(ShapeError, f"{words}; the vocabulary would be of two sizes")
+    def _fits_type(self, adapter: Adapter, tensor: StoredTensor, key: str) -> bool:
+        stored = self.tensors[key].dtype
+        if tensor.dtype == stored or {tensor.dtype.name, stored.name} <= set(MERGEABLE):
+            return True
+        taken = f"{tensor.dtype.name} in {adapter.label} cannot become {stored.name}"
+        self.accounts.problem(UnsupportedError, f"{key}: {taken}, as the base stores it")
+        return False
 
     def _place_part(self, one: _Applied, replacement: Replacement, place: Place) -> None:
         """Replace the part of a tensor that a parameter is, or by a part of a parameter."""
@@ -263,7 +265,8 @@ class Placement:
             return
         assert region is not None  # noqa: S101 (a place that is not turned and not whole has one)
         self._check_plain(place.key)
-        self._change(place.key).rows.append(Rows(tensor, rows, tuple(range(*region.outputs))))
+        if self._fits_type(one.adapter, tensor, place.key):
+            self._lay(one, place.key, Rows(tensor, rows, tuple(range(*region.outputs))))
         if not self.accounts.has(one.position, tensor):
             self.accounts.enter(one.position, tensor, "replaced", place.key, replacement.reason)
 
@@ -276,7 +279,7 @@ class Placement:
             words = f"{change.name}: trained rows ({change.reason}) cannot be taken at weight {one.weight:g}"
             self.accounts.problem(UnsupportedError, words)
             return
-        if place.region or place.turned or tensor.shape[1:] != shape[1:] or max(change.rows, default=-1) >= shape[0]:
+        if place.region or place.turned or tensor.shape[1:] != shape[1:]:
             words = (
                 f"{place.key}: {list(shape)} in the base, and the adapter has rows of {list(tensor.shape[1:])} "
                 f"up to number {max(change.rows, default=0)}"
@@ -286,11 +289,28 @@ class Placement:
         self._check_plain(place.key)
         rows = Rows(tensor, tuple(range(len(change.rows))), change.rows)
         # PEFT ties rows that are trained of the embedding alone, and leaves them apart where the head has its own.
-        group = self.views.group(place.key)
-        trained = {p.key for other in one.adapter.rows for p in one.found.places.get(other.name, ())} & {*group}
-        for name in self._names(place.key, shared=one.adapter.tied or trained == {group[0]}):
-            self._change(name).rows.append(rows)
+        group = {*self.views.group(place.key)}
+        trained = group & {p.key for other in one.adapter.rows for p in one.found.places.get(other.name, ())}
+        alone = len(trained) == 1 and is_embedding(place.key.removesuffix(".weight"))
+        if self._fits_type(one.adapter, tensor, place.key):
+            for name in self._names(place.key, shared=alone):
+                self._lay(one, name, rows)
         self.accounts.enter(one.position, tensor, "replaced", place.key, change.reason)
+
+    def _lay(self, one: _Applied, name: str, rows: Rows) -> None:
+        if not self._change(name).lay(rows, one.position):
+            self.accounts.problem(
+                NamesError, f"{name}: two adapters hold different rows, one of them {one.adapter.label}"
+            )
+
+    def _settle_rows(self) -> None:
+        """Check rows against all that is done to their tensors, whatever order it came in."""
+        for name, change in self.changes.items():
+            if problem := change.mixed():
+                self.accounts.problem(UnsupportedError, f"{name}: {problem}")
+            last, size = max((rows.at[-1] for rows in change.rows if rows.at), default=-1), self._shape(name)[0]
+            if last >= size:
+                self.accounts.problem(ShapeError, f"{name}: row {last} is trained, and there are {size}")
 
     def _shape(self, key: str) -> tuple[int, ...]:
         """The shape of a tensor as deltas find it."""
@@ -306,46 +326,37 @@ class Placement:
         for words in lying.problems:
             self.accounts.problem(ShapeError, words)
         self._guessed += lying.guessed
-        tied = one.adapter.tied and self._are_one(one, placed)
+        twins = twins_in(placed, self.views)
+        if one.adapter.tied:
+            self._warn_apart(one, placed, twins)
         entered: set[int] = set()
-        shared: dict[str, Target] = {}
         for (target, place), transposed in zip(placed, lying.transposed, strict=True):
             if transposed is None:
                 continue
-            first = shared.setdefault(self._names(place.key, shared=tied)[0], target)
-            if tied and first.module != target.module:
-                for tensor in target.delta.tensors:
-                    reason = f"the change of {first.module}, which is tied to it"
-                    self.accounts.enter(one.position, tensor, "ignored", place.key, reason)
-                continue
-            if id(target) not in entered:
-                self._enter_target(one, target, place.key)
-                entered.add(id(target))
-            if not (target.delta.magnitude and one.weight == 0):
-                self._add(one, target, place, transposed=transposed, shared=tied)
+            first, idle = twins.get(id(target), target), one.weight == 0 and target.delta.magnitude is not None
+            twin = f"the change of {first.module}, which is tied to it" if first is not target else None
+            reason = twin or ("weight 0" if idle else None)
+            for tensor in target.delta.tensors if id(target) not in entered else ():
+                self.accounts.enter(one.position, tensor, "ignored" if reason else "applied", place.key, reason)
+            entered.add(id(target))
+            if not reason:
+                self._add(one, target, place, transposed=transposed, shared=id(target) in twins)
 
-    def _are_one(self, one: _Applied, placed: Sequence[Placed]) -> bool:
-        """Whether what an adapter does to tied tensors, and holds for each of them, is the same.
+    def _warn_apart(self, one: _Applied, placed: Sequence[Placed], twins: Mapping[int, Target]) -> None:
+        """Tell of tied tensors that were to be trained as one, and were not.
 
         PEFT lets them share their factors. In a model of 16 bits it makes float32 of each on its own, which then are
         trained apart, and the live model has two tensors.
         """
-        firsts: dict[str, Target] = {}
-        for target, place in placed:
-            first = firsts.setdefault(self._names(place.key, shared=True)[0], target)
-            if first.module != target.module and not deltas_alike(target.delta, first.delta):
-                self.warnings.append(
-                    f"{one.adapter.label}: {first.module} and {target.module} were to be trained as one "
-                    "(ensure_weight_tying), and their factors differ; each is applied to a tensor of its own"
-                )
-                return False
-        return True
-
-    def _enter_target(self, one: _Applied, target: Target, key: str) -> None:
-        idle = target.delta.magnitude is not None and one.weight == 0
-        for tensor in target.delta.tensors:
-            self.accounts.enter(
-                one.position, tensor, "ignored" if idle else "applied", key, "weight 0" if idle else None
+        apart = {
+            place.key: target.module
+            for target, place in placed
+            if len(self.views.group(place.key)) > 1 and id(target) not in twins and place.region is None
+        }
+        if len(apart) > 1:
+            self.warnings.append(
+                f"{one.adapter.label}: {' and '.join(apart.values())} were to be trained as one (ensure_weight_tying), "
+                "and their factors differ; each is applied to a tensor of its own"
             )
 
     def _add(self, one: _Applied, target: Target, place: Place, *, transposed: bool, shared: bool) -> None:
@@ -377,19 +388,5 @@ class Placement:
             self.accounts.problem(UnsupportedError, f"{key}: quantised, {reason}")
 
 
-def _guessed_words(guessed: Sequence[str]) -> list[str]:
-    if not guessed:
-        return []
-    several = f" and {len(guessed) - 1} more" if len(guessed) > 1 else ""
-    return [
-        f"{guessed[0]}{several}: square, and taken as stored out × in, like torch.nn.Linear; "
-        "--orientation ab is for in × out, like embeddings and GPT-2"
-    ]
-
-
 def _two_words(name: str, adapter: Adapter) -> str:
     return f"{name}: two adapters hold different tensors for it, one of them {adapter.label}"
-
-
-def _all_adapters(wrapped: Wrapped | None, adapters: Sequence[Adapter]) -> list[Adapter]:
-    return [*([wrapped.adapter] if wrapped else []), *adapters]

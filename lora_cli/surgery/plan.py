@@ -180,6 +180,12 @@ class Plan:
         factors |= {id(rows.tensor): rows.tensor.nbytes for e in self.edits for rows in e.rows}
         return sum(edit.source.nbytes for edit in self.edits if edit.fresh is None) + sum(factors.values())
 
+    @property
+    def _gone(self) -> list[str]:
+        """What is dropped, and does not come back under its name from elsewhere, such as an undo file."""
+        kept = {edit.key for edit in self.edits} if self.dropped else set()
+        return [key for key in self.dropped if key not in kept]
+
     def counts(self) -> dict[str, int]:
         """Tensors by what happens to them: total, edited, copied, added, dropped."""
         operations = Counter(edit.operation for edit in self.edits)
@@ -190,7 +196,7 @@ class Plan:
             "edited": sum(operations.values()) - copied - added,
             "copied": copied,
             "added": added,
-            "dropped": len(self.dropped),
+            "dropped": len(self._gone),
         }
 
     def ledger_counts(self) -> dict[str, int]:
@@ -236,7 +242,7 @@ class Plan:
                 for e in self.ledger
             ],
             "left_out": list(self.left_out),
-            "dropped": list(self.dropped),
+            "dropped": self._gone,
             "warnings": list(self.warnings),
         }
 

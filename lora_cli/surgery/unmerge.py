@@ -16,7 +16,7 @@ from lora_cli.checkpoint.hub import locate
 from lora_cli.checkpoint.undo_file import UNDO_FILE, open_undo_file
 from lora_cli.errors import UsageError, WrongInputError
 from lora_cli.progress import SILENT, Progress
-from lora_cli.surgery.approximate import Undecided, kept, plan_subtraction, prove_subtraction
+from lora_cli.surgery.approximate import Undecided, kept, left_behind, plan_subtraction, prove_subtraction
 from lora_cli.surgery.budget import Budget, settle_budget
 from lora_cli.surgery.identity import adapter_records, merged_before
 from lora_cli.surgery.merge import check_output, output_names, output_path, output_sizes, receipt_content
@@ -245,9 +245,8 @@ class _How:
         written = self._execute(budget, [], lambda _: [receipt], see_copies=False)
         undecided = prove_subtraction(self.made, budget, self.progress)
         names = (*output_names(self.made, self.target), receipt.name)
-        return _Outcome(
-            not undecided and not stays, tuple(WrittenFile(name, None) for name in names), written, undecided, stays
-        )
+        exact = not (undecided or stays or left_behind(self.made.checkpoint))
+        return _Outcome(exact, tuple(WrittenFile(name, None) for name in names), written, undecided, stays)
 
     def _budget(self, *, blocks: bool) -> Budget:
         return settle_budget(self.made, memory=self.memory, threads=self.threads, blocks=blocks)

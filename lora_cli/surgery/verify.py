@@ -11,6 +11,7 @@ from lora_cli.checkpoint.checkpoint import Checkpoint, StoredTensor
 from lora_cli.errors import LoraCliError, UsageError
 from lora_cli.progress import SILENT, Progress
 from lora_cli.surgery.budget import Budget, settle_budget
+from lora_cli.surgery.effects import effects_of, not_said
 from lora_cli.surgery.identity import content_digest, contents
 from lora_cli.surgery.placing import PlanOptions
 from lora_cli.surgery.plan import AdapterUse, Plan
@@ -29,7 +30,7 @@ class Difference:
     Attributes:
         key: Its name.
         what: `values`, `missing` (from the checkpoint), `unexpected` (in it), `dtype`, `shape`, or `roundtrip` where
-            unmerging does not give the base; that may be a file.
+            unmerging does not give the base; that may be a file. `config` where config.json says otherwise.
         elements: How many elements differ by more than is allowed.
         max_ulp: The largest difference in units in the last place; None where values cannot be compared, and for
             other than floating tensors.
@@ -72,7 +73,7 @@ class VerifyResult:
     """What a verification found.
 
     Attributes:
-        verified: Whether no tensor differs.
+        verified: Whether nothing differs.
         merged: What the checkpoint is called.
         base: What the base is called.
         adapters: How each adapter is used.
@@ -157,7 +158,7 @@ def verify(
         base=found.base,
         adapters=found.adapters,
         max_ulp=max_ulp,
-        tensors={"checked": found.checked, "different": len(different)},
+        tensors={"checked": found.checked, "different": sum(one.what != "config" for one in different)},
         different=tuple(different),
         looks_like=found.looks_like,
         edited=found.edited,
@@ -207,6 +208,7 @@ class _Work:
         different.sort(key=lambda difference: difference.key)
         _warn(different, survival, progress)
         different, looks_like = _look(made, comparable, different, budget, progress)
+        different += _compare_config(made, candidate)
         edited = tuple(edit.key for edit in made.edits if edit.terms or edit.operation in ("replace", "append"))
         return _Found(made.base, made.adapters, len(checked), different, looks_like, edited, survival)
 
@@ -287,6 +289,14 @@ def _compare_names(made: Plan, candidate: Checkpoint) -> tuple[list[Difference],
         else:
             checked.add(key)
     return different, checked
+
+
+def _compare_config(made: Plan, candidate: Checkpoint) -> list[Difference]:
+    """Look at the fields of config.json that the merge changes; of others anybody may say what they like."""
+    if candidate.folder is None:
+        return []
+    wrong = "; ".join(not_said(effects_of(made), candidate.config))
+    return [Difference("config.json", "config", looks_like=wrong)] if wrong else []
 
 
 @dataclass

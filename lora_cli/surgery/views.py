@@ -12,11 +12,13 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 from lora_cli.checkpoint.checkpoint import StoredTensor
+from lora_cli.checkpoint.repairs import counts_layers, numbered_layers
 from lora_cli.errors import NamesError, WrongInputError
 
-_LAYER = re.compile(r"((?:.*\.)?(?:layers|layer|h|blocks|block)\.)(\d+)(\..+)", re.DOTALL)
+_LAYER = re.compile(r"((?:.*\.)?(?:layers|layer|h|blocks|block)\.)(0|[1-9][0-9]{0,8})(\..+)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -27,11 +29,13 @@ class Views:
         tensors: Name → the stored tensor that is known by it.
         tied: Name that the checkpoint does not have → the key that it shares a tensor with.
         layers: The stored layer of each layer of the output; None where they are the same.
+        stored: Where they are not, how many layers the checkpoint has.
     """
 
     tensors: Mapping[str, StoredTensor]
     tied: Mapping[str, str] = field(default_factory=dict)
     layers: tuple[int, ...] | None = None
+    stored: int = 0
 
     def group(self, name: str) -> tuple[str, ...]:
         """The names that share a tensor with `name` by a tie, itself among them, the stored one first."""
@@ -66,12 +70,32 @@ def views_of(
         NamesError: Layers are to be repeated, and it is not plain which tensors they have.
         WrongInputError: They are not the layers that the checkpoint has.
     """
-    named = dict(tensors) if layers is None else _repeated(tensors, layers, file)
+    named, stored = (dict(tensors), 0) if layers is None else _repeated(tensors, layers, file)
     tied = {alias: key for alias, key in tied.items() if key in named and alias not in named}
-    return Views(named | {alias: named[key] for alias, key in tied.items()}, tied, layers)
+    return Views(named | {alias: named[key] for alias, key in tied.items()}, tied, layers, stored)
 
 
-def _repeated(tensors: Mapping[str, StoredTensor], layers: tuple[int, ...], file: str) -> dict[str, StoredTensor]:
+def layer_warnings(views: Views, config: Mapping[str, Any], *, file: str) -> list[str]:
+    """What a config says of layers that is not said anew where they repeat.
+
+    Args:
+        views: The names of the checkpoint's tensors.
+        config: Its config, as it was.
+        file: The checkpoint's label.
+    """
+    if views.layers is None or not config:
+        return []
+    became = f"{views.stored} layers became {len(views.layers)}"
+    if not counts_layers(config, views.stored):
+        return [f"{file}: {became}, and config.json names no such number; set it to {len(views.layers)}"]
+    numbered = ", ".join(numbered_layers(config, views.stored))
+    return [f"{file}: {became}, and config.json lists numbers of them as they were: {numbered}"] if numbered else []
+
+
+def _repeated(
+    tensors: Mapping[str, StoredTensor], layers: tuple[int, ...], file: str
+) -> tuple[dict[str, StoredTensor], int]:
+    """Every name with its tensor, and the number of stored layers."""
     matches = {key: match for key in tensors if (match := _LAYER.fullmatch(key))}
     stacks = Counter(match[1] for match in matches.values())
     if len(stacks) != 1:
@@ -93,11 +117,11 @@ def _repeated(tensors: Mapping[str, StoredTensor], layers: tuple[int, ...], file
     copies: defaultdict[int, list[int]] = defaultdict(list)
     for number, layer in enumerate(layers):
         copies[layer].append(number)
-    named = {}
+    named: dict[str, StoredTensor] = {}
     for key, tensor in tensors.items():
         match = matches.get(key)
         if match is None:
             named[key] = tensor
         else:
             named.update({f"{match[1]}{number}{match[3]}": tensor for number in copies[int(match[2])]})
-    return named
+    return named, len(stored)

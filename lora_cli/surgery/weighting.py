@@ -66,7 +66,7 @@ def with_initial(adapter: Adapter, before: Adapter) -> Adapter:
     whole = [change.tensor for change in before.replacements] + [change.tensor for change in before.rows]
     skipped = (*before.skipped, *((tensor, BEFORE_TRAINING) for tensor in whole))
     label = f"{before.label} ({BEFORE_TRAINING})"
-    bare = replace(before, label=label, replacements=(), rows=(), skipped=skipped, initial=None)
+    bare = replace(before, label=label, replacements=(), rows=(), skipped=skipped, initial=None, beginning=True)
     # The layers and ties of the model are those of the trained adapter.
     return replace(adapter, before=replace(bare, layers=adapter.layers, tied=adapter.tied))
 

@@ -173,6 +173,27 @@ def test_lengths_that_the_config_does_not_ask_for(tmp_path: Path) -> None:
     assert refused(made, UnsupportedError, "does not say use_dora").details == ("up_proj",)
 
 
+def test_lengths_of_one_output_have_a_dimension(tmp_path: Path) -> None:
+    """PEFT stores one, and does not load another shape."""
+    made = saved(tmp_path, net(), target_modules=["up_proj"], use_dora=True)
+    factor, length = f"{PREFIX}up_proj.lora_B.weight", f"{PREFIX}up_proj.lora_magnitude_vector"
+    made.write(made.tensors() | {factor: zeros(1, 4), length: zeros(1)})
+    assert made.adapter.kind == "DoRA"
+    made.write(made.tensors() | {factor: zeros(1, 4), length: zeros()})
+    assert refused(made, ShapeError, "one magnitude for each output").details == ("up_proj: [] for 1 outputs",)
+
+
+# Biases
+
+
+@pytest.mark.parametrize("shape", [(), (12, 2), (12, 1), (1, 12), (0,), (11,)])
+def test_a_bias_that_is_not_one_number_for_each_output(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    made = saved(tmp_path, net(), target_modules=["up_proj"], lora_bias=True)
+    made.write(made.tensors() | {f"{PREFIX}up_proj.lora_B.bias": zeros(*shape)})
+    found = refused(made, ShapeError, "one number for each output").details
+    assert found == (f"{PREFIX}up_proj.lora_B.bias: {list(shape)} for 12 outputs",)
+
+
 # Files
 
 

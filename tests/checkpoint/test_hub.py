@@ -171,6 +171,7 @@ def test_what_is_no_id_is_never_sent(
         hub_server.publish(repo, SINGLE)
     error = refused(reference, UsageError)
     assert error.hint or "opened" in error.message or error.found
+    assert (error.message == "Path not found") == ("nothing of that name is here" in str(error.hint))
     assert not hub_server.requests
 
 

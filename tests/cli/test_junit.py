@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from adapter_worlds import WORLDS
 from cli_world import Call, World, call_fixture, process, world_fixture  # noqa: F401 (fixtures)
 from junitparser import Error, Failure, JUnitXml, TestCase, TestSuite
 from test_machine import assert_failed, failing
@@ -184,6 +185,21 @@ def test_only_tensors_that_an_adapter_changes(call: Call, tmp_path: Path) -> Non
     report = tmp_path / "report.xml"
     assert call("verify", base, "--base", base, "--adapter", adapter, "--junit", report).code == 1
     assert list(cases_of(report)) == [key]
+
+
+def test_a_config_that_says_otherwise(call: Call, tmp_path: Path) -> None:
+    world, merged, report = WORLDS["untied"](tmp_path), tmp_path / "merged", tmp_path / "report.xml"
+    call("merge", world.base, world.adapter, "-o", merged)
+    shutil.copy(world.base / "config.json", merged)
+    ran = call("verify", merged, "--base", world.base, "--adapter", world.adapter, "--junit", report)
+    assert ran.code == 1
+    words = "tie_word_embeddings is true; this merge makes it false"
+    assert failures_of(report) == {"config.json": f"config: {words}"}
+    assert list(cases_of(report)) == ["model.embed_tokens.weight", "config.json", REST]
+    count = len(read_tensors(merged))
+    assert str(cases_of(report)[REST].system_out) == f"{count - 1} tensors, byte for byte"
+    assert f"differs 0 tensors of {count}, compared byte for byte, and config.json" in ran.out
+    assert words in " ".join(ran.out.split())
 
 
 def test_a_round_trip(call: Call, world: World, tmp_path: Path) -> None:

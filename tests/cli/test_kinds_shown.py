@@ -12,7 +12,7 @@ import jsonschema
 import pytest
 from adapter_worlds import HEAD, REFUSED, TABLE, WORLDS, World, table_factors
 from cli_world import ROOT, Call, Ran, call_fixture  # noqa: F401 (fixture)
-from tiny import MODULES, PREFIX, adapter_tensors, numbers, read_tensors, write_adapter
+from tiny import MODULES, PREFIX, adapter_tensors, factors, numbers, read_tensors, write_adapter, write_base
 
 from lora_cli.cli import effects
 from lora_cli.cli.text import few, spans
@@ -130,15 +130,45 @@ def test_what_the_base_lacks_is_named(tmp_path: Path, call: Call) -> None:
     assert {"base 4 of 5 names found", "not found other"} <= set(found)
 
 
-def test_places_that_are_not_plain_have_a_column(tmp_path: Path, call: Call) -> None:
+def test_places_that_are_not_plain_are_told_below_the_table(tmp_path: Path, call: Call) -> None:
     world = WORLDS["parts"](tmp_path)
     adapter = write_adapter(tmp_path / "a", read_tensors(world.adapter) | table_factors())
-    out = "".join(call("inspect", adapter, "--base", world.base).out.split())
-    assert "basekey" in out
-    assert "_proj.weight[12:24]" in out
-    assert "embed_tokens.weight" not in out, "its own name is not said again"
+    table, _, below = call("inspect", adapter, "--base", world.base).out.rpartition("\n\n")
+    assert "base key" not in table
+    assert re.search(r"^model\.layers\.1\.mlp\.up_proj +2 +4 +2 +12×8 +F32 *$", table, re.MULTILINE)
+    gate = "model.layers.1.mlp.gate_up_proj.weight [12:24]"
+    assert " ".join(below.split()) == f"model.layers.1.mlp.up_proj goes to {gate}", "its own name is not said again"
     plain = WORLDS["plain"](tmp_path / "p")
-    assert "base key" not in call("inspect", plain.adapter, "--base", plain.base).out
+    assert "goes to" not in call("inspect", plain.adapter, "--base", plain.base).out
+
+
+def test_many_places_have_a_column_and_what_they_begin_with_is_said_once(tmp_path: Path, call: Call) -> None:
+    names = [f"blocks.{number}.attention.q" for number in range(6)]
+    base, adapter = tmp_path / "base", tmp_path / "a"
+    write_base(base, {f"text_model.encoder.{name}.weight": numbers(8, 8) for name in names})
+    made = factors(dict.fromkeys(names, (8, 8)))
+    out = call("inspect", write_adapter(adapter, made), "--base", base, "--map", "blocks=text_model.encoder.blocks").out
+    assert max(map(len, out.splitlines())) <= 80
+    assert re.search(r"^5\.attention\.q +2 +4 +2 +8×8 +F32 +5\.attention\.q\.weight *$", out, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        (MODULES[0], "Shapes of adapter and base do not fit (1): "),
+        ("x.q", "Nothing in this adapter matches the base: "),
+    ],
+)
+def test_a_base_that_does_not_fit_is_a_reason_and_the_table_is_there(
+    module: str, reason: str, tmp_path: Path, call: Call
+) -> None:
+    world = WORLDS["plain"](tmp_path)
+    ran = call("inspect", write_adapter(tmp_path / "b", factors({module: (7, 5)})), "--base", world.base)
+    assert ran.code == 0
+    (row,) = (row for row in rows_of(ran.out) if row.startswith("no merge "))
+    assert row.startswith(f"no merge into base: {reason}")
+    assert re.search(rf"^{re.escape(module)} .* 7×5 ", ran.out, re.MULTILINE)
+    assert "names found" not in ran.out
 
 
 def test_what_was_before_training_is_named(tmp_path: Path, call: Call) -> None:
@@ -171,6 +201,12 @@ def test_edits_are_told_apart_in_a_plan(tmp_path: Path, call: Call) -> None:
         world = WORLDS[name](tmp_path / name)
         out = call("merge", world.base, world.adapter, "--dry-run").out
         assert re.search(rf"  {re.escape(words)}  ", out), (name, out)
+
+
+def test_tables_that_come_back_are_not_dropped(tmp_path: Path, call: Call) -> None:
+    world, merged = WORLDS["resized"](tmp_path), tmp_path / "merged"
+    call("merge", world.base, world.adapter, "-o", merged)
+    assert "tensors 4 tensors change, 5 copied" in rows_of(call("unmerge", merged, world.adapter, "--dry-run").out)
 
 
 # JSON

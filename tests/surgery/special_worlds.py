@@ -168,13 +168,12 @@ def queries(seed: int, *layers: int) -> Tensors:
 
 
 def rows(folder: Path, dtype: torch.dtype, shards: int) -> World:
-    """Tokens that were trained: on a table that is changed too, and on a head."""
+    """Tokens that were trained: on a table to which the same adapter adds, beside a head that another one changes."""
     base = write_base(folder / "base", llama(dtype, head=True), shards, **LLAMA)
     held = {"model.embed_tokens.token_adapter.trainable_tokens_delta": gaussian(30, 3, 12)}
-    one = write_adapter(
-        folder / "one", held | queries(40, 1), trainable_token_indices={"embed_tokens": [32, 0, 7]}, bias="none"
-    )
-    two = write_adapter(folder / "two", table(50, "model.embed_tokens", 33, 12) | lora(60, "lm_head", 33, 12))
+    held = held | queries(40, 1) | table(50, "model.embed_tokens", 33, 12)
+    one = write_adapter(folder / "one", held, trainable_token_indices={"embed_tokens": [32, 0, 7]}, bias="none")
+    two = write_adapter(folder / "two", lora(60, "lm_head", 33, 12))
     return World(base, [one, two], PlanOptions(weights=(1.0, 0.7)))
 
 

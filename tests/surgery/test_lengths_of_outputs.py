@@ -104,17 +104,29 @@ def test_no_strength_but_one(tmp_path: Path, weight: float) -> None:
     base, one, _ = small(tmp_path)
     with pytest.raises(UnsupportedError) as caught:
         merge(base, [one], tmp_path / "merged", PlanOptions(weights=(weight,)))
+    assert (caught.value.file, caught.value.hint) == ("one", "give them --weight 1, or 0 to leave them out")
     assert caught.value.details == (
         f"x.weight: DoRA sets the lengths of rows, and has no meaning at weight {weight:g}",
     )
     assert not (tmp_path / "merged").exists()
 
 
+def test_what_is_wrong_with_all_is_said_once(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", {f"{name}.weight": gaussian(1, 30, 20) for name in "xy"})
+    both = [lora(2, name, 30, 20) | lengths(3, name, 30, 20**0.5) for name in "xy"]
+    one = write_adapter(tmp_path / "one", both[0] | both[1], use_dora=True)
+    with pytest.raises(UnsupportedError, match=r"\(2\): DoRA sets the lengths of rows, and has no meaning") as caught:
+        merge(base, [one], tmp_path / "merged", PlanOptions(weights=(0.5,)))
+    assert caught.value.details == ("x.weight", "y.weight")
+
+
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_nothing_beside_it(tmp_path: Path, order: tuple[int, int]) -> None:
     base, *both = small(tmp_path)
-    with pytest.raises(UnsupportedError, match="nothing can be added along with it"):
+    with pytest.raises(UnsupportedError, match="nothing can be added along with it") as caught:
         merge(base, [both[number] for number in order], tmp_path / "merged")
+    assert caught.value.file == "base"
+    assert "merge one, then the other into what comes out" in str(caught.value.hint)
     # One after the other is something else, and each comes off again.
     one, two = both
     merge(base, [two], tmp_path / "first")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "a": (2, 12), "b": (9, 2), "at": (12, 2), "bt": (2, 9), "bias": (9,),
     "ka": (2, 4, 3), "kb": (9, 2, 1), "kc": (9, 2, 3), "kt": (1, 2, 9),
     "sa": (3, 12, 2), "sb": (3, 2, 9), "sc": (4, 2, 9),
+    "a0": (0, 12), "b0": (1 << 40, 0), "at0": (12, 0), "bt0": (0, 1 << 40), "bias0": (0,),
     "da": (6, 4), "db": (9, 6), "ea": (6, 12), "eb": (9, 2),
 }  # fmt: skip
 
@@ -51,7 +53,7 @@ def test_what_is_recorded_is_recalled(stored: Mapping[str, StoredTensor]) -> Non
         (LowRankBlocks(s["ea"], s["eb"], scale, "lora-blocks-b", 3), True),
     ]
     for delta, transposed in deltas:
-        found = recall(record(Contribution(3, "m", delta, 1.0, transposed)), "key", lambda number, name: s[name])
+        found = recall(record(Contribution(3, "m", delta, 1.0, transposed)), "key", (9,), lambda number, name: s[name])
         assert found == Contribution(3, "key", delta, 1.0, transposed)
 
 
@@ -62,7 +64,7 @@ def test_parts_of_outputs_are_recalled(stored: Mapping[str, StoredTensor]) -> No
         lengthened = LowRank(stored["a"], stored["b"], scale, magnitude=stored["bias"])
         recorded = record(Contribution(3, "m", lengthened, 1.0, False, region))
         assert recorded.tensors == (stored["a"].key, stored["b"].key)
-        found = recall(recorded, "key", lambda number, name: stored[name])
+        found = recall(recorded, "key", (20, 12), lambda number, name: stored[name])
         assert found == Contribution(3, "key", LowRank(stored["a"], stored["b"], scale), 1.0, False, region)
 
 
@@ -76,6 +78,10 @@ BROKEN = [
     said("lora", "a", "b", swapped=True),
     said("lora", "ka", "kb"),
     said("lora", "ids", "b"),
+    said("lora", "a0", "b0"),
+    said("lora", "a0", "b0", outputs=(0, 1 << 40, 1 << 40), rows=((0, 1 << 40, 1),)),
+    said("lora", "at0", "bt0", swapped=True),
+    said("lora-embedding", "a0", "b0"),
     said("lora-embedding", "a", "bt"),
     said("lora-embedding", "a", "b", "b"),
     said("lora-conv", "ka"),
@@ -96,18 +102,47 @@ BROKEN = [
     said("lora-blocks-b", "ka", "kb", blocks=1),
     said("lora-bias", "b"),
     said("lora-bias", "bias", "bias"),
+    said("lora-bias", "bias0"),
 ]
 
 
 @pytest.mark.parametrize("term", BROKEN, ids=lambda term: f"{term.kind} {' '.join(term.tensors)}")
 def test_factors_of_another_kind_are_damage(stored: Mapping[str, StoredTensor], term: TermRecord) -> None:
     with pytest.raises(MalformedFileError, match="damaged"):
-        recall(term, "key", lambda number, name: stored[name])
+        recall(term, "key", (9, 12), lambda number, name: stored[name])
+
+
+PARTS = [
+    ((0, 9, 13), ((0, 9, 1),)),
+    ((0, 9, 12), ((0, 10, 1),)),
+    ((0, 9, 12), ((-1, 8, 1),)),
+    ((0, 9, 12), ((7, -2, -1),)),
+    ((0, 1 << 40, 1 << 40), ((0, 1 << 40, 1),)),
+]
+
+
+@pytest.mark.parametrize(("outputs", "rows"), PARTS)
+def test_parts_that_are_not_there_are_damage(stored: Mapping[str, StoredTensor], outputs: Any, rows: Any) -> None:
+    with pytest.raises(MalformedFileError, match="damaged"):
+        recall(said("lora", "a", "b", outputs=outputs, rows=rows), "key", (9, 12), lambda number, name: stored[name])
+
+
+def test_rows_are_looked_at_without_a_list_of_them(tmp_path: Path) -> None:
+    many = 1 << 22
+    save_file({"a": gaussian(1, 1, 1), "b": gaussian(2, many, 1).half()}, tmp_path / "f.safetensors")
+    stored = open_checkpoint(tmp_path / "f.safetensors").tensors
+    term = said("lora", "a", "b", outputs=(0, many, many), rows=((many - 1, -1, -1),))
+    tracemalloc.start()
+    try:
+        assert recall(term, "key", (many, 1), lambda number, name: stored[name]).region
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_kind_that_is_not_known_is_refused(stored: Mapping[str, StoredTensor]) -> None:
     with pytest.raises(UnsupportedError, match="not known here") as caught:
-        recall(said("loha", "a", "b"), "key", lambda number, name: stored[name])
+        recall(said("loha", "a", "b"), "key", (9, 12), lambda number, name: stored[name])
     assert caught.value.found == "loha"
 
 

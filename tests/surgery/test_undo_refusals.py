@@ -79,8 +79,19 @@ def test_another_adapter(world: World, change: Callable[[Tensors], Tensors], nam
     assert (caught.value.file, caught.value.message) == ("other", "The adapter is not the one that was merged")
     assert names_in(caught.value.details, *named)
     assert str(caught.value.expected).startswith("adapter, content digest ")
+    assert str(caught.value.hint).startswith("adapter was merged last; ")
     with world.refused(23):
         world.unmerge(world.adapter, other)
+
+
+def test_an_adapter_too_many(world: World) -> None:
+    one = world.write_adapter("one", adapter_tensors(20))
+    two = world.write_adapter("two", adapter_tensors(20) | lora("x", 6, 4, 30))
+    command("merge", world.base, one, two, "-o", world.folder / "both")
+    with world.refused(23) as caught:
+        world.unmerge(one, two, world.adapter, merged=world.folder / "both")
+    assert caught.value.file == "adapter"
+    assert str(caught.value.hint).startswith("2 adapters were merged last, one, two; ")
 
 
 def test_no_adapter(world: World) -> None:

@@ -11,6 +11,7 @@ import pytest
 import reference
 import tiny
 import torch
+from adapter_worlds import WORLDS
 from float_reference import Array, to_float64
 from models import CASES, DTYPE_NAMES, maker, read_tensors
 from safetensors.torch import save_file
@@ -250,3 +251,27 @@ def test_of_two_runs_one_wins_and_the_other_leaves_no_trace(tmp_path: Path, name
     with pytest.raises(OutputExistsError):
         unmerge(base, [adapter], out, approximate=True, progress=Rival())
     assert {path.name for path in tmp_path.iterdir()} - {"base", "adapter", "out.lora_unmerge.json"} == {name}
+
+
+@pytest.mark.parametrize("name", ["untied", "resized", "repeated"])
+def test_what_a_merge_did_besides_adding_is_kept_and_never_called_the_base(name: str, tmp_path: Path) -> None:
+    """Nothing is added at all, so every weight is proved; and yet the output is another model than the base."""
+    world, empty = WORLDS[name](tmp_path), tmp_path / "empty"
+    merge(world.base, [world.adapter], tmp_path / "merged")
+    tiny.write_adapter(empty, {k: v * 0 if "_B" in k else v for k, v in tiny.read_tensors(world.adapter).items()})
+    if name == "repeated":
+        weights = {key: tensor for key, tensor in tiny.read_tensors(empty).items() if "layers.3" in key}
+        tiny.write_adapter(empty, weights)
+    result = unmerge(tmp_path / "merged", [empty], tmp_path / "out", approximate=True)
+    assert not result.exact
+    told = " ".join(result.warnings)
+    words = {
+        "untied": ("lm_head.weight has a tensor of its own", "config.json says tie_word_embeddings false"),
+        "resized": ("model.embed_tokens.weight has 23 rows instead of 20", "config.json says vocab_size 23"),
+        "repeated": ("the layers are 0, 1, 0, 1 of the base", "config.json says num_hidden_layers 4"),
+    }
+    assert all(word in told for word in words[name])
+    assert read_tensors(tmp_path / "out").keys() == read_tensors(tmp_path / "merged").keys()
+    plain = WORLDS["plain"](tmp_path / "plain")
+    merge(plain.base, [plain.adapter], tmp_path / "summed")
+    assert unmerge(tmp_path / "summed", [plain.adapter], tmp_path / "back", approximate=True).warnings == ()

@@ -91,6 +91,15 @@ class _Reader:
         _refuse_stacks(found.pairs, file)
         self._blocks.check(found.pairs)
         check_ranks(found, self._scales, self._blocks)
+        self._check_biases(file)
+
+    def _check_biases(self, file: str) -> None:
+        """The bias of a B factor has one number for each of its outputs, of whatever kind of layer it is."""
+        pairs, biases = self._found.pairs, self._found.biases
+        held = [(b, pairs[module].both[1].shape[0]) for module, b in biases.items() if module in pairs]
+        wrong = [f"{b.key}: {list(b.shape)} for {out} outputs" for b, out in held if b.shape != (out,)]
+        if wrong:
+            raise ShapeError("The bias of a factor is not one number for each output", file=file, details=wrong)
 
     def weights(self) -> list[Target]:
         """The changes that pairs of factors make."""
@@ -161,7 +170,7 @@ def _check_magnitudes(targets: Iterable[Target], config: Mapping[str, Any]) -> N
         f"{target.module}: {list(magnitude.shape)} for {target.delta.shape[0]} outputs"
         for target, magnitude in found
         if magnitude is not None
-        and (math.prod(magnitude.shape) != target.delta.shape[0] or max(magnitude.shape) != target.delta.shape[0])
+        and {math.prod(magnitude.shape), max(magnitude.shape, default=0)} != {target.delta.shape[0]}
     ]
     if wrong:
         raise ShapeError("There is not one magnitude for each output", file=CONFIG_FILE, details=wrong)

@@ -12,8 +12,10 @@ from lora_cli.adapters.deltas import (
     LowRankBlocks,
     LowRankKernel,
     LowRankStack,
+    MatrixKind,
     is_block_pair,
     is_kernel_pair,
+    is_matrix_pair,
     is_stack_pair,
 )
 from lora_cli.adapters.region import Region
@@ -42,12 +44,13 @@ def record(term: Contribution) -> TermRecord:
     )
 
 
-def recall(said: TermRecord, key: str, find: Find) -> Contribution:
+def recall(said: TermRecord, key: str, shape: tuple[int, ...], find: Find) -> Contribution:
     """Return the term that was recorded.
 
     Args:
         said: What the undo file says.
         key: The tensor that it changes, for messages.
+        shape: That tensor's shape.
         find: Finds its factors.
 
     Raises:
@@ -56,10 +59,10 @@ def recall(said: TermRecord, key: str, find: Find) -> Contribution:
     """
     tensors = [find(said.adapter, name) for name in said.tensors]
     delta = _delta(said, tensors, key)
-    return Contribution(said.adapter, key, delta, 1.0, said.transposed, _region(said, delta, key))
+    return Contribution(said.adapter, key, delta, 1.0, said.transposed, _region(said, delta, key, shape))
 
 
-def _region(said: TermRecord, delta: Delta, key: str) -> Region | None:
+def _region(said: TermRecord, delta: Delta, key: str, shape: tuple[int, ...]) -> Region | None:
     """The outputs that a term was for; a manifest may say anything, so nothing is counted before it is bounded."""
     if not said.outputs and not said.rows:
         return None
@@ -67,10 +70,11 @@ def _region(said: TermRecord, delta: Delta, key: str) -> Region | None:
     bounded = all(abs(number) <= outputs for run in said.rows for number in run) and len(said.rows) <= outputs
     try:
         begin, end, of = said.outputs
-        region = Region((begin, end), of, said.rows) if bounded and end - begin <= outputs and of < 1 << 48 else None
+        region = Region((begin, end), of, said.rows) if bounded and of <= max(shape, default=0) else None
     except ValueError:
         region = None
-    if region is None or not all(0 <= row < outputs for row in region.indices()):
+    runs = (range(*run) for run in said.rows)
+    if region is None or not all(0 <= row < outputs for run in runs if run for row in (run[0], run[-1])):
         raise MalformedFileError(
             "The undo file is damaged", tensor=key, expected=f"a part of {outputs} outputs", found=str(said.outputs)
         )
@@ -98,10 +102,11 @@ def _delta(said: TermRecord, tensors: list[StoredTensor], key: str) -> Delta:
 
 
 def _matrix(said: TermRecord, tensors: Sequence[StoredTensor], scale: Scale) -> Delta | None:
-    shapes = [tensor.shape for tensor in tensors]
-    if list(map(len, shapes)) != [2, 2] or shapes[0][said.swapped] != shapes[1][not said.swapped]:
+    if len(tensors) != 2:
         return None
-    return LowRank(tensors[0], tensors[1], scale, said.swapped, "lora" if said.kind == "lora" else "lora-embedding")
+    a, b = (tensor.shape[::-1] if said.swapped else tensor.shape for tensor in tensors)
+    kind: MatrixKind = "lora" if said.kind == "lora" else "lora-embedding"
+    return LowRank(tensors[0], tensors[1], scale, said.swapped, kind) if is_matrix_pair(a, b) else None
 
 
 def _blocks(said: TermRecord, tensors: Sequence[StoredTensor], scale: Scale) -> Delta | None:
@@ -124,7 +129,8 @@ def _stack(said: TermRecord, tensors: Sequence[StoredTensor], scale: Scale) -> D
 
 
 def _bias(said: TermRecord, tensors: Sequence[StoredTensor], scale: Scale) -> Delta | None:
-    return LowRankBias(tensors[0], scale) if [len(tensor.shape) for tensor in tensors] == [1] else None
+    fits = len(tensors) == 1 and len(tensors[0].shape) == 1 and tensors[0].shape != (0,)
+    return LowRankBias(tensors[0], scale) if fits else None
 
 
 _KINDS: Mapping[str, Callable[[TermRecord, Sequence[StoredTensor], Scale], Delta | None]] = {

@@ -247,7 +247,7 @@ class _Undoing:
 
     def _edit(self, info: TensorInfo, said: TensorRecord) -> Edit:
         key = info.name
-        terms = tuple(recall(term, key, self._find) for term in said.terms)
+        terms = tuple(recall(term, key, info.shape, self._find) for term in said.terms)
         forgotten = None
         operation: Operation = "keep"
         if said.how == "stored":
@@ -314,10 +314,8 @@ class _Undoing:
         return self._factors[number][name]
 
     def _appended(self, files: Sequence[OutputFile]) -> tuple[str, ...]:
-        edits = [edit for file in files for edit in file.edits]
-        used = {edit.source.key for edit in edits if edit.source.shard is not self._undo.shard}
-        # What the undo file holds whole has its name back.
-        return tuple(sorted(self._merged.tensors.keys() - used - {edit.key for edit in edits}))
+        used = {edit.source.key for file in files for edit in file.edits if edit.source.shard is not self._undo.shard}
+        return tuple(sorted(key for key in self._merged.tensors if key not in used))
 
     # Small files
 
