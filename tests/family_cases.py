@@ -94,7 +94,7 @@ MORE: Final = {
         {ENDS} table-and-head-as-one bias-all bias-lora-only lora-bias layers-pattern fan-in-fan-out positions
         table-and-positions-as-one table-and-linear tokens-named tokens-and-head resized dora-bias dora-rslora
         dora-negative mica pissa-converted""",
-    "opt": f"{ENDS} bias-all positions tokens resized",
+    "opt": f"{ENDS} bias-all tokens resized",
     "gpt-neox": f"{ENDS} old-head old-head-saved",
     "bert": f"""
         {ENDS} table-and-positions-as-one head-saved-as-one bias-all bias-lora-only lora-bias dora-bias table-dora

@@ -299,7 +299,7 @@ OPTIONS: Final = {
         # Single tokens
         Option("tokens", lora(trainable_token_indices=[3, 1, 40])),
         Option("tokens-named", lora(trainable_token_indices=lambda family: {family.table: [0, 47, 5]})),
-        Option("tokens-of-head", lora(trainable_token_indices=lambda family: {family.head: [0, 47, 5]})),
+        Option("tokens-of-head", lora(trainable_token_indices=lambda f: {f.head: [0, 47, 5]}), ties=True),
         Option("tokens-of-both", lora(trainable_token_indices=lambda f: {f.table: [0, 47], f.head: [9]}), ties=True),
         Option("tokens-as-one", lora(trainable_token_indices=[3, 1, 40], ensure_weight_tying=True)),
         Option(  # which lie under what the head's factors add

@@ -29,13 +29,15 @@ class Change:
         terms: Deltas on it.
         replaced: What takes its place, under the deltas.
         rows: Rows that take the place of single ones, under the deltas.
-        holders: Positions of the adapters that hold it, or rows of it.
+        holder: Position of the adapter that holds it whole.
+        row_holders: Positions of the adapters that hold the rows.
     """
 
     terms: list[Contribution] = field(default_factory=list)
     replaced: Replacement | None = None
     rows: list[Rows] = field(default_factory=list)
-    holders: set[int] = field(default_factory=set)
+    holder: int | None = None
+    row_holders: list[int] = field(default_factory=list)
 
     def add(self, added: Contribution) -> tuple[type[LoraCliError], str] | None:
         """Add a delta; returns what is wrong with it beside the others, if anything is."""
@@ -53,23 +55,23 @@ class Change:
 
     def lay(self, rows: Rows, adapter: int) -> bool:
         """Take rows of an adapter; returns whether none of them is another one already."""
-        self.holders.add(adapter)
         if any(_rows_alike(rows, other) for other in self.rows):
             return True
         free = all(set(rows.at).isdisjoint(other.at) for other in self.rows)
         self.rows.append(rows)
+        self.row_holders.append(adapter)
         return free
 
     def mixed(self) -> str | None:
-        """Say what is wrong where rows meet other changes of the tensor, if anything is."""
-        if not self.rows:
-            return None
-        if any(term.delta.magnitude for term in self.terms):
-            return "trained rows, and DoRA, whose lengths were of other rows"
-        adding = {term.adapter for term in self.terms if term.weight}
-        if adding <= self.holders and (self.replaced is None or len(self.holders) == 1):
-            return None
-        return "rows of one adapter, and a change of another that was trained without them; merge one after the other"
+        """Say what is wrong where rows meet other changes of the same outputs, if anything is."""
+        other = "rows of one adapter, and a change of another that was trained without them; merge one after the other"
+        for rows, holder in zip(self.rows, self.row_holders, strict=True):
+            meeting = [term for term in self.terms if term.weight and _meet(rows, term)]
+            if any(term.adapter != holder for term in meeting) or self.holder not in (None, holder):
+                return other
+            if any(term.delta.magnitude for term in meeting):
+                return "trained rows, and DoRA, whose lengths were of other rows"
+        return None
 
     @staticmethod
     def _overlap(one: Contribution, other: Contribution) -> bool:
@@ -85,6 +87,12 @@ class Change:
         if one is None or two is None:
             return same and one is two
         return same and contents_alike(one.tensor, two.tensor)
+
+
+def _meet(rows: Rows, term: Contribution) -> bool:
+    """Whether a delta changes any of some rows; where outputs are columns it changes all of them."""
+    begin, end = term.outputs
+    return term.transposed or any(begin <= at < end for at in rows.at)
 
 
 def settle_ties(views: Views, changes: MutableMapping[str, Change]) -> tuple[str, ...]:

@@ -224,7 +224,7 @@ class Placement:
         self._check_plain(key)
         for name in self._names(key, shared=replacement.of_base):
             change = self._change(name)
-            change.holders.add(one.position)
+            change.holder = one.position if change.holder is None else change.holder
             if change.replaced and not contents_alike(change.replaced.tensor, tensor):
                 self.accounts.problem(NamesError, _two_words(name, one.adapter))
                 return

@@ -36,10 +36,10 @@ def elsewhere(value: float = 0.0) -> dict[str, Array]:
     return {key: tensor + np.float32(value) for key, tensor in factors({MODULES[0]: (12, WIDTH)}).items()}
 
 
-def rows_at(folder: Path, *at: int, value: float = 7) -> Path:
+def rows_at(folder: Path, *at: int, value: float = 7, other: float = 0) -> Path:
     """An adapter of trained tokens: all of their numbers are `value` and the token's number."""
     held = np.stack([np.full(WIDTH, value + token, np.float32) for token in at])
-    return write_adapter(folder, elsewhere(value) | {ROWS: held}, trainable_token_indices=list(at))
+    return write_adapter(folder, elsewhere(value + other) | {ROWS: held}, trainable_token_indices=list(at))
 
 
 def delta(folder: Path) -> Path:
@@ -52,9 +52,9 @@ def whole(folder: Path, entries: int = VOCABULARY) -> Path:
     return write_adapter(folder, elsewhere() | tables)
 
 
-def merged(base: Path, *adapters: Path, **options: tuple[float, ...]) -> tuple[MergeResult, dict[str, Array]]:
+def merged(base: Path, *adapters: Path, weights: tuple[float, ...] = ()) -> tuple[MergeResult, dict[str, Array]]:
     folder = base.parent / "merged"
-    return merge(base, adapters, folder, PlanOptions(**options)), read_tensors(folder)
+    return merge(base, adapters, folder, PlanOptions(weights=weights)), read_tensors(folder)
 
 
 def refused(error: type[LoraCliError], base: Path, *adapters: Path) -> str:
@@ -79,7 +79,7 @@ def test_rows_of_two_adapters_that_do_not_meet_are_both_laid(tmp_path: Path) -> 
 
 
 def test_rows_that_two_adapters_hold_alike_are_laid_once(tmp_path: Path) -> None:
-    adapters = [rows_at(tmp_path / name, 3, 1) for name in ("one", "two")]
+    adapters = [rows_at(tmp_path / name, 3, 1, other=at) for at, name in enumerate(("one", "two"))]
     result, tensors = merged(untied_base(tmp_path), *adapters)
     expected = base_tensors()[TABLE]
     expected[[1, 3]] = np.array([[8], [10]], np.float32)
@@ -112,6 +112,12 @@ def test_rows_lie_under_a_delta_of_their_own_adapter(tmp_path: Path) -> None:
     expected = base_tensors()[TABLE].astype(np.float64)
     expected[[3, 1]] = tokens(2)[ROWS]
     assert np.allclose(tensors[TABLE], expected + 2 * (b @ a).T, rtol=1e-6, atol=1e-6)
+
+
+def test_rows_of_one_adapter_and_a_delta_of_another_that_has_rows_too_are_refused(tmp_path: Path) -> None:
+    both = elsewhere() | table_factors() | tokens(1)
+    adapters = write_adapter(tmp_path / "both", both, trainable_token_indices=[3]), rows_at(tmp_path / "rows", 5)
+    assert AFTER in refused(UnsupportedError, untied_base(tmp_path), *adapters)
 
 
 def test_rows_meet_a_delta_of_weight_zero(tmp_path: Path) -> None:
@@ -192,7 +198,7 @@ POSITIONS = "model.decoder.embed_positions.weight"
 OPT = {"architectures": ["OPTForCausalLM"], "model_type": "opt", "vocab_size": 20, "max_position_embeddings": 14}
 
 
-@pytest.mark.parametrize("config", [OPT, OPT | {"vocab_size": 14}, {}], ids=["opt", "as many words", "no config"])
+@pytest.mark.parametrize("config", [OPT, OPT | {"vocab_size": 16}, {}], ids=["opt", "as many words", "no config"])
 def test_another_number_of_positions_is_no_other_vocabulary(config: dict[str, object], tmp_path: Path) -> None:
     tensors = base_tensors() | {POSITIONS: numbers(16, WIDTH, seed=33)}
     adapter = write_adapter(tmp_path / "a", elsewhere() | {f"{PREFIX}{POSITIONS}": numbers(24, WIDTH)})
@@ -219,13 +225,13 @@ MARIAN = {
 SHARED, BIAS = "model.shared.weight", "final_logits_bias"
 
 
-def translator(folder: Path) -> Path:
+def translator(folder: Path, *, bias: bool = True) -> Path:
     tensors = {
         SHARED: numbers(VOCABULARY, WIDTH),
         "model.encoder.layers.0.fc1.weight": numbers(16, WIDTH, seed=4),
-        BIAS: numbers(1, VOCABULARY, seed=3),
     }
-    return write_base(folder / "base", tensors, shards=1, config=MARIAN)
+    more = {BIAS: numbers(1, VOCABULARY, seed=3)} if bias else {}
+    return write_base(folder / "base", tensors | more, shards=1, config=MARIAN)
 
 
 def more_words(folder: Path, *keys: str) -> Path:
@@ -241,10 +247,8 @@ def test_a_vocabulary_of_two_sizes_is_refused(tmp_path: Path) -> None:
     assert "of two sizes" in words
 
 
-def test_a_vocabulary_is_resized_with_its_bias_and_every_field_of_the_config(tmp_path: Path) -> None:
-    adapter = more_words(tmp_path / "adapter", SHARED, "lm_head.weight", BIAS)
-    _, tensors = merged(translator(tmp_path), adapter)
-    assert tensors[SHARED].shape == (VOCABULARY + 3, WIDTH)
-    assert tensors[BIAS].shape == (1, VOCABULARY + 3)
+def test_every_field_of_a_config_that_counts_the_words_says_their_new_number(tmp_path: Path) -> None:
+    adapter = more_words(tmp_path / "adapter", SHARED, "lm_head.weight")
+    merged(translator(tmp_path, bias=False), adapter)
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert (config["vocab_size"], config["decoder_vocab_size"]) == (VOCABULARY + 3, VOCABULARY + 3)
