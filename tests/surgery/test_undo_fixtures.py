@@ -1,4 +1,4 @@
-"""Undo files that lora-cli 0.1.0 wrote, in format 1 and with arithmetic 1: these are read forever.
+"""Undo files that lora-cli 0.1.0 wrote, in formats 1 and 2, with arithmetic 1: these are read forever.
 
 Never regenerate them: whoever has a merged checkpoint from then has such a file beside it, and nothing else. A new
 format or arithmetic gets fixtures of its own, beside these. `make` shows how they came about; it refuses to write over
@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from special_worlds import WORLDS
 from undo_reader import restore
 from undo_world import Raw, read_raw, read_undo
 
@@ -24,16 +25,21 @@ from lora_cli.surgery.merge import merge
 from lora_cli.surgery.placing import PlanOptions
 from lora_cli.surgery.unmerge import unmerge
 
-FIXTURES = Path(__file__).parents[1] / "fixtures" / "undo-1"
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 FROZEN = {
-    "bare": "41afc2b89b3f77e821a3e12fa2fa2ef1bfcc3b2e4f824486058e1c11f8de080e",
-    "cast": "686e7945b8c9437c6f124977f86f539a24219b0e7296d4394e6b5e5b2617eb51",
-    "eight-bits": "27a3ce3b6e46d83841495f548fd5fcaecbecb7c3c5ef2714c324ddee9e87228d",
-    "kinds": "25a00d00e69f8acdd313b3d8dbf8d9e5eb2b0fb88523a8dc0fca0d161dda9923",
-    "replaced": "16114cdad04902a8472dad1b482c039b1b76a7aabd668bd19c9368ece67635ef",
-    "shards": "e2bc0db249b3226a4435fce32b420df427f3cf9656c4872f8791494721f07ca6",
-    "stack": "52d618d40859ccd68236c6ffda77d3d73a01e6997cd7dc67e3ed4ba64613acc7",
-    "wrapped": "163c867a9fe7ebc271d418e26a66c46ef477b5883adc557f51dad13a341a515c",
+    "undo-1/bare": "41afc2b89b3f77e821a3e12fa2fa2ef1bfcc3b2e4f824486058e1c11f8de080e",
+    "undo-1/cast": "686e7945b8c9437c6f124977f86f539a24219b0e7296d4394e6b5e5b2617eb51",
+    "undo-1/eight-bits": "27a3ce3b6e46d83841495f548fd5fcaecbecb7c3c5ef2714c324ddee9e87228d",
+    "undo-1/kinds": "25a00d00e69f8acdd313b3d8dbf8d9e5eb2b0fb88523a8dc0fca0d161dda9923",
+    "undo-1/replaced": "16114cdad04902a8472dad1b482c039b1b76a7aabd668bd19c9368ece67635ef",
+    "undo-1/shards": "e2bc0db249b3226a4435fce32b420df427f3cf9656c4872f8791494721f07ca6",
+    "undo-1/stack": "52d618d40859ccd68236c6ffda77d3d73a01e6997cd7dc67e3ed4ba64613acc7",
+    "undo-1/wrapped": "163c867a9fe7ebc271d418e26a66c46ef477b5883adc557f51dad13a341a515c",
+    "undo-2/dora": "608bc58bdc7b7763ce6ad1f1a1cbb0e04970d1ad5e3b3fc2a9d557874fd51f6d",
+    "undo-2/fused": "2a331456cfdb7d2511b0b6ffece7d74fc6c85392ad3fd21f7536e83f1ea5fe48",
+    "undo-2/repeated": "4e24d4226606def4e84fa86bca5a08a28921f6e02726260d3e16dbfe7299a8d4",
+    "undo-2/rotary": "6da675e75acc47c1d0a8940d20be6b31354d99c7debb8ad0dc14f9bc29caa47e",
+    "undo-2/rows": "e549cb480de2a3914a4f2bf138044c264cb6603e9c9373e9d02eb8b2b8c57f0d",
 }
 """SHA-256 of all that belongs to a case."""
 
@@ -57,9 +63,9 @@ def merged_in(case: Path) -> Path:
 
 def test_none_of_them_changed_or_went(case: Path) -> None:
     text = "".join(f"{digest} {name}\n" for name, digest in sums(case).items())
-    assert hashlib.sha256(text.encode()).hexdigest() == FROZEN[case.name]
-    assert sum(path.stat().st_size for path in FIXTURES.rglob("*") if path.is_file()) < 120_000
-    assert {path.name for path in FIXTURES.iterdir()} == set(FROZEN)
+    assert hashlib.sha256(text.encode()).hexdigest() == FROZEN[f"{case.parent.name}/{case.name}"]
+    assert sum(path.stat().st_size for path in FIXTURES.rglob("*") if path.is_file()) < 300_000
+    assert {path.relative_to(FIXTURES).as_posix() for path in FIXTURES.glob("*/*")} == set(FROZEN)
 
 
 def restored(case: Path, given: bool) -> Path:
@@ -152,7 +158,17 @@ def make() -> None:
     first, second, folder, file = _all_kinds()
     _make("kinds", {"1": first, "2": second}, {"adapter": folder, "plain": file})
     _make("stack", {"1": _kinds(BF16)}, {"first": _factors("dense", "half")}, embed=True)
-    _make_stack(FIXTURES / "stack")
+    _make_stack(FIXTURES / "undo-1" / "stack")
+
+
+def make_newer() -> None:
+    """Write those of format 2, once: lengths, parts of tensors, and what comes with other names and sizes."""
+    for name, dtype in {"dora": BF16, "fused": F16, "rotary": BF16, "rows": BF16, "repeated": torch.float32}.items():
+        case = FIXTURES / "undo-2" / name
+        case.mkdir(parents=True)  # an error if it is there
+        world = WORLDS[name](case, dtype, 1)
+        weights = list(world.options.weights)
+        _merge(case, "", [adapter.name for adapter in world.adapters], {"weights": weights} if weights else {}, False)
 
 
 def _kinds(dtype: torch.dtype) -> Tensors:
@@ -206,7 +222,7 @@ def _make(
     options: dict[str, Any] | None = None,
     embed: bool = False,
 ) -> None:
-    case = FIXTURES / name
+    case = FIXTURES / "undo-1" / name
     case.mkdir(parents=True)  # an error if it is there
     kind = ".safetensors" if "" in shards else ""
     base = case / f"base{kind}"
