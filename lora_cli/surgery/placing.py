@@ -308,9 +308,10 @@ class Placement:
         for name, change in self.changes.items():
             if problem := change.mixed():
                 self.accounts.problem(UnsupportedError, f"{name}: {problem}")
-            last, size = max((rows.at[-1] for rows in change.rows if rows.at), default=-1), self._shape(name)[0]
-            if last >= size:
-                self.accounts.problem(ShapeError, f"{name}: row {last} is trained, and there are {size}")
+            last = max((rows.at[-1] for rows in change.rows if rows.at), default=-1)
+            if change.rows and last >= self._shape(name)[0]:
+                words = f"{name}: row {last} is trained, and there are {self._shape(name)[0]}"
+                self.accounts.problem(ShapeError, words)
 
     def _shape(self, key: str) -> tuple[int, ...]:
         """The shape of a tensor as deltas find it."""

@@ -236,7 +236,7 @@ NUMBER = st.one_of(st.integers(-40, 40), st.integers(-(1 << 63), (1 << 63) - 1))
 @settings(max_examples=150, deadline=None)
 def test_any_part_of_outputs(world: World, outputs: list[int], rows: list[Any], number: int) -> None:
     manifest, parts = read_undo(world.merged / UNDO)
-    before = dict(record(manifest, SUMS)["terms"][number])
+    before: dict[str, Any] = {"outputs": [], "rows": []} | dict(record(manifest, SUMS)["terms"][number])
     record(manifest, SUMS)["terms"][number].update(outputs=outputs, rows=rows)
     code = outcome(world, manifest, parts)
     assert code == 10 or (code == 0 and before == record(manifest, SUMS)["terms"][number])
