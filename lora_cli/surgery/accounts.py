@@ -44,10 +44,6 @@ class Accounts:
         label = self._adapters[position].label
         self._ledgers[position].append(LedgerEntry(label, tensor.key, outcome, key, reason))
 
-    def has(self, position: int, tensor: StoredTensor) -> bool:
-        """Whether it was said already what becomes of a tensor."""
-        return any(entry.tensor == tensor.key for entry in self._ledgers[position])
-
     def problem(self, kind: type[LoraCliError], words: str) -> None:
         """Say that something is wrong."""
         self._problems.append((kind, words))

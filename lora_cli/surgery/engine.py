@@ -119,8 +119,8 @@ class Workshop:
                 source, result = typed(self._input, stored, last - first), typed(self._output, out, last - first)
                 reader.read_into(edit.source.offset + (block.offset + first) * stored.itemsize, raw_bytes(source))
                 delta, gain = deltas[first:last], None if gains is None else gains[first:last]
-                step(lay_rows(edit, block.offset + first, source, readers), delta, result, gain)
-                _spare_rows(edit, block.offset + first, source, delta, result)
+                step(source, delta, result, gain)
+                lay_rows(edit, block.offset + first, source, result, readers, delta)
                 yield Piece(block.offset + first, source, result, delta, gain, last == block.elements)
 
     def _cast(self, edit: Edit, begin: int, end: int, readers: Readers) -> Iterator[Piece]:
@@ -131,7 +131,8 @@ class Workshop:
             reader.read_into(edit.source.offset + block.offset * stored.itemsize, raw_bytes(source))
             if edit.displaced is not None or edit.operation == "append":
                 check_finite(source)
-            result = cast(lay_rows(edit, block.offset, source, readers), typed(self._output, out, block.elements))
+            result = cast(source, typed(self._output, out, block.elements))
+            lay_rows(edit, block.offset, source, result, readers)
             yield Piece(block.offset, source, result)
 
     def _restored(self, edit: Edit, begin: int, end: int, readers: Readers) -> Iterator[Piece]:
@@ -211,17 +212,6 @@ def _made(edit: Edit, fresh: FreshTensor, begin: int, end: int) -> Iterator[Piec
     for offset, data in fresh.blocks(begin * columns, end * columns):
         result = torch.from_numpy(data).view(torch_dtype(edit.dtype))
         yield Piece(offset, result, result)
-
-
-def _spare_rows(edit: Edit, first: int, source: torch.Tensor, delta: torch.Tensor, result: torch.Tensor) -> None:
-    """Say of rows that adapters hold that nothing was added: what changed there is not what deltas do.
-
-    Nor can they be taken out again, so that they stay where deltas are subtracted.
-    """
-    for span in edit.held(first, delta.numel()):
-        delta[span] = 0
-        if edit.operation == "subtract":
-            cast(source[span], result[span])
 
 
 @contextmanager

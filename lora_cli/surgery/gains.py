@@ -67,8 +67,7 @@ class Gains:
         sums = dora.SquareSums(outputs.stop - outputs.start)
         transposed = edit.terms[0].transposed
         for block in _strips(edit, outputs, transposed=transposed):
-            values = self._read(edit, block, readers)
-            values = values.to(kernel.work, copy=True)
+            values = self._read(edit, block, readers).to(kernel.work, copy=True)
             values += self._products.delta(edit, block, kernel, readers)
             matrix = values.view(block.shape)
             sums.add(matrix if transposed else matrix.T)

@@ -210,6 +210,7 @@ class Placement:
         elif key is None:
             for place in places:
                 self._place_part(one, replacement, place)
+            self.accounts.enter(one.position, tensor, "replaced", places[0].key, replacement.reason)
         else:
             self._replace(one, replacement, key)
 
@@ -267,8 +268,6 @@ class Placement:
         self._check_plain(place.key)
         if self._fits_type(one.adapter, tensor, place.key):
             self._lay(one, place.key, Rows(tensor, rows, tuple(range(*region.outputs))))
-        if not self.accounts.has(one.position, tensor):
-            self.accounts.enter(one.position, tensor, "replaced", place.key, replacement.reason)
 
     def _place_rows(self, one: _Applied, change: RowReplacement, place: Place) -> None:
         tensor, shape = change.tensor, self._shape(place.key)

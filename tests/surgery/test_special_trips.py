@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -167,3 +168,17 @@ def test_rows_stay_where_nothing_says_what_they_were(tmp_path: Path) -> None:
     assert proof.undecided >= int(rows.sum()) * 12
     assert int((back[~rows] != base[~rows]).sum()) <= proof.undecided - int(rows.sum()) * 12
     assert any(text.startswith(f"{key}: the adapter replaced it, or rows of it") for text in listener.told)
+
+
+def test_rows_are_not_rounded_to_a_type_that_the_output_does_not_have(tmp_path: Path) -> None:
+    """Trained in float32 and written in float32: the base's 16 bits are not between."""
+    world = WORLDS["rows"](tmp_path, torch.bfloat16, 1)
+    options = replace(world.options, dtype="fp32")
+    merge(world.base, world.adapters, tmp_path / "merged", options, undo=False)
+    held = read_tensors(world.adapters[0])
+    trained = held["base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"].double()
+    a, b = (held[f"base_model.model.model.embed_tokens.lora_embedding_{side}"].double() for side in "AB")
+    said = json.loads((world.adapters[0] / "adapter_config.json").read_text())
+    expected = trained + said["lora_alpha"] / said["r"] * (b @ a).T[[32, 0, 7]]
+    found = read_tensors(tmp_path / "merged")["model.embed_tokens.weight"][[32, 0, 7]].double()
+    assert float((found - expected).abs().max()) < 1e-6 * float(expected.abs().max())
