@@ -23,6 +23,27 @@ if TYPE_CHECKING:
 
 Load = Callable[[StoredTensor], "torch.Tensor"]
 
+Acts = Literal["product", "sum", "gain", "map"]
+"""What a change does to a matrix: adds a product of factors, adds what a formula gives, multiplies each element, or
+makes new rows of the old ones."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """What a base tells of the parameter that a change is for.
+
+    Attributes:
+        shape: Its shape as the trained model holds it; of what a Conv1D of GPT-2 stores (in × out), still (out, in).
+        transposed: The base stores each of its matrices the other way round.
+        stack: Whether it is a stack of matrices, one for each expert.
+        base_config: The base's `config.json`.
+    """
+
+    shape: tuple[int, ...]
+    transposed: bool
+    stack: bool
+    base_config: Mapping[str, Any]
+
 
 @dataclass(frozen=True, slots=True)
 class Scale:
@@ -54,14 +75,24 @@ def _exact_scale(alpha: float, rank: int, weight: float, *, rslora: bool) -> flo
 class Delta(Protocol):
     """The change of one target, before a base is known (the kinds are in `deltas`).
 
-    Kinds that are sums of low-rank terms implement exactly this; the engine stacks the terms of all adapters on one
-    target into one exact product. `shape` is (out, in) in the sense of the module, not of how a base stores it. A
-    target may be a stack of such matrices: then there is a product for each of them.
+    Of kinds that are products the engine stacks the terms of all adapters on one target into one exact product; the
+    others are `formula.Formula`. `shape` is (out, in) in the sense of the module, not of how a base stores it. A target
+    may be a stack of such matrices: then there is a product for each of them.
     """
 
     @property
     def kind(self) -> str:
         """Name of the kind, for people."""
+        ...
+
+    @property
+    def acts(self) -> Acts:
+        """What it does to a matrix."""
+        ...
+
+    @property
+    def exact(self) -> bool:
+        """Whether it has the same bits on every machine, so that an undo can make it again."""
         ...
 
     @property
@@ -81,7 +112,19 @@ class Delta(Protocol):
 
     @property
     def stored(self) -> Mapping[bool, tuple[int, ...]]:
-        """Shapes under which a base may store the target: with its matrices (out × in), and transposed."""
+        """Shapes under which a base may store the target: with its matrices (out × in), and transposed.
+
+        Empty where factors alone do not tell: then it is asked to settle `on` a parameter.
+        """
+        ...
+
+    def on(self, parameter: Parameter) -> Delta:
+        """It, for this parameter: itself, where nothing was open.
+
+        Raises:
+            ShapeError: It does not fit.
+            UnsupportedError: It may fit in several ways.
+        """
         ...
 
     @property
@@ -112,11 +155,13 @@ class Target:
         module: Name of the module in the adapter's spelling; empty for that of the whole model.
         parameter: Which of its parameters, mostly `weight`.
         delta: The change.
+        may_lack: Whether the base may have no such parameter, and then there is nothing to do.
     """
 
     module: str
     parameter: str
     delta: Delta
+    may_lack: bool = False
 
     @property
     def name(self) -> str:
@@ -178,6 +223,7 @@ class Adapter:
         initial: The init that took the first factors off the base, where the file holds no more than the trained ones.
         before: The adapter as it was before training, whose deltas are taken off again where `initial` is set.
         beginning: It is what another was before training, and is only taken off with it.
+        tuner: What people call the tuner that made it, if that is another than LoRA.
         unread: Tensors of the file that the format gives no meaning; an error unless the user allows them.
         skipped: Tensors that need not be applied, each with the reason.
         config: The config that gives the tensors meaning; empty when there is none.
@@ -200,6 +246,7 @@ class Adapter:
     initial: str | None = None
     before: Adapter | None = None
     beginning: bool = False
+    tuner: str | None = None
     unread: tuple[StoredTensor, ...] = ()
     skipped: tuple[tuple[StoredTensor, str], ...] = ()
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -211,16 +258,22 @@ class Adapter:
 
     @property
     def kind(self) -> str:
-        """What a person would call it: LoRA, rsLoRA or DoRA."""
+        """What a person would call it: LoRA, rsLoRA or DoRA, or the name of another tuner."""
+        if self.tuner:
+            return self.tuner
         if any(target.delta.magnitude for target in self.targets):
             return "DoRA"
         return "rsLoRA" if any(target.delta.scale.rslora for target in self.targets) else "LoRA"
 
     @property
     def tensors(self) -> list[StoredTensor]:
-        """Every stored tensor of it."""
-        deltas = [tensor for target in self.targets for tensor in target.delta.tensors]
-        return [*deltas, *(change.tensor for change in self.replacements), *(change.tensor for change in self.rows)]
+        """Every stored tensor of it, once."""
+        deltas = {tensor.key: tensor for target in self.targets for tensor in target.delta.tensors}
+        return [
+            *deltas.values(),
+            *(change.tensor for change in self.replacements),
+            *(change.tensor for change in self.rows),
+        ]
 
     @property
     def names(self) -> list[str]:

@@ -8,9 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
-from lora_cli.adapters.adapter import Load, Scale
+from lora_cli.adapters.adapter import Acts, Load, Parameter, Scale
 from lora_cli.checkpoint.checkpoint import StoredTensor
 
 if TYPE_CHECKING:
@@ -19,9 +19,31 @@ if TYPE_CHECKING:
 MatrixKind = Literal["lora", "lora-embedding"]
 BlocksKind = Literal["lora-blocks-a", "lora-blocks-b"]
 
+D = TypeVar("D", bound="_Product")
+
+
+class _Product:
+    """What is the same for all of them."""
+
+    __slots__ = ()
+
+    @property
+    def acts(self) -> Acts:
+        """It adds a product."""
+        return "product"
+
+    @property
+    def exact(self) -> bool:
+        """Products are exact."""
+        return True
+
+    def on(self: D, parameter: Parameter) -> D:
+        """Its factors say all."""
+        return self
+
 
 @dataclass(frozen=True, slots=True)
-class LowRank:
+class LowRank(_Product):
     """LoRA on a matrix: ΔW = scale · B·A with A (rank × in) and B (out × rank) (Hu et al. 2021).
 
     An embedding is the matrix of a module that takes one-hot vectors: with A (rank × entries) and B (dim × rank) its
@@ -84,7 +106,7 @@ class LowRank:
 
 
 @dataclass(frozen=True, slots=True)
-class LowRankKernel:
+class LowRankKernel(_Product):
     """LoRA on a convolution: ΔW = scale · B·A on the kernel as an (out × in/groups·k…) matrix.
 
     A is a convolution's kernel too, (rank, in/groups, k…), and B mixes what it gives: (out, rank), with ones behind it
@@ -140,7 +162,7 @@ class LowRankKernel:
 
 
 @dataclass(frozen=True, slots=True)
-class LowRankStack:
+class LowRankStack(_Product):
     """LoRA on a stack of matrices, such as a grouped linear layer's, one for each expert: ΔW[e] = scale · A[e]·B[e].
 
     A is (experts, in, rank) and B (experts, rank, out), the layouts that `torch.bmm` multiplies; the base stores
@@ -191,7 +213,7 @@ class LowRankStack:
 
 
 @dataclass(frozen=True, slots=True)
-class LowRankBlocks:
+class LowRankBlocks(_Product):
     """LoRA of which one factor is block-diagonal (PEFT's BD-LoRA): ΔW = scale · B·A with that factor expanded.
 
     Its blocks are stored one below the other: A = diag(A₁ … Aₙ) as (rank × in/n), B = diag(B₁ … Bₙ) as (out × rank/n).
@@ -255,7 +277,7 @@ class LowRankBlocks:
 
 
 @dataclass(frozen=True, slots=True)
-class LowRankBias:
+class LowRankBias(_Product):
     """The bias of a LoRA B factor: Δbias = scale · b, a product of rank one with a single column."""
 
     b: StoredTensor

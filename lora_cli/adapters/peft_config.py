@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from lora_cli.adapters.peft_types import check_types, is_set
@@ -32,6 +33,16 @@ UNDERSTOOD = {
     "use_bdlora": "which factors are block-diagonal",
     "use_dora": "lengths are learned apart from directions; the magnitudes are in the file",
 }
+
+COMMON = {
+    "peft_type": "which tuner made the adapter",
+    "bias": "which biases were trained; they are in the file",
+    "modules_to_save": "modules that are in the file whole",
+    "peft_version": "who wrote the file",
+    "task_type": "which head the fine-tune may have added",
+    "trainable_token_indices": "which rows of a table were trained; they are in the file",
+}
+"""Understood of every tuner."""
 
 NEUTRAL = {
     "auto_mapping": "which class to load",
@@ -128,14 +139,31 @@ def layers_of(config: Mapping[str, Any]) -> tuple[int, ...] | None:
 
 
 def refuse_set_fields(
-    config: Mapping[str, Any], understood: Collection[str], *, file: str, ignore: Collection[str] = ()
+    config: Mapping[str, Any],
+    understood: Collection[str],
+    *,
+    file: str,
+    ignore: Collection[str] = (),
+    neutral: Collection[str] = (),
+    refused: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[str, ...]:
     """Refuse every field that is set, not understood and not neutral; return those that the user told us to ignore.
+
+    Args:
+        config: The config.
+        understood: Fields that are looked at.
+        file: Its name.
+        ignore: Fields that the user takes responsibility for.
+        neutral: Fields that change nothing, besides those of every tuner.
+        refused: Why single fields are refused.
 
     Raises:
         UnsupportedError: With all of them.
     """
-    refused = refusals(config, understood)
+    refused = {
+        name: f"{name} = {str(config[name])[:60]}: {refused[name]}" if name in refused else words
+        for name, words in refusals(config, {*understood, *neutral}).items()
+    }
     ignored = tuple(sorted(set(refused) & set(ignore)))
     problems = [words for name, words in refused.items() if name not in ignored]
     if problems:

@@ -44,19 +44,24 @@ class Region:
 class Place:
     """One stored tensor that holds a parameter, or a part of it.
 
+    Either side may be a stack of matrices, one for each expert of a layer. A region is then one of each matrix.
+
     Attributes:
         key: Its key in the checkpoint.
-        region: Which part; None where both are one and the same.
+        region: Which outputs; None where both have the same.
         turned: The checkpoint stores the other transpose of what the model holds.
+        matrix: Which matrix of the parameter, a stack, the stored tensor is; None for all, or where there is one.
+        at: Which matrix of the stored tensor, a stack, the parameter is; None likewise.
     """
 
     key: str
     region: Region | None = None
     turned: bool = False
+    matrix: int | None = None
+    at: int | None = None
 
 
 def whole(places: Iterable[Place]) -> str | None:
     """The key of the one tensor that is the parameter; None if there is no such tensor."""
     found = list(places)
-    alone = len(found) == 1 and found[0].region is None and not found[0].turned
-    return found[0].key if alone else None
+    return found[0].key if found and found == [Place(found[0].key)] else None

@@ -76,8 +76,8 @@ class ExactProduct:
 
     def tile(
         self,
-        rows: slice,
-        columns: slice,
+        rows: slice | Tensor,
+        columns: slice | Tensor,
         *,
         transposed: bool = False,
         out: Tensor | None = None,
@@ -89,8 +89,8 @@ class ExactProduct:
         hi·lo plus lo·hi (B's part first), three exact sums added in this order.
 
         Args:
-            rows: Rows of the result.
-            columns: Columns of the result.
+            rows: Rows of the result, in a run or by their indices.
+            columns: Columns of the result, likewise.
             transposed: Take rows and columns of the (in, out) matrix, as Conv1D and embeddings store it.
             out: Where the result goes, float64 and of its shape.
             scratch: Of the same shape and dtype, used with two slices. With both given nothing is allocated.

@@ -19,6 +19,10 @@ Digest = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
 """Digest of a cut or file, in hexadecimal."""
 
 
+Setting = bool | int | float | str | tuple[int, ...]
+"""A number or word that a formula needs besides tensors."""
+
+
 class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """Strictly read: a field that is not known is an error, for whoever wrote it meant something by it."""
 
@@ -37,6 +41,13 @@ class TermRecord(_Record, frozen=True):
             them if empty.
         rows: Which outputs of the delta these are, as (start, stop, step).
         blocks: How many blocks a block-diagonal factor has.
+        matrix: Which matrix of the delta, a stack, it is; none or all if missing.
+        at: Which matrix of the stored tensor, a stack, it changes; none or all if missing.
+        count: Of how many, where `at` says one.
+        layout: How a stack's factors lie in their tensors, in a word; empty for (in × rank) and (rank × out) of each.
+        parts: What a formula calls its tensors.
+        settings: Numbers and words that it needs besides.
+        shape: Of the parameter, as the trained model has it.
     """
 
     kind: str
@@ -48,6 +59,13 @@ class TermRecord(_Record, frozen=True):
     outputs: tuple[int, ...] = ()
     rows: tuple[tuple[int, int, int], ...] = ()
     blocks: int = 0
+    matrix: int | None = None
+    at: int | None = None
+    count: int = 0
+    layout: str = ""
+    parts: tuple[str, ...] = ()
+    settings: dict[str, Setting] = {}
+    shape: tuple[int, ...] = ()
 
 
 class TensorRecord(_Record, frozen=True):
@@ -159,7 +177,9 @@ class Manifest(_Record, frozen=True):
     def format(self) -> int:
         """The first format that has all that it says; whoever knows no later one can read it."""
         tensors = [tensor for file in self.files for tensor in file.tensors]
-        terms = (term for tensor in tensors for term in tensor.terms)
+        terms = [term for tensor in tensors for term in tensor.terms]
+        if any(t.layout or t.shape or t.matrix is not None or t.at is not None for t in terms):
+            return 3
         newer = any(tensor.gains for tensor in tensors) or any(t.outputs or t.rows or t.blocks for t in terms)
         return 2 if newer else 1
 

@@ -33,9 +33,9 @@ from lora_cli.checkpoint.staging import Staging
 from lora_cli.errors import MalformedFileError, UnsupportedError
 
 UNDO_FILE = "lora_merge.undo"
-FORMAT = 2
+FORMAT = 3
 """Version of the container, manifest and streams. All versions up to this one are read, and the first that does is
-written: 2 has gains, parts of outputs and block-diagonal factors."""
+written: 2 has gains, parts of outputs and block-diagonal factors; 3 has single matrices of stacks, and formulas."""
 
 MANIFEST = "manifest"
 _FORMAT = re.compile(r"lora-cli/undo/([1-9][0-9]{0,8})")

@@ -15,6 +15,7 @@ from lora_cli.checkpoint.checkpoint import Checkpoint
 from lora_cli.errors import UnsupportedError, UsageError, WrongInputError
 from lora_cli.progress import Progress
 from lora_cli.surgery.budget import Budget
+from lora_cli.surgery.changing import kind_words
 from lora_cli.surgery.effects import lasting, recalled
 from lora_cli.surgery.placing import PlanOptions
 from lora_cli.surgery.plan import Plan
@@ -73,11 +74,14 @@ def plan_subtraction(
 
 def _refuse_lost(merged: Checkpoint, made: Plan) -> None:
     """Refuse what no subtraction comes near: lengths that were replaced, layers that were repeated."""
-    stretched = [edit.key for edit in made.edits if any(term.delta.magnitude for term in edit.terms)]
+    alone = {kind_words(term.delta): edit.key for edit in made.edits for term in edit.terms if term.alone}
+    stretched = [edit.key for edit in made.edits if any(term.alone for term in edit.terms)]
     repeats = [adapter.label for adapter in made.opened if adapter.layers]
     if stretched or repeats:
         raise UnsupportedError(
-            "DoRA replaced the lengths of these weights" if stretched else "The adapter repeated layers of the base",
+            f"{', '.join(sorted(alone))} made something else of these weights, which no subtraction takes back"
+            if stretched
+            else "The adapter repeated layers of the base",
             file=merged.label,
             details=stretched or repeats,
             hint="only the undo file of the merge has what they were: name it with --undo",

@@ -28,8 +28,9 @@ class Band:
         return slice(max(self.begin, outputs.start), min(self.end, outputs.stop))
 
 
-def bands_of(terms: Sequence[Contribution]) -> list[Band]:
-    """Return the bands of the outputs that any of these deltas changes, in order."""
+def bands_of(terms: Sequence[Contribution], number: int = 0) -> list[Band]:
+    """Return the bands of the outputs of matrix `number` that any of these deltas changes, in order."""
+    terms = [term for term in terms if term.changes(number)]
     borders = sorted({border for term in terms for border in term.outputs})
     bands = []
     for begin, end in pairwise(borders):
@@ -37,9 +38,3 @@ def bands_of(terms: Sequence[Contribution]) -> list[Band]:
         if over:
             bands.append(Band(begin, end, over))
     return bands
-
-
-def covered(bands: Sequence[Band], one: Contribution) -> bool:
-    """Whether bands leave out no output of the tensor that this delta is on."""
-    outputs = one.region.of if one.region else one.delta.shape[0]
-    return sum(band.end - band.begin for band in bands) == outputs

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
+from lora_cli.adapters.formula import Formula
 from lora_cli.errors import UsageError
 from lora_cli.surgery.edit import Edit
 from lora_cli.surgery.plan import Plan
@@ -63,7 +65,7 @@ def settle_budget(plan: Plan, *, memory: int | None, threads: int, blocks: bool 
     """
     blocks = blocks or any(edit.forgotten for edit in plan.edits)
     factors = max((_factor_bytes(edit) for edit in plan.edits), default=0)
-    gained = any(edit.gains or edit.stretched for edit in plan.edits)
+    gained = any(edit.gains or edit.stretched or edit.acts & {"gain", "map"} for edit in plan.edits)
     fixed = _TILE_BYTES + factors + (_CODEC_BYTES if blocks else 0) + (_GAIN_BYTES if gained else 0)
     shortest = BLOCK_ELEMENTS * max(map(_width, plan.edits), default=1) if blocks else _LEAST_STRIP
     least = fixed + 4 * shortest
@@ -93,5 +95,15 @@ def _factor_bytes(edit: Edit) -> int:
 
     Of a stack it is those of one matrix: they are prepared one after the other.
     """
-    elements = sum(term.delta.rank * sum(term.matrices[1:]) for term in edit.terms)
-    return elements * 8 * 5 + (edit.fresh.working_bytes if edit.fresh is not None else 0)
+    products: Counter[int | None] = Counter()
+    formulas = 0
+    for term in edit.terms:
+        if term.delta.acts == "product":
+            products[term.at] += term.delta.rank * sum(term.matrices[1:])
+        if isinstance(term.delta, Formula):
+            formulas += term.delta.working_bytes + (
+                term.delta.group * edit.matrix[1] * 16 if term.delta.acts == "map" else 0
+            )
+    # Those on all matrices of a stack come together with those on one of them.
+    elements = products[None] + max((count for at, count in products.items() if at is not None), default=0)
+    return elements * 8 * 5 + formulas + (edit.fresh.working_bytes if edit.fresh is not None else 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -43,14 +43,17 @@ class Change:
         """Add a delta; returns what is wrong with it beside the others, if anything is."""
         first = next(iter(self.terms), added)
         self.terms.append(added)
-        if first.delta.stack != added.delta.stack:
+        if first.count != added.count:
             return ShapeError, "one adapter changes a stack of matrices, another one a convolution"
         if first.transposed != added.transposed:
             return ShapeError, "square, and two adapters read it in two ways; give --orientation ba or ab"
         together = [other for other in self.terms if self._overlap(added, other)]
-        if together and any(term.delta.magnitude for term in (added, *together)):
-            words = "DoRA sets the lengths of rows, so nothing can be added along with it; merge one after the other"
-            return UnsupportedError, words
+        alone = next((term for term in (added, *together) if term.alone), None) if together else None
+        if alone is not None:
+            words = "sets the lengths of rows" if alone.adds else "makes something of what is there"
+            return UnsupportedError, (
+                f"{kind_words(alone.delta)} {words}, so nothing can be added along with it; merge one after the other"
+            )
         return None
 
     def lay(self, rows: Rows, adapter: int) -> bool:
@@ -69,14 +72,16 @@ class Change:
             meeting = [term for term in self.terms if term.weight and _meet(rows, term)]
             if any(term.adapter != holder for term in meeting) or self.holder not in (None, holder):
                 return other
-            if any(term.delta.magnitude for term in meeting):
-                return "trained rows, and DoRA, whose lengths were of other rows"
+            alone = next((term for term in meeting if term.alone), None)
+            if alone is not None:
+                return f"trained rows, and {kind_words(alone.delta)}, which was trained on other rows"
         return None
 
     @staticmethod
     def _overlap(one: Contribution, other: Contribution) -> bool:
         (begin, end), (first, last) = one.outputs, other.outputs
-        return one is not other and begin < last and first < end
+        apart = None not in (one.at, other.at) and one.at != other.at
+        return one is not other and not apart and begin < last and first < end
 
     def like(self, other: Change) -> bool:
         """Whether both do the same."""
@@ -87,6 +92,11 @@ class Change:
         if one is None or two is None:
             return same and one is two
         return same and contents_alike(one.tensor, two.tensor)
+
+
+def kind_words(delta: Delta) -> str:
+    """What people call a change that is not added to others."""
+    return "DoRA" if delta.magnitude is not None else delta.kind
 
 
 def _meet(rows: Rows, term: Contribution) -> bool:
@@ -130,6 +140,25 @@ def twins_in(placed: Sequence[Placed], views: Views) -> dict[int, Target]:
             if all(target is first or deltas_alike(target.delta, first.delta) for target in targets.values()):
                 found.update({id(target): first for target in targets.values()})
     return found
+
+
+def apart_words(label: str, placed: Sequence[Placed], twins: Mapping[int, Target], views: Views) -> list[str]:
+    """Tell of tied tensors that were to be trained as one, and were not.
+
+    PEFT lets them share their factors. In a model of 16 bits it makes float32 of each on its own, which then are
+    trained apart, and the live model has two tensors.
+    """
+    apart = {
+        place.key: target.module
+        for target, place in placed
+        if len(views.group(place.key)) > 1 and id(target) not in twins and place.region is None
+    }
+    if len(apart) < 2:
+        return []
+    return [
+        f"{label}: {' and '.join(apart.values())} were to be trained as one (ensure_weight_tying), "
+        "and their factors differ; each is applied to a tensor of its own"
+    ]
 
 
 def deltas_alike(one: Delta, other: Delta) -> bool:

@@ -6,14 +6,16 @@ import math
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
-from lora_cli.adapters.adapter import Delta, Load
+from lora_cli.adapters.adapter import Acts, Delta, Load
+from lora_cli.adapters.formula import Formula
 from lora_cli.adapters.region import Region
 from lora_cli.checkpoint.checkpoint import StoredTensor
 from lora_cli.checkpoint.dtypes import DType
 
 if TYPE_CHECKING:
+    from lora_cli.adapters.formula import Values
     from lora_cli.adapters.inits import FreshTensor
     from lora_cli.arithmetic.product import Term
 
@@ -21,6 +23,15 @@ MERGEABLE = ("BF16", "F16", "F32", "F64", "F8_E4M3", "F8_E5M2")
 """Storage types that can take a delta; `arithmetic.rounding.MERGEABLE` has the same as torch's types."""
 
 Operation = Literal["keep", "rename", "cast", "add", "subtract", "replace", "append", "repeat", "restore"]
+
+
+SUMMANDS: Final = ("product", "sum")
+"""What deltas do that are summands."""
+
+
+def is_alone(delta: Delta) -> bool:
+    """Whether nothing can be added along with a delta on the same outputs, and no weight but 1 has a meaning."""
+    return delta.magnitude is not None or delta.acts not in SUMMANDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +45,9 @@ class Contribution:
         weight: The user's weight.
         transposed: The base stores the matrix as (in × out).
         region: The outputs of the stored tensor that it changes; None for all of them.
+        matrix: Which matrix of the delta, a stack, it is; None for all, each on its own, or where there is one.
+        at: Which matrix of the stored tensor, a stack, it changes; None likewise.
+        count: How many matrices the stored tensor is a stack of; None where it is none.
     """
 
     adapter: int
@@ -42,22 +56,52 @@ class Contribution:
     weight: float
     transposed: bool
     region: Region | None = None
+    matrix: int | None = None
+    at: int | None = None
+    count: int | None = None
 
     @property
     def matrices(self) -> tuple[int, int, int]:
         """(matrices, rows, columns) as which the delta sees the stored tensor."""
         out, inner = self.delta.shape
         out = self.region.of if self.region else out
-        return (self.delta.stack or 1, *((inner, out) if self.transposed else (out, inner)))
+        return (self.count or 1, *((inner, out) if self.transposed else (out, inner)))
+
+    def changes(self, number: int) -> bool:
+        """Whether it changes matrix `number` of the stored tensor."""
+        return self.at is None or self.at == number
+
+    def index(self, number: int) -> int:
+        """Which matrix of the delta changes matrix `number` of the stored tensor."""
+        if self.matrix is not None:
+            return self.matrix
+        return 0 if self.delta.stack is None else number
+
+    @property
+    def adds(self) -> bool:
+        """Whether it is a summand; else it makes something of what is there."""
+        return self.delta.acts in SUMMANDS
+
+    @property
+    def alone(self) -> bool:
+        """Whether nothing can be added along with it on the same outputs, and no weight but 1 has a meaning."""
+        return is_alone(self.delta)
+
+    def rows(self, first: int, last: int) -> list[int] | range:
+        """The delta's outputs that some outputs of the stored tensor are; all of them are among those it changes."""
+        if self.region is None:
+            return range(first, last)
+        begin = self.region.outputs[0]
+        return self.region.indices()[first - begin : last - begin]
 
     @property
     def outputs(self) -> tuple[int, int]:
         """First output of the stored tensor that it changes, and one past the last."""
         return self.region.outputs if self.region else (0, self.delta.shape[0])
 
-    def term(self, load: Load, index: int = 0) -> Term:
-        """Read the factors, of a stack those of matrix `index`, as a product of the stored tensor's full height."""
-        term = self.delta.term(load, self.weight, index)
+    def term(self, load: Load, number: int = 0) -> Term:
+        """Read the factors for matrix `number` of the stored tensor, as a product of its full height."""
+        term = self.delta.term(load, self.weight, self.index(number))
         if self.region is None:
             return term
         begin, end = self.region.outputs
@@ -65,10 +109,15 @@ class Contribution:
         b[begin:end] = term.b[self.region.indices()]
         return replace(term, b=b)
 
+    def values(self, load: Load) -> Values:
+        """What a formula adds to each element of the delta, or multiplies it by; ready to be asked for tiles."""
+        assert isinstance(self.delta, Formula)  # noqa: S101 (who asks has looked at `acts`)
+        return self.delta.values(load, self.weight)
+
     def covers(self, shape: tuple[int, ...]) -> bool:
         """Whether a tensor of this shape is what the delta changes, whole."""
         count, rows, columns = self.matrices
-        if self.delta.stack is not None:
+        if self.count is not None:
             return shape == (count, rows, columns)
         return bool(shape) and shape[0] == rows and math.prod(shape[1:]) == columns
 
@@ -197,6 +246,16 @@ class Edit:
     def stretched(self) -> bool:
         """Whether deltas set the lengths of outputs, as DoRA does."""
         return any(term.delta.magnitude for term in self.terms)
+
+    @property
+    def acts(self) -> frozenset[Acts]:
+        """What its deltas do to a matrix."""
+        return frozenset(term.delta.acts for term in self.terms)
+
+    @property
+    def exact(self) -> bool:
+        """Whether its deltas have the same bits on every machine."""
+        return all(term.delta.exact for term in self.terms)
 
     @property
     def matrix(self) -> tuple[int, int]:

@@ -20,6 +20,7 @@ from lora_cli.errors import LoraCliError, MalformedFileError
 from lora_cli.surgery.budget import BLOCK_ELEMENTS, TILE_ELEMENTS
 from lora_cli.surgery.edit import MERGEABLE, Edit
 from lora_cli.surgery.gains import Gains
+from lora_cli.surgery.maps import RowMaps
 from lora_cli.surgery.products import Products, typed
 from lora_cli.surgery.readers import Readers, open_readers, raw_bytes, torch_dtype
 from lora_cli.surgery.rows import check_finite, lay_rows
@@ -92,6 +93,8 @@ class Workshop:
                 yield from self._restored_bytes(edit, begin, end, readers)
             elif edit.forgotten:
                 yield from self._restored(edit, begin, end, readers)
+            elif "map" in edit.acts:
+                yield from self._mapped(edit, begin, end, readers)
             elif edit.terms:
                 yield from self._changed(edit, begin, end, readers)
             else:
@@ -122,6 +125,18 @@ class Workshop:
                 step(source, delta, result, gain)
                 lay_rows(edit, block.offset + first, source, result, readers, delta)
                 yield Piece(block.offset + first, source, result, delta, gain, last == block.elements)
+
+    def _mapped(self, edit: Edit, begin: int, end: int, readers: Readers) -> Iterator[Piece]:
+        """Make new rows of old ones, and cut these into blocks."""
+        stored, out = torch_dtype(edit.source.dtype), torch_dtype(edit.dtype)
+        work, reader, maps = work_dtype(stored, out), readers.of(edit.source), RowMaps(edit, readers)
+        for block in self._blocks(edit, begin, end):
+            source = typed(self._input, stored, block.elements)
+            reader.read_into(edit.source.offset + block.offset * stored.itemsize, raw_bytes(source))
+            rows = maps.rows(block.rows)[:, block.columns].reshape(-1)
+            result = cast(rows, typed(self._output, out, block.elements))
+            delta = (rows - source.to(torch.float64)).to(work) + 0.0
+            yield Piece(block.offset, source, result, delta)
 
     def _cast(self, edit: Edit, begin: int, end: int, readers: Readers) -> Iterator[Piece]:
         stored, out = torch_dtype(edit.source.dtype), torch_dtype(edit.dtype)

@@ -1,4 +1,8 @@
-"""What DoRA multiplies the outputs of a tensor by: computed from base and deltas for a merge, and kept for its undo."""
+"""What the elements of a tensor are multiplied by.
+
+DoRA multiplies outputs by what is computed from base and deltas for a merge, and kept for its undo. Of other tuners a
+formula of the adapter alone says it for each element.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ from collections.abc import Iterator
 
 import torch
 
+from lora_cli.adapters.formula import Values
 from lora_cli.arithmetic import dora
 from lora_cli.arithmetic.rounding import TileKernel
 from lora_cli.surgery.budget import BLOCK_ELEMENTS
@@ -26,18 +31,37 @@ class Gains:
         self._products = products
         self._input = torch.empty(0, dtype=torch.uint8)
         self._last: tuple[Edit, slice, torch.Tensor] | None = None
+        self._formulas: tuple[Edit, list[tuple[Contribution, Values]]] | None = None
 
     def of(self, edit: Edit, block: Block, kernel: TileKernel, readers: Readers) -> torch.Tensor | None:
         """Return the gain of each element of a block, flat; None for a tensor that has none.
 
         Uses the buffer of deltas.
         """
-        if edit.gains is None and not any(term.delta.magnitude for term in edit.terms):
+        if "gain" in edit.acts:
+            return self._by_formula(edit, block, kernel, readers)
+        if edit.gains is None and not edit.stretched:
             return None
         transposed, (rows, columns) = edit.terms[0].transposed, block.shape
         outputs = slice(0, edit.matrix[1]) if transposed else block.rows
         gains = self._of_outputs(edit, outputs, kernel, readers)
         return gains[block.columns].repeat(rows) if transposed else gains.repeat_interleave(columns)
+
+    def _by_formula(self, edit: Edit, block: Block, kernel: TileKernel, readers: Readers) -> torch.Tensor:
+        """The gains that formulas give; ones where there is none."""
+        if self._formulas is None or self._formulas[0] is not edit:
+            terms = [term for term in edit.terms if not term.adds]
+            self._formulas = edit, [(term, term.values(readers.load)) for term in terms]
+        gains = torch.ones(block.shape, dtype=torch.float64)
+        transposed = edit.terms[0].transposed
+        outputs, inputs = (block.columns, block.rows) if transposed else (block.rows, block.columns)
+        for term, values in self._formulas[1]:
+            first, last = max(outputs.start, term.outputs[0]), min(outputs.stop, term.outputs[1])
+            if first < last:
+                part = values(torch.tensor(term.rows(first, last)), inputs)
+                view = gains.T if transposed else gains
+                view[first - outputs.start : last - outputs.start] = part
+        return gains.view(-1).to(kernel.work)
 
     def _of_outputs(self, edit: Edit, outputs: slice, kernel: TileKernel, readers: Readers) -> torch.Tensor:
         if self._last is None or self._last[0] is not edit or self._last[1] != outputs:

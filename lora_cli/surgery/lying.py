@@ -79,8 +79,8 @@ class _Judge:
         """The values of `transposed` with which a delta has the base's shape."""
         return {
             transposed
-            for transposed, shape in delta.stored.items()
-            if _with_outputs(shape, place, transposed=transposed) == self._shapes[place.key]
+            for transposed in delta.stored
+            if _stored_shape(delta, place, self._shapes[place.key], transposed=transposed) == self._shapes[place.key]
         }
 
     def _transposed(self, target: Target, place: Place, choices: set[bool], others: set[bool]) -> bool | None:
@@ -124,12 +124,15 @@ class _Judge:
         return words + vocabulary_hint(shape[0], key, self._shapes[key])
 
 
-def _with_outputs(shape: tuple[int, ...], place: Place, *, transposed: bool) -> tuple[int, ...]:
-    """The shape of a tensor of which a parameter of this shape is a part."""
-    if place.region is None:
-        return shape
-    outputs = place.region.of
-    return (*shape[:-1], outputs) if transposed else (outputs, *shape[1:])
+def _stored_shape(delta: Delta, place: Place, there: tuple[int, ...], *, transposed: bool) -> tuple[int, ...]:
+    """The shape of a tensor that is a place of what a delta changes; `there` says how long a stack of them is."""
+    shape, rows = delta.stored[transposed], 0 if delta.stack is None else 1
+    if place.matrix is not None:
+        shape, rows = shape[1:], 0
+    if place.region is not None:
+        axis = len(shape) - 1 if transposed else rows
+        shape = (*shape[:axis], place.region.of, *shape[axis + 1 :])
+    return shape if place.at is None else (*there[:1], *shape)
 
 
 def guessed_words(guessed: Sequence[str]) -> list[str]:

@@ -25,21 +25,25 @@ def check_mapped(adapter: Adapter, found: Resolution, new: set[str], *, allow_un
     Raises:
         NamesError: With every such name.
     """
-    lost = [name for name in found.unmapped if name.name not in new]
+    may_lack = {target.name for target in adapter.targets if target.may_lack}
+    lost = [name for name in found.unmapped if name.name not in new | may_lack]
     if not found.places and (lost or not adapter.targets):
         raise _unmapped("Nothing in this adapter matches the base", adapter, found)
     if (lost or adapter.unread) and not allow_unmapped:
         count = len(lost) + len(adapter.unread)
-        raise _unmapped(f"Names of the adapter with no place in the base: {count}", adapter, found, new)
+        raise _unmapped(f"Names of the adapter with no place in the base: {count}", adapter, found, new | may_lack)
 
 
 def left_out(adapter: Adapter, found: Resolution, new: set[str]) -> Iterator[tuple[StoredTensor, str]]:
     """The tensors of an adapter that are ignored, each with the reason."""
     yield from adapter.skipped
     names = {name.name for name in found.unmapped} - new
+    used = {tensor.key for target in adapter.targets if target.name not in names for tensor in target.delta.tensors}
     for target in adapter.targets:
-        if target.name in names:
-            yield from ((tensor, NO_TENSOR) for tensor in target.delta.tensors)
+        for tensor in target.delta.tensors if target.name in names else ():
+            if tensor.key not in used:  # one may be of several targets
+                used.add(tensor.key)
+                yield tensor, NO_TENSOR
     yield from ((change.tensor, NO_TENSOR) for change in adapter.replacements if change.name in names)
     yield from ((change.tensor, NO_TENSOR) for change in adapter.rows if change.name in names)
     yield from ((tensor, NO_PAIR) for tensor in adapter.unread)

@@ -21,11 +21,12 @@ from lora_cli.checkpoint.quantised import Quantised
 from lora_cli.checkpoint.repairs import Repair, untied, with_layers, with_vocabulary
 from lora_cli.errors import NamesError, ShapeError, UnsupportedError
 from lora_cli.surgery.accounts import Accounts
-from lora_cli.surgery.changing import Change, contents_alike, settle_ties, twins_in
-from lora_cli.surgery.edit import MERGEABLE, Contribution, Rows
-from lora_cli.surgery.lying import Placed, guessed_words, lie
+from lora_cli.surgery.changing import Change, apart_words, contents_alike, kind_words, settle_ties, twins_in
+from lora_cli.surgery.edit import MERGEABLE, Contribution, Rows, is_alone
+from lora_cli.surgery.lying import guessed_words, lie
 from lora_cli.surgery.matching import check_mapped, left_out, unused_maps
 from lora_cli.surgery.plan import AdapterUse, ScaleUse
+from lora_cli.surgery.settling import matrices_in, settle
 from lora_cli.surgery.views import Views, layer_warnings, views_of
 from lora_cli.surgery.vocabulary import may_resize, other_sizes, vocabulary_hint
 from lora_cli.surgery.weighting import with_weights
@@ -320,49 +321,46 @@ class Placement:
     # Deltas
 
     def _place_targets(self, one: _Applied) -> None:
-        placed = [(target, place) for target in one.adapter.targets for place in one.found.places.get(target.name, ())]
         shapes = {key: self._shape(key) for key in self.tensors}
+        found = settle(one.adapter, one.found.places, shapes, self.base.config)
+        for kind, words in found.problems:
+            self.accounts.problem(kind, words)
+        placed = found.placed
         lying = lie(one.adapter, placed, shapes, self.base, self.options.orientation)
         for words in lying.problems:
             self.accounts.problem(ShapeError, words)
         self._guessed += lying.guessed
         twins = twins_in(placed, self.views)
         if one.adapter.tied:
-            self._warn_apart(one, placed, twins)
-        entered: set[int] = set()
+            self.warnings += apart_words(one.adapter.label, placed, twins, self.views)
+        entered: set[str] = set()
         for (target, place), transposed in zip(placed, lying.transposed, strict=True):
             if transposed is None:
                 continue
-            first, idle = twins.get(id(target), target), one.weight == 0 and target.delta.magnitude is not None
+            first, idle = twins.get(id(target), target), one.weight == 0 and is_alone(target.delta)
             twin = f"the change of {first.module}, which is tied to it" if first is not target else None
             reason = twin or ("weight 0" if idle else None)
-            for tensor in target.delta.tensors if id(target) not in entered else ():
-                self.accounts.enter(one.position, tensor, "ignored" if reason else "applied", place.key, reason)
-            entered.add(id(target))
+            for tensor in target.delta.tensors:
+                if tensor.key not in entered:
+                    self.accounts.enter(one.position, tensor, "ignored" if reason else "applied", place.key, reason)
+                    entered.add(tensor.key)
             if not reason:
                 self._add(one, target, place, transposed=transposed, shared=id(target) in twins)
-
-    def _warn_apart(self, one: _Applied, placed: Sequence[Placed], twins: Mapping[int, Target]) -> None:
-        """Tell of tied tensors that were to be trained as one, and were not.
-
-        PEFT lets them share their factors. In a model of 16 bits it makes float32 of each on its own, which then are
-        trained apart, and the live model has two tensors.
-        """
-        apart = {
-            place.key: target.module
-            for target, place in placed
-            if len(self.views.group(place.key)) > 1 and id(target) not in twins and place.region is None
-        }
-        if len(apart) > 1:
-            self.warnings.append(
-                f"{one.adapter.label}: {' and '.join(apart.values())} were to be trained as one (ensure_weight_tying), "
-                "and their factors differ; each is applied to a tensor of its own"
-            )
 
     def _add(self, one: _Applied, target: Target, place: Place, *, transposed: bool, shared: bool) -> None:
         key = place.key
         self._check_target(one, target, key)
-        added = Contribution(one.position, target.module, target.delta, one.weight, transposed, place.region)
+        added = Contribution(
+            one.position,
+            target.module,
+            target.delta,
+            one.weight,
+            transposed,
+            place.region,
+            place.matrix,
+            place.at,
+            matrices_in(self.tensors[key].shape, target.delta, place),
+        )
         for name in self._names(key, shared=shared):
             problem = self._change(name).add(added)
             if problem:
@@ -376,8 +374,9 @@ class Placement:
             if factor.dtype.name not in MERGEABLE:
                 words = f"{factor.key}: storage type {factor.dtype.name} of a factor"
                 self.accounts.problem(UnsupportedError, words)
-        if target.delta.magnitude is not None and one.weight != 1:
-            words = f"{key}: DoRA sets the lengths of rows, and has no meaning at weight {one.weight:g}"
+        if is_alone(target.delta) and one.weight != 1:
+            does = "makes something of what is there" if target.delta.magnitude is None else "sets the lengths of rows"
+            words = f"{key}: {kind_words(target.delta)} {does}, and has no meaning at weight {one.weight:g}"
             self.accounts.problem(UnsupportedError, words)
         self._check_plain(key)
 

@@ -22,9 +22,11 @@ from lora_cli.adapters.formats.peft_blocks import Blocks
 from lora_cli.adapters.formats.peft_keys import Found, sort_keys
 from lora_cli.adapters.formats.peft_scales import Scales, check_ranks, twice
 from lora_cli.adapters.formats.peft_ties import changes_as_one
+from lora_cli.adapters.formats.peft_tuners import read_tuner
 from lora_cli.adapters.formats.peft_wholes import replacements, trained_rows
 from lora_cli.adapters.peft_config import check_fields, initial_of, layers_of
 from lora_cli.adapters.source import CONFIG_FILE, AdapterSource, ReadOptions
+from lora_cli.adapters.tuners import TUNERS
 from lora_cli.checkpoint.checkpoint import StoredTensor
 from lora_cli.errors import ShapeError, UnsupportedError
 
@@ -51,6 +53,9 @@ def read(source: AdapterSource, options: ReadOptions) -> Adapter:
         MalformedFileError: The config does not fit the file.
     """
     config, file = source.config or {}, source.shard.name
+    tuner = TUNERS.get(str(config.get("peft_type")))
+    if tuner is not None:
+        return read_tuner(source, options, tuner, detect(source) or "")
     ignored = check_fields(config, file=CONFIG_FILE, ignore=options.ignore_fields)
     found = sort_keys(source)
     check_pairs(found.pairs, file)

@@ -23,6 +23,7 @@ _TABLE = re.compile(r"(?P<module>.+)\.lora_embedding_(?P<side>[AB])(?:\.(?P<adap
 _MAGNITUDE = re.compile(r"(?P<module>.+)\.lora_magnitude_vector(?:\.default)?(?:\.weight)?", re.DOTALL)
 _ROWS = re.compile(r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta(?:\.(?P<adapter>[^.]+))?", re.DOTALL)
 _ORIGINAL = ".original_module."
+_A_COPY = "a copy of the base's own tensor"
 _OUTPUT = ".base_layer.out_proj"
 _OF_TRAINING = {
     "lora_monteclora_sampler": "how the factors were varied in training; what is used is plain LoRA",
@@ -81,6 +82,16 @@ def sort_keys(source: AdapterSource) -> Found:
     return sorter.found
 
 
+def sort_wholes(name: str, tensor: StoredTensor, found: Found) -> None:
+    """Enter a tensor that no tuner has a name of its own for: rows of a table, a copy, or a parameter held whole."""
+    if match := _ROWS.fullmatch(name):
+        found.rows[match["module"]] = tensor
+    elif _ORIGINAL in name:
+        found.skipped.append((tensor, _A_COPY))
+    else:
+        found.wholes.append((name, tensor))
+
+
 class _Sorter:
     """Looks at the names of one file, one after the other."""
 
@@ -126,7 +137,7 @@ class _Sorter:
 
     def _reason_to_skip(self, name: str) -> str | None:
         if _ORIGINAL in name:
-            return "a copy of the base's own tensor"
+            return _A_COPY
         if ".lora_" not in name:  # of tens of thousands nearly all
             return None
         return next((_OF_TRAINING[part] for part in name.split(".") if part in _OF_TRAINING), None)

@@ -43,7 +43,7 @@ def likenesses(
     """
     values = {difference.key: difference for difference in different if difference.what == "values"}
     edits = [edit for edit in plan.edits if edit.key in values]
-    with_terms = [edit for edit in edits if edit.terms]
+    with_terms = [edit for edit in edits if edit.acts == {"product"}]
     if with_terms:
         progress.begin("look at differences", sum(edit.nbytes for edit in with_terms))
     evidence = gather(with_terms, candidates, budget, progress.advance)

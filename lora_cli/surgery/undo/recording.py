@@ -118,7 +118,7 @@ class Recorder:
 
 def _gains_seen(edit: Edit, piece: Piece) -> bytes:
     """The gains of the outputs that a piece is the first to show: rows as they begin, columns in the first row."""
-    if piece.gains is None or codec_of(edit) == "residual":
+    if piece.gains is None or not edit.stretched or codec_of(edit) == "residual":
         return b""
     columns = edit.matrix[1]
     if edit.terms[0].transposed:
@@ -129,5 +129,10 @@ def _gains_seen(edit: Edit, piece: Piece) -> bytes:
 
 
 def codec_of(edit: Edit) -> How:
-    """How what a merge forgets of a tensor is kept: what is replaced is no map of what was there."""
-    return "residual" if edit.displaced is not None or edit.rows else "preimages"
+    """How what a merge forgets of a tensor is kept.
+
+    What is replaced is no map of what was there, new rows are none of single elements, and of what other machines would
+    compute otherwise nothing must be computed again.
+    """
+    by_element = edit.displaced is None and not edit.rows and "map" not in edit.acts and edit.exact
+    return "preimages" if by_element else "residual"

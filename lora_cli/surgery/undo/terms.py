@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from lora_cli.adapters.adapter import Delta, Scale
 from lora_cli.adapters.deltas import (
@@ -18,7 +19,9 @@ from lora_cli.adapters.deltas import (
     is_matrix_pair,
     is_stack_pair,
 )
+from lora_cli.adapters.formula import Formula, Method
 from lora_cli.adapters.region import Region
+from lora_cli.adapters.tuners import METHODS
 from lora_cli.checkpoint.checkpoint import StoredTensor
 from lora_cli.checkpoint.manifest import TermRecord
 from lora_cli.errors import MalformedFileError, UnsupportedError
@@ -41,7 +44,22 @@ def record(term: Contribution) -> TermRecord:
         outputs=(*term.region.outputs, term.region.of) if term.region else (),
         rows=term.region.rows if term.region else (),
         blocks=delta.blocks if isinstance(delta, LowRankBlocks) else 0,
+        matrix=term.matrix,
+        at=term.at,
+        count=0 if term.at is None else term.count or 0,
+        **_formula(delta),
     )
+
+
+def _formula(delta: Delta) -> dict[str, Any]:
+    """What is kept of a formula besides."""
+    if not isinstance(delta, Formula):
+        return {}
+    return {
+        "parts": tuple(name for name in delta.method.parts if name in delta.parts),
+        "settings": dict(delta.settings),
+        "shape": delta.parameter,
+    }
 
 
 def recall(said: TermRecord, key: str, shape: tuple[int, ...], find: Find) -> Contribution:
@@ -59,7 +77,19 @@ def recall(said: TermRecord, key: str, shape: tuple[int, ...], find: Find) -> Co
     """
     tensors = [find(said.adapter, name) for name in said.tensors]
     delta = _delta(said, tensors, key)
-    return Contribution(said.adapter, key, delta, 1.0, said.transposed, _region(said, delta, key, shape))
+    count = _count(said, delta, key)
+    region = _region(said, delta, key, shape)
+    return Contribution(said.adapter, key, delta, 1.0, said.transposed, region, said.matrix, said.at, count)
+
+
+def _count(said: TermRecord, delta: Delta, key: str) -> int | None:
+    """How many matrices the stored tensor is a stack of. A whole stack is for one of as many."""
+    one_of_delta = said.matrix is None or (delta.stack is not None and 0 <= said.matrix < delta.stack)
+    one_of_stored = said.count == 0 if said.at is None else 0 <= said.at < said.count
+    alike = said.at is None or said.matrix is not None or delta.stack is None
+    if not (one_of_delta and one_of_stored and alike):
+        raise MalformedFileError("The undo file is damaged", tensor=key, expected="a matrix of a stack")
+    return said.count or (delta.stack if said.matrix is None else None)
 
 
 def _region(said: TermRecord, delta: Delta, key: str, shape: tuple[int, ...]) -> Region | None:
@@ -83,7 +113,8 @@ def _region(said: TermRecord, delta: Delta, key: str, shape: tuple[int, ...]) ->
 
 def _delta(said: TermRecord, tensors: list[StoredTensor], key: str) -> Delta:
     scale = Scale(said.scale, None, rslora=False, source="undo file")
-    if said.kind not in _KINDS:
+    method = METHODS.get(said.kind)
+    if method is None and said.kind not in _KINDS:
         raise UnsupportedError(
             "The undo file has a kind of delta that is not known here",
             tensor=key,
@@ -92,13 +123,25 @@ def _delta(said: TermRecord, tensors: list[StoredTensor], key: str) -> Delta:
         )
     delta = None
     if all(tensor.dtype.name in MERGEABLE for tensor in tensors):
-        delta = _KINDS[said.kind](said, tensors, scale)
+        delta = _recalled(method, said, tensors, scale) if method else _KINDS[said.kind](said, tensors, scale)
     if delta is None:
         found = ", ".join(f"{tensor.dtype.name} {list(tensor.shape)}" for tensor in tensors)
         raise MalformedFileError(
             "The undo file is damaged", tensor=key, expected=f"factors of {said.kind}", found=found
         )
     return delta
+
+
+def _recalled(method: Method, said: TermRecord, tensors: Sequence[StoredTensor], scale: Scale) -> Delta | None:
+    """The formula of a method, if tensors, settings and shape are such that it is one."""
+    named = len({*said.parts}) == len(said.parts) == len(tensors) and {*said.parts} <= {*method.parts}
+    if not (named and said.shape and min(said.shape) > 0 and method.exact):
+        return None
+    parts = dict(zip(said.parts, tensors, strict=True))
+    shapes = {name: tensor.shape for name, tensor in parts.items()}
+    if method.problem(shapes, said.settings, said.shape):
+        return None
+    return Formula(method, parts, scale, said.settings, said.shape, said.transposed)
 
 
 def _matrix(said: TermRecord, tensors: Sequence[StoredTensor], scale: Scale) -> Delta | None:

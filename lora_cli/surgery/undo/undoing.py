@@ -300,7 +300,7 @@ class _Undoing:
             said.how, alike
         )
         digests = {len(said.digests), len(said.origin_digests)} == {amount}
-        one_way = len({(term.delta.stack, term.transposed) for term in edit.terms}) <= 1
+        one_way = len({(term.count, term.transposed) for term in edit.terms}) <= 1
         fits = one_way and all(term.covers(edit.shape) for term in edit.terms)
         terms = fits and (said.how == "preimages" or not edit.terms)
         sizes = (amount, edit.forgotten.stored.nbytes) if edit.forgotten else (0, 0)

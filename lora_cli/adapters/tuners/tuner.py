@@ -1,0 +1,126 @@
+"""What a tuner is here: the names of its tensors in a PEFT file, the fields of its config, and what it does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lora_cli.adapters.adapter import Replacement, Scale, Target
+from lora_cli.adapters.formula import Method
+from lora_cli.adapters.patterns import PeftPatterns
+from lora_cli.checkpoint.checkpoint import StoredTensor
+
+
+@dataclass(frozen=True)
+class Module:
+    """One module of an adapter's file.
+
+    Attributes:
+        name: Its name in the trained model.
+        tensors: Its tensors, by the tuner's names for them.
+        config: The adapter's config, with its types checked.
+        shared: Tensors that belong to the whole model, likewise.
+        weight: The user's `--scale` or `--alpha`, already in `scale`.
+        scale: Makes the scale of a change: numerator, divisor (None for none), whether by its square root, and where
+            that is said.
+    """
+
+    name: str
+    tensors: Mapping[str, StoredTensor]
+    config: Mapping[str, Any]
+    shared: Mapping[str, StoredTensor]
+    scale: Callable[[float, int | None, bool, str], Scale]
+
+    def said(self, field_name: str, default: Any, patterns: str | None = None) -> Any:
+        """What the config says: the first entry of the field `patterns` that matches the module, else the field."""
+        found = PeftPatterns(self.config.get(patterns) or {}).first(self.name) if patterns else None
+        if found is not None:
+            return found[1]
+        value = self.config.get(field_name)
+        return default if value is None else value
+
+
+Changes = Iterator[Target | Replacement]
+
+
+@dataclass(frozen=True)
+class Tuner:
+    """A PEFT type whose change of the weights is known.
+
+    Attributes:
+        type: The `peft_type` in configs.
+        name: What people call it.
+        source: Who described it, where.
+        parts: Names of tensors after a module's name, without the adapter's own name and `.weight`.
+        read: What the tensors of one module change.
+        methods: Every method that `read` may use.
+        shared: Names of tensors of the whole model.
+        understood: Fields of the config that `read` looks at: name → what it says, with the test of its type.
+        neutral: Fields that change nothing that is in the file: name → why.
+        refused: Fields that change what cannot be done: name → why.
+        whole: Whether it holds parameters whole, instead of or beside changes.
+    """
+
+    type: str
+    name: str
+    source: str
+    parts: tuple[str, ...]
+    read: Callable[[Module], Changes]
+    methods: tuple[Method, ...] = ()
+    shared: tuple[str, ...] = ()
+    understood: Mapping[str, Field] = field(default_factory=dict)
+    neutral: Mapping[str, str] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)
+    whole: bool = False
+
+
+@dataclass(frozen=True)
+class Field:
+    """A field of a config that is understood.
+
+    Attributes:
+        says: What it says.
+        type: In words, for errors.
+        fits: Whether a value is of that type; null always is.
+    """
+
+    says: str
+    type: str
+    fits: Callable[[object], bool]
+
+
+def number(says: str) -> Field:
+    """A field that is a finite number."""
+    return Field(says, "a number", _is_number)
+
+
+def whole_number(says: str) -> Field:
+    """A field that is a whole number."""
+    return Field(says, "a whole number", _is_whole)
+
+
+def flag(says: str) -> Field:
+    """A field that is true or false."""
+    return Field(says, "true or false", lambda value: isinstance(value, bool))
+
+
+def word(says: str, *words: str | bool) -> Field:
+    """A field that is one of some words."""
+    named = ", ".join(map(str, words))
+    return Field(says, f"one of {named}", lambda value: any(value is w or value == w for w in words))
+
+
+def pattern(says: str, of: Field) -> Field:
+    """A field that maps patterns of names to values of another."""
+    return Field(
+        says, f"an object of values, each {of.type}", lambda v: isinstance(v, dict) and all(map(of.fits, v.values()))
+    )
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 31
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e30 < value < 1e30

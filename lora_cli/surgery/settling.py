@@ -1,0 +1,109 @@
+"""Settling what an adapter's tensors leave open: shapes and layouts that only the parameter in the base tells."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from lora_cli.adapters.adapter import Adapter, Delta, Parameter, Target
+from lora_cli.adapters.layout import by_architecture
+from lora_cli.adapters.region import Place
+from lora_cli.errors import LoraCliError
+from lora_cli.surgery.lying import Placed
+
+
+@dataclass
+class Settled:
+    """The targets of an adapter, each with its places, and nothing left open.
+
+    Attributes:
+        placed: Targets with their places; without those of which something is wrong.
+        problems: What is wrong, in words.
+    """
+
+    placed: list[Placed] = field(default_factory=list)
+    problems: list[tuple[type[LoraCliError], str]] = field(default_factory=list)
+
+
+def settle(
+    adapter: Adapter,
+    places: Mapping[str, Sequence[Place]],
+    shapes: Mapping[str, tuple[int, ...]],
+    base_config: Mapping[str, Any],
+) -> Settled:
+    """Tell every delta of an adapter of the parameter that it is for.
+
+    Args:
+        adapter: The adapter.
+        places: Where the base stores each parameter, by the adapter's name for it.
+        shapes: Shape of every tensor of the base, as the adapter finds it.
+        base_config: The base's `config.json`.
+    """
+    settled = Settled()
+    for target in adapter.targets:
+        found = places.get(target.name, ())
+        delta: Delta | None = target.delta
+        if found and not target.delta.stored:
+            delta = _settled(adapter, target, found, shapes, base_config, settled)
+        if delta is not None:
+            now = target if delta is target.delta else replace(target, delta=delta)
+            settled.placed += [(now, place) for place in found]
+    return settled
+
+
+def _settled(
+    adapter: Adapter,
+    target: Target,
+    places: Sequence[Place],
+    shapes: Mapping[str, tuple[int, ...]],
+    base_config: Mapping[str, Any],
+    settled: Settled,
+) -> Delta | None:
+    key = places[0].key
+    try:
+        return target.delta.on(_parameter(adapter, target, places, shapes, base_config))
+    except LoraCliError as error:
+        there = f"{list(shapes[key])} in the base"
+        factors = ", ".join(f"{tensor.key} {list(tensor.shape)}" for tensor in target.delta.tensors)
+        settled.problems.append((type(error), f"{key}: {there}, from {factors}: {error.message}"))
+        return None
+
+
+def _parameter(
+    adapter: Adapter,
+    target: Target,
+    places: Sequence[Place],
+    shapes: Mapping[str, tuple[int, ...]],
+    base_config: Mapping[str, Any],
+) -> Parameter:
+    """What a base tells of a parameter that lies in these places."""
+    first = places[0]
+    shape = shapes[first.key]
+    if first.at is not None:
+        shape = shape[1:]
+    stack = first.matrix is not None or (len(shape) == 3 and target.delta.stack is not None)
+    transposed = first.turned
+    if not stack and len(shape) == 2:
+        told = by_architecture(target, first.key, base_config)
+        transposed = transposed or (bool(adapter.transposed_hint) if told is None else told)
+    if transposed:
+        shape = (*shape[:-2], shape[-1], shape[-2]) if len(shape) > 1 else shape
+    outputs = sum(
+        place.region.outputs[1] - place.region.outputs[0]
+        for place in places
+        if place.region is not None and place.matrix == first.matrix
+    )
+    if outputs:
+        axis = len(shape) - 2 if stack and first.matrix is None else 0
+        shape = (*shape[:axis], outputs, *shape[axis + 1 :])
+    if first.matrix is not None:
+        shape = (1 + max(place.matrix or 0 for place in places), *shape)
+    return Parameter(shape, transposed, stack, base_config)
+
+
+def matrices_in(stored: tuple[int, ...], delta: Delta, place: Place) -> int | None:
+    """How many matrices a tensor of the base is a stack of, where a delta takes it as one."""
+    if place.at is not None:
+        return stored[0]
+    return delta.stack if place.matrix is None else None
