@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from lora_cli.arithmetic.scale import exact_scale
 from lora_cli.checkpoint.checkpoint import StoredTensor
+from lora_cli.checkpoint.source import SourceFile
 
 if TYPE_CHECKING:
     import torch
@@ -70,6 +71,33 @@ class Scale:
 def _exact_scale(alpha: float, rank: int, weight: float, *, rslora: bool) -> float:
     # Tens of thousands of modules share a few scales.
     return exact_scale(Fraction(alpha), rank, weight=weight, rslora=rslora)
+
+
+@dataclass(frozen=True, slots=True)
+class Strided:
+    """A factor of a stack in whose tensor the numbers of one matrix lie apart.
+
+    Attributes:
+        tensor: It, (rows × all columns of all matrices).
+        matrices: How many matrices there are.
+        fastest: From one number to the next the matrix changes; else they lie in groups, a matrix after another in
+            each row.
+    """
+
+    tensor: StoredTensor
+    matrices: int
+    fastest: bool
+
+    @property
+    def place(self) -> tuple[SourceFile, str]:
+        """What tells it from others."""
+        return self.tensor.shard.source, self.tensor.key
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(matrices, rows, rank) of a copy in which those of each matrix lie together."""
+        rows, columns = self.tensor.shape
+        return self.matrices, rows, columns // self.matrices
 
 
 class Delta(Protocol):
@@ -140,6 +168,15 @@ class Delta(Protocol):
     @property
     def tensors(self) -> tuple[StoredTensor, ...]:
         """The stored tensors that it is made of."""
+        ...
+
+    @property
+    def strided(self) -> Strided | None:
+        """Of a stack, the factor that would be read whole for each matrix; None where there is none."""
+        ...
+
+    def gathered(self, copy: StoredTensor) -> Delta:
+        """It, with a copy of that factor in order, (matrices, rows, rank)."""
         ...
 
     def term(self, load: Load, weight: float, index: int = 0) -> Term:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeVar
 
-from lora_cli.adapters.adapter import Acts, Load, Parameter, Scale
+from lora_cli.adapters.adapter import Acts, Load, Parameter, Scale, Strided
 from lora_cli.checkpoint.checkpoint import StoredTensor
 
 if TYPE_CHECKING:
@@ -39,6 +39,15 @@ class _Product:
 
     def on(self: D, parameter: Parameter) -> D:
         """Its factors say all."""
+        return self
+
+    @property
+    def strided(self) -> Strided | None:
+        """Each matrix's numbers lie together."""
+        return None
+
+    def gathered(self: D, copy: StoredTensor) -> D:
+        """Nothing is to be put in order."""
         return self
 
 

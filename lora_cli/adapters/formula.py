@@ -71,10 +71,12 @@ class Method(ABC):
         parts: Names of its tensors, in the order in which they are recorded; any of them may be missing.
         exact: Whether it has the same bits on every machine: it needs no library sines, no exponentials, no sums in an
             order that a library chooses, no factorizations, no random numbers.
+        indices: Those of the parts that say places, and so may be stored as whole numbers.
     """
 
     kind: ClassVar[str]
     parts: ClassVar[tuple[str, ...]]
+    indices: ClassVar[tuple[str, ...]] = ()
     acts: ClassVar[Acts]
     exact: ClassVar[bool] = True
 
@@ -199,6 +201,15 @@ class Formula:
     def magnitude(self) -> None:
         """Lengths that are learned apart are LoRA's."""
         return
+
+    @property
+    def strided(self) -> None:
+        """It is one matrix."""
+        return
+
+    def gathered(self, copy: StoredTensor) -> Formula:
+        """Nothing is to be put in order."""
+        return self
 
     @property
     def rank(self) -> int:

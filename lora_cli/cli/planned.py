@@ -101,11 +101,19 @@ def summary(plan: Plan, *, undo: bool = False) -> Iterator[RenderableType]:
             *(("names", use.rewrite) for use in plan.adapters[:1]),
             ("ledger", ledger_words(plan.ledger_counts())),
             ("writes", f"{size(plan.bytes_to_write)} in {files}, besides {besides}"),
+            *(_reordered(plan)),
             *(_exceptions(plan)),
             *(effects.rows(effects_of(plan))),
             ("left out", few(plan.left_out)),
         ]
     )
+
+
+def _reordered(plan: Plan) -> Iterator[tuple[str, str]]:
+    """What is written besides the output while the plan is carried out."""
+    if plan.strided:
+        factors = count(len(plan.strided), "factor")
+        yield "scratch", f"{size(plan.bytes_to_reorder)}: {factors} of experts are put in order first"
 
 
 def _exceptions(plan: Plan) -> Iterator[tuple[str, str]]:

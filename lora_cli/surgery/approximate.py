@@ -74,16 +74,15 @@ def plan_subtraction(
 
 def _refuse_lost(merged: Checkpoint, made: Plan) -> None:
     """Refuse what no subtraction comes near: lengths that were replaced, layers that were repeated."""
-    alone = {kind_words(term.delta): edit.key for edit in made.edits for term in edit.terms if term.alone}
-    stretched = [edit.key for edit in made.edits if any(term.alone for term in edit.terms)]
+    alone = {edit.key: kind_words(term.delta) for edit in made.edits for term in edit.terms if term.alone}
     repeats = [adapter.label for adapter in made.opened if adapter.layers]
-    if stretched or repeats:
+    if alone or repeats:
+        kinds = sorted({*alone.values()})
+        does = "replaced the lengths of" if kinds == ["DoRA"] else "made something else of"
         raise UnsupportedError(
-            f"{', '.join(sorted(alone))} made something else of these weights, which no subtraction takes back"
-            if stretched
-            else "The adapter repeated layers of the base",
+            f"{', '.join(kinds)} {does} these weights" if alone else "The adapter repeated layers of the base",
             file=merged.label,
-            details=stretched or repeats,
+            details=[*alone] or repeats,
             hint="only the undo file of the merge has what they were: name it with --undo",
         )
 

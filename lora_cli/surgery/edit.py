@@ -22,11 +22,22 @@ if TYPE_CHECKING:
 MERGEABLE = ("BF16", "F16", "F32", "F64", "F8_E4M3", "F8_E5M2")
 """Storage types that can take a delta; `arithmetic.rounding.MERGEABLE` has the same as torch's types."""
 
+WHOLE_NUMBERS = ("U8", "I8", "I16", "I32", "I64")
+"""Storage types that can say places."""
+
 Operation = Literal["keep", "rename", "cast", "add", "subtract", "replace", "append", "repeat", "restore"]
 
 
 SUMMANDS: Final = ("product", "sum")
 """What deltas do that are summands."""
+
+
+def may_be_factor(tensor: StoredTensor, delta: Delta) -> bool:
+    """Whether a tensor of a delta is stored as what it is to be: numbers, or of some formulas places."""
+    if tensor.dtype.name in MERGEABLE or not isinstance(delta, Formula):
+        return tensor.dtype.name in MERGEABLE
+    places = (delta.parts.get(name) for name in delta.method.indices)
+    return tensor.dtype.name in WHOLE_NUMBERS and any(part is tensor for part in places)
 
 
 def is_alone(delta: Delta) -> bool:

@@ -13,6 +13,7 @@ from lora_cli.surgery.budget import Budget
 from lora_cli.surgery.filling import Filler, Tap
 from lora_cli.surgery.plan import Plan
 from lora_cli.surgery.receipt import ours_beside
+from lora_cli.surgery.repacking import in_order
 
 Closing = Callable[[Staging], Iterable[SideFile]]
 """Writes what is only known when all tensors are there, and returns the small files that go in last."""
@@ -84,11 +85,13 @@ def staging_of(
     folder = out.suffix != ".safetensors"
     check_apart(out, plan.inputs)
     # What is recorded is gathered first, and then copied together.
-    check_space(out, plan.bytes_to_write + (2 * plan.bytes_to_undo if see_copies else 0))
+    recorded = 2 * plan.bytes_to_undo if see_copies else 0
+    check_space(out, plan.bytes_to_write + recorded + plan.bytes_to_reorder)
     with Staging(out, folder=folder, may_replace=may_replace).opened() as staging:
         names = [file.name if folder else out.name for file in plan.files]
         staged = [staging.create(name, file.size) for name, file in zip(names, plan.files, strict=True)]
-        Filler(plan, staged, see_copies=see_copies).fill(lambda: taps(staging), budget, progress)
+        with in_order(plan, staging.place) as ready:
+            Filler(ready, staged, see_copies=see_copies).fill(lambda: taps(staging), budget, progress)
         # The index, and then the receipt, come last: without them a folder does not look complete.
         smalls = sorted(plan.side_files, key=lambda side: side.name.endswith(".index.json"))
         for side in [*smalls, *closing(staging)]:

@@ -22,7 +22,7 @@ from lora_cli.checkpoint.repairs import Repair, untied, with_layers, with_vocabu
 from lora_cli.errors import NamesError, ShapeError, UnsupportedError
 from lora_cli.surgery.accounts import Accounts
 from lora_cli.surgery.changing import Change, apart_words, contents_alike, kind_words, settle_ties, twins_in
-from lora_cli.surgery.edit import MERGEABLE, Contribution, Rows, is_alone
+from lora_cli.surgery.edit import MERGEABLE, Contribution, Rows, is_alone, may_be_factor
 from lora_cli.surgery.lying import guessed_words, lie
 from lora_cli.surgery.matching import check_mapped, left_out, unused_maps
 from lora_cli.surgery.plan import AdapterUse, ScaleUse
@@ -371,7 +371,7 @@ class Placement:
         if base.dtype.name not in MERGEABLE:
             self.accounts.problem(UnsupportedError, f"{key}: storage type {base.dtype.name} takes no delta")
         for factor in target.delta.tensors:
-            if factor.dtype.name not in MERGEABLE:
+            if not may_be_factor(factor, target.delta):
                 words = f"{factor.key}: storage type {factor.dtype.name} of a factor"
                 self.accounts.problem(UnsupportedError, words)
         if is_alone(target.delta) and one.weight != 1:

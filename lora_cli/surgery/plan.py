@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from lora_cli.adapters.adapter import Adapter
+from lora_cli.adapters.adapter import Adapter, Strided
 from lora_cli.checkpoint.checkpoint import Checkpoint, Shard
 from lora_cli.checkpoint.header import Header
 from lora_cli.checkpoint.sidefiles import SideFile
@@ -161,6 +161,17 @@ class Plan:
         return sum(file.size for file in self.files) + sum(side.size for side in self.side_files)
 
     @property
+    def strided(self) -> list[Strided]:
+        """Factors that are put in order first, each once; see `repacking`."""
+        found = (term.delta.strided for edit in self.edits for term in edit.terms)
+        return list({one.place: one for one in found if one is not None}.values())
+
+    @property
+    def bytes_to_reorder(self) -> int:
+        """Bytes of them, which are in a scratch file while the plan is carried out."""
+        return sum(one.tensor.nbytes for one in self.strided)
+
+    @property
     def bytes_to_undo(self) -> int:
         """Bytes that an undo file has at least: what replaced and narrowed tensors lose, and what is dropped."""
         lost = [
@@ -213,6 +224,7 @@ class Plan:
             "ledger": self.ledger_counts(),
             "bytes_to_read": self.bytes_to_read,
             "bytes_to_write": self.bytes_to_write,
+            "bytes_to_reorder": self.bytes_to_reorder,
             "adapters": [
                 {
                     "label": use.label,

@@ -19,6 +19,7 @@ from lora_cli.surgery.budget import Budget
 from lora_cli.surgery.edit import Edit
 from lora_cli.surgery.engine import Workshop
 from lora_cli.surgery.plan import Plan
+from lora_cli.surgery.repacking import in_order
 from lora_cli.surgery.units import Unit, units_of
 from lora_cli.surgery.workers import run_units
 
@@ -42,7 +43,6 @@ def prove(plan: Plan, budget: Budget, progress: Progress) -> Iterator[tuple[str,
     edits = [edit for edit in plan.edits if edit.terms]
     progress.begin("prove", sum(edit.nbytes for edit in edits))
     counts: defaultdict[str, Count] = defaultdict(Count)
-    units = (unit for number, file in enumerate(plan.files) for unit in units_of(number, file) if unit.edit)
 
     def work(unit: Unit, workshop: Workshop) -> Count:
         edit = unit.edit
@@ -50,13 +50,15 @@ def prove(plan: Plan, budget: Budget, progress: Progress) -> Iterator[tuple[str,
         return _count(edit, unit, workshop) if edit.terms else Count()
 
     nbytes = sum(edit.nbytes for edit in edits)
-    for unit, count in run_units(units, work, lambda: Workshop(budget.strip_bytes), budget.threads, nbytes=nbytes):
-        if unit.edit and unit.edit.terms:
-            progress.advance(unit.nbytes)
-            total = counts[unit.edit.key]
-            total.elements += count.elements
-            total.exact += count.exact
-            total.impossible += count.impossible
+    with in_order(plan) as ready:
+        units = (unit for number, file in enumerate(ready.files) for unit in units_of(number, file) if unit.edit)
+        for unit, count in run_units(units, work, lambda: Workshop(budget.strip_bytes), budget.threads, nbytes=nbytes):
+            if unit.edit and unit.edit.terms:
+                progress.advance(unit.nbytes)
+                total = counts[unit.edit.key]
+                total.elements += count.elements
+                total.exact += count.exact
+                total.impossible += count.impossible
     yield from ((edit.key, counts[edit.key]) for edit in edits)
 
 

@@ -16,6 +16,7 @@ from lora_cli.surgery.identity import content_digest, contents
 from lora_cli.surgery.placing import PlanOptions
 from lora_cli.surgery.plan import AdapterUse, Plan
 from lora_cli.surgery.planning import plan
+from lora_cli.surgery.repacking import in_order
 from lora_cli.surgery.results import Reference, listed, measured, open_adapters, open_base
 from lora_cli.surgery.survival import Survival, Survivals, warnings_of
 from lora_cli.surgery.undo.undoing import Undoing
@@ -203,11 +204,12 @@ class _Work:
         different, checked = _compare_names(made, candidate)
         comparable = {key: tensor for key, tensor in candidate.tensors.items() if key in checked}
         budget = settle_budget(made, memory=self.memory, threads=self.threads)
-        found, survival = _compare_values(made, comparable, max_ulp, budget, progress)
-        different += found
-        different.sort(key=lambda difference: difference.key)
-        _warn(different, survival, progress)
-        different, looks_like = _look(made, comparable, different, budget, progress)
+        with in_order(made) as ready:
+            found, survival = _compare_values(ready, comparable, max_ulp, budget, progress)
+            different += found
+            different.sort(key=lambda difference: difference.key)
+            _warn(different, survival, progress)
+            different, looks_like = _look(ready, comparable, different, budget, progress)
         different += _compare_config(made, candidate)
         edited = tuple(edit.key for edit in made.edits if edit.terms or edit.operation in ("replace", "append"))
         return _Found(made.base, made.adapters, len(checked), different, looks_like, edited, survival)

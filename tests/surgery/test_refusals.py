@@ -174,7 +174,7 @@ ROWS: list[tuple[str, str, str, Spoil]] = [
     ("stack of experts", "Unsupported", "expert stacks", adds(kernels((3, 2, 8), (3, 12, 2)))),
     ("tokens", "MalformedFile", "no rows for them", adds(trainable_token_indices=[1])),
     ("expert parameters", "Unsupported", "expert", adds(target_parameters=["experts.gate_up_proj"])),
-    ("another tuner", "Unsupported", "LOHA", adds(peft_type="LOHA")),
+    ("another tuner", "Unsupported", "PREFIX_TUNING", adds(peft_type="PREFIX_TUNING")),
     ("unknown field", "Unsupported", "use_sparkle = 0.5", adds(use_sparkle=0.5)),
     ("pissa", "Unsupported", "changed by its init", adds(init_lora_weights="pissa_niter_4")),
     ("loftq", "Unsupported", "quantised the base", adds(init_lora_weights="loftq")),

@@ -43,7 +43,7 @@ def likenesses(
     """
     values = {difference.key: difference for difference in different if difference.what == "values"}
     edits = [edit for edit in plan.edits if edit.key in values]
-    with_terms = [edit for edit in edits if edit.acts == {"product"}]
+    with_terms = [edit for edit in edits if _has_evidence(edit)]
     if with_terms:
         progress.begin("look at differences", sum(edit.nbytes for edit in with_terms))
     evidence = gather(with_terms, candidates, budget, progress.advance)
@@ -53,6 +53,11 @@ def likenesses(
         found[edit.key] = judge(evidence[edit.key], subject, difference.elements or 0, difference.max_ulp)
     wholes = [edit for edit in edits if not edit.terms]
     return found | _wholes(plan, wholes, candidates, values, budget, progress)
+
+
+def _has_evidence(edit: Edit) -> bool:
+    """Whether each adapter's own change is looked for: products, of all matrices of a tensor."""
+    return edit.acts == {"product"} and all(term.at is None for term in edit.terms)
 
 
 def summary(different: Sequence[Difference], likenesses: Mapping[str, Likeness]) -> str | None:

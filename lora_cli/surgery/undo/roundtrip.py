@@ -13,8 +13,10 @@ from lora_cli.progress import Progress
 from lora_cli.surgery.budget import TILE_ELEMENTS, Budget
 from lora_cli.surgery.edit import Edit
 from lora_cli.surgery.engine import Piece, Workshop
+from lora_cli.surgery.plan import Plan
 from lora_cli.surgery.readers import Readers, open_readers, raw_bytes
 from lora_cli.surgery.receipt import OWN_FILES, beside
+from lora_cli.surgery.repacking import in_order
 from lora_cli.surgery.undo.checking import Checker, Finding
 from lora_cli.surgery.undo.undoing import Undoing
 from lora_cli.surgery.units import Unit, units_of
@@ -31,7 +33,12 @@ def roundtrip(undoing: Undoing, base: Checkpoint | None, budget: Budget, progres
         LoraCliError: An input cannot be read.
     """
     trip = _Trip(undoing, base)
-    plan = undoing.plan
+    with in_order(undoing.plan) as plan:
+        _take_all(trip, plan, budget, progress)
+    return trip.verdict()
+
+
+def _take_all(trip: _Trip, plan: Plan, budget: Budget, progress: Progress) -> None:
     progress.begin("roundtrip", sum(file.size for file in plan.files))
     every_unit = (unit for number, file in enumerate(plan.files) for unit in units_of(number, file, seen=True))
     units = (unit for unit in every_unit if unit.edit is not None)
@@ -39,7 +46,6 @@ def roundtrip(undoing: Undoing, base: Checkpoint | None, budget: Budget, progres
     for unit, found in run_units(units, trip.work, lambda: Workshop(budget.strip_bytes), budget.threads, nbytes=nbytes):
         trip.take(unit, found)
         progress.advance(unit.nbytes)
-    return trip.verdict()
 
 
 class _Seen(NamedTuple):

@@ -25,7 +25,7 @@ from lora_cli.adapters.tuners import METHODS
 from lora_cli.checkpoint.checkpoint import StoredTensor
 from lora_cli.checkpoint.manifest import TermRecord
 from lora_cli.errors import MalformedFileError, UnsupportedError
-from lora_cli.surgery.edit import MERGEABLE, Contribution
+from lora_cli.surgery.edit import MERGEABLE, Contribution, may_be_factor
 
 Find = Callable[[int, str], StoredTensor]
 """Finds a factor by the position of its adapter and its name."""
@@ -121,9 +121,9 @@ def _delta(said: TermRecord, tensors: list[StoredTensor], key: str) -> Delta:
             found=said.kind,
             hint="update lora-cli",
         )
-    delta = None
-    if all(tensor.dtype.name in MERGEABLE for tensor in tensors):
-        delta = _recalled(method, said, tensors, scale) if method else _KINDS[said.kind](said, tensors, scale)
+    delta = _recalled(method, said, tensors, scale) if method else None
+    if method is None and all(tensor.dtype.name in MERGEABLE for tensor in tensors):
+        delta = _KINDS[said.kind](said, tensors, scale)
     if delta is None:
         found = ", ".join(f"{tensor.dtype.name} {list(tensor.shape)}" for tensor in tensors)
         raise MalformedFileError(
@@ -141,7 +141,8 @@ def _recalled(method: Method, said: TermRecord, tensors: Sequence[StoredTensor],
     shapes = {name: tensor.shape for name, tensor in parts.items()}
     if method.problem(shapes, said.settings, said.shape):
         return None
-    return Formula(method, parts, scale, said.settings, said.shape, said.transposed)
+    formula = Formula(method, parts, scale, said.settings, said.shape, said.transposed)
+    return formula if all(may_be_factor(tensor, formula) for tensor in tensors) else None
 
 
 def _matrix(said: TermRecord, tensors: Sequence[StoredTensor], scale: Scale) -> Delta | None:
