@@ -190,6 +190,8 @@ def of_class(kind: Any, model: Model | None) -> Facts:
     if tied:
         made["ties"] = tied
         made["tied"] = when_tied(kind.config_class)
+    if model is not None and (lying := experts(model)):
+        made["experts"] = lying
     if model is not None and converted(model):
         made["tops"] = sorted({name.split(".")[0] for name in model.state_dict()})
         made |= {"stay": kept} if (kept := names_that_stay(model)) else {}
@@ -219,6 +221,32 @@ def parts(model: Model) -> list[list[str]]:
     return found
 
 
+def experts(model: Model) -> dict[str, list[str]]:
+    """Modules with stacks of experts that lie otherwise than usual, without those of models inside it → how."""
+    inner = [f"{path}." for path, _ in models_in(model) if path]
+    found = {}
+    for path, module in model.named_modules():
+        if not path.startswith(tuple(inner)) and (lying := how_experts_lie(module)):
+            found[re.sub(r"(?<![^.])\d+(?![^.])", "*", path)] = lying
+    return found
+
+
+def how_experts_lie(module: torch.nn.Module) -> list[str]:
+    """In words, for stacks of matrices that are not (out × in), or that have gate and up in turn."""
+    gate_up, down = (tuple(getattr(getattr(module, name, None), "shape", ())) for name in ("gate_up_proj", "down_proj"))
+    if len(gate_up) != 3 or len(down) != 3:
+        return []
+    as_usual = gate_up[1:] == (2 * down[2], down[1])
+    if not as_usual and gate_up[1:] != (down[2], 2 * down[1]):
+        raise ValueError(f"{type(module).__name__}: neither (out x in) nor (in x out)")
+    lying = {
+        "is_transposed": getattr(module, "is_transposed", False),
+        "inputs_first": not as_usual,
+        "alternating": not getattr(module, "is_concatenated", True),
+    }
+    return [word for word, so in lying.items() if so]
+
+
 def usual_parts(kind: Any) -> list[list[str]]:
     """The backbone of a class with a head, where it cannot be made."""
     if not re.search(r"For[A-Z]|LMHead", kind.__name__):
@@ -232,7 +260,11 @@ def usual_parts(kind: Any) -> list[list[str]]:
 def telling(classes: Mapping[str, Facts]) -> Facts:
     """The classes about which there is more to say than that files and modules have the same names."""
     known = known_conversions()
-    kept = {name for name, made in classes.items() if {"ties", "tops"} & {*made} or {name, made["type"]} & {*known}}
+    kept = {
+        name
+        for name, made in classes.items()
+        if {"ties", "tops", "experts"} & {*made} or {name, made["type"]} & {*known}
+    }
     while True:
         above = {name for name, made in classes.items() if _mixed(made) or {p[1] for p in made.get("parts", ())} & kept}
         if above <= kept:

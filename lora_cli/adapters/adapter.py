@@ -193,17 +193,24 @@ class Target:
         parameter: Which of its parameters, mostly `weight`.
         delta: The change.
         may_lack: Whether the base may have no such parameter, and then there is nothing to do.
+        reads: Whether the change is computed from the module's weight besides.
     """
 
     module: str
     parameter: str
     delta: Delta
     may_lack: bool = False
+    reads: bool = False
 
     @property
     def name(self) -> str:
         """Full name of the parameter in the adapter's spelling."""
         return f"{self.module}.{self.parameter}" if self.module else self.parameter
+
+    @property
+    def weight(self) -> str:
+        """Full name of the module's weight, likewise."""
+        return f"{self.module}.weight" if self.module else "weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,8 +321,9 @@ class Adapter:
 
     @property
     def names(self) -> list[str]:
-        """Every parameter that it changes, in its own spelling; one may stand there twice."""
+        """Every parameter that it changes or reads, in its own spelling; one may stand there twice."""
         names = [target.name for target in self.targets]
+        names += [target.weight for target in self.targets if target.reads]
         return [*names, *(change.name for change in self.replacements), *(change.name for change in self.rows)]
 
     @property

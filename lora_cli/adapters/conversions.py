@@ -62,6 +62,12 @@ class Part:
             yield from below.parts()
 
     @property
+    def experts(self) -> Mapping[str, Sequence[str]]:
+        """Modules in it whose stacks of experts lie otherwise than usual: their names, with `*` for numbers → how."""
+        experts: Mapping[str, Sequence[str]] = self.facts.get("experts", {})
+        return experts
+
+    @property
     def is_decoder(self) -> bool:
         """Whether models of its type are trained alone, to go on with a text."""
         return self.facts.get("type") in tables()["decoders"]
@@ -96,8 +102,18 @@ class Conversion:
         """The new name and which of the patterns was found; None for a name that is not concerned."""
         start = self._start(name) if len(name) <= LONGEST else None
         found = self.pattern.search(name[start:]) if start is not None else None
+        return None if found is None else self._renamed(name, start, found)
+
+    def numbered(self, name: str) -> tuple[str, int, int | None] | None:
+        """The same, and the number that stands for `*`, such as that of an expert; None where there is none."""
+        start = self._start(name) if len(name) <= LONGEST else None
+        found = self.pattern.search(name[start:]) if start is not None else None
         if found is None:
             return None
+        numbers = _NUMBER.findall(found[0])
+        return (*self._renamed(name, start, found), int(numbers[-1]) if numbers else None)
+
+    def _renamed(self, name: str, start: int | None, found: re.Match[str]) -> tuple[str, int]:
         group = str(found.lastgroup)  # the outermost that has matched, and these are alternatives
         position = int(group[1:])
         new = self.targets[position if self.together else 0]
@@ -147,6 +163,21 @@ class Conversions:
     def kind(self) -> str:
         """The model's class."""
         return self.parts[0].kind if self.parts else ""
+
+    def experts(self, module: str) -> Collection[str] | None:
+        """How a module with stacks of experts has them, where it is not as usual; None where its class is unknown.
+
+        Usual are matrices (out × in), and of gate and up together first all rows of the gate. The words:
+        `is_transposed` (transformers says so, and PEFT asks), `inputs_first` (they are (in × out)), and `alternating`
+        (gate and up in turn).
+        """
+        starred = _NUMBER.sub("*", module)
+        for part in self.parts:
+            for pattern, lying in part.experts.items():
+                if starred == pattern or starred.endswith(f".{pattern}"):
+                    return lying
+        unknown = {part.path.rpartition(".")[2] for part in self.parts if not part.kind}
+        return () if self.parts and unknown.isdisjoint(module.split(".")) else None
 
     def for_files(self, names: Sequence[str]) -> Conversions:
         """The same, with the steps that belong together decided by the names of a checkpoint."""
@@ -218,6 +249,20 @@ def conversions(config: Mapping[str, Any]) -> Conversions:
         tuple(step for step in steps if not step.operations),
         tuple(step for step in steps if step.operations),
     )
+
+
+def transposed_experts(config: Mapping[str, Any], module: str) -> bool | None:
+    """Whether a module with stacks of experts has `is_transposed` set, for which PEFT has its factors the other way.
+
+    Args:
+        config: The base's `config.json`.
+        module: Name of the module, such as `model.layers.0.mlp.experts`, whatever stands before it.
+
+    Returns:
+        None where the tables do not know the class of the model, or that of a part of it.
+    """
+    lying = conversions(config).experts(module)
+    return None if lying is None else "is_transposed" in lying
 
 
 def architecture(config: Mapping[str, Any]) -> str | None:

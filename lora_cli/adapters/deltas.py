@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 MatrixKind = Literal["lora", "lora-embedding"]
 BlocksKind = Literal["lora-blocks-a", "lora-blocks-b"]
 
-D = TypeVar("D", bound="_Product")
+D = TypeVar("D", bound="Product")
 
 
-class _Product:
-    """What is the same for all of them."""
+class Product:
+    """What is the same for all products."""
 
     __slots__ = ()
 
@@ -37,10 +37,6 @@ class _Product:
         """Products are exact."""
         return True
 
-    def on(self: D, parameter: Parameter) -> D:
-        """Its factors say all."""
-        return self
-
     @property
     def strided(self) -> Strided | None:
         """Each matrix's numbers lie together."""
@@ -51,8 +47,18 @@ class _Product:
         return self
 
 
+class SettledProduct(Product):
+    """What is the same for those that leave nothing open."""
+
+    __slots__ = ()
+
+    def on(self: D, parameter: Parameter) -> D:
+        """Its factors say all."""
+        return self
+
+
 @dataclass(frozen=True, slots=True)
-class LowRank(_Product):
+class LowRank(SettledProduct):
     """LoRA on a matrix: ΔW = scale · B·A with A (rank × in) and B (out × rank) (Hu et al. 2021).
 
     An embedding is the matrix of a module that takes one-hot vectors: with A (rank × entries) and B (dim × rank) its
@@ -64,7 +70,8 @@ class LowRank(_Product):
         scale: What multiplies the product.
         swapped: The file stores A as (in × rank) and B as (rank × out).
         kind: `lora-embedding` where it is known to be one: such a table is always stored (in × out).
-        folded: The stored shape of a tensor of other than two dimensions that is the (out × in) matrix, row by row.
+        folded: The stored shape, where it is known: that of a tensor of other than two dimensions which is the
+            (out × in) matrix row by row, or of a parameter whose rows are outputs whatever its module calls them.
         magnitude: For DoRA, the length that each output's row of W + ΔW gets.
     """
 
@@ -115,7 +122,7 @@ class LowRank(_Product):
 
 
 @dataclass(frozen=True, slots=True)
-class LowRankKernel(_Product):
+class LowRankKernel(SettledProduct):
     """LoRA on a convolution: ΔW = scale · B·A on the kernel as an (out × in/groups·k…) matrix.
 
     A is a convolution's kernel too, (rank, in/groups, k…), and B mixes what it gives: (out, rank), with ones behind it
@@ -171,7 +178,7 @@ class LowRankKernel(_Product):
 
 
 @dataclass(frozen=True, slots=True)
-class LowRankStack(_Product):
+class LowRankStack(SettledProduct):
     """LoRA on a stack of matrices, such as a grouped linear layer's, one for each expert: ΔW[e] = scale · A[e]·B[e].
 
     A is (experts, in, rank) and B (experts, rank, out), the layouts that `torch.bmm` multiplies; the base stores
@@ -222,7 +229,7 @@ class LowRankStack(_Product):
 
 
 @dataclass(frozen=True, slots=True)
-class LowRankBlocks(_Product):
+class LowRankBlocks(SettledProduct):
     """LoRA of which one factor is block-diagonal (PEFT's BD-LoRA): ΔW = scale · B·A with that factor expanded.
 
     Its blocks are stored one below the other: A = diag(A₁ … Aₙ) as (rank × in/n), B = diag(B₁ … Bₙ) as (out × rank/n).
@@ -286,7 +293,7 @@ class LowRankBlocks(_Product):
 
 
 @dataclass(frozen=True, slots=True)
-class LowRankBias(_Product):
+class LowRankBias(SettledProduct):
     """The bias of a LoRA B factor: Δbias = scale · b, a product of rank one with a single column."""
 
     b: StoredTensor

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from lora_cli.adapters.adapter import Acts, Load, Parameter, Scale
 from lora_cli.checkpoint.checkpoint import StoredTensor
-from lora_cli.errors import ShapeError
+from lora_cli.errors import ShapeError, UnsupportedError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,18 +43,23 @@ class Given:
         settings: Numbers and words from the config.
         scale: What multiplies the change, the user's weight included.
         shape: The shape of the parameter.
+        before: Reads what the module's weight was, whole, as a matrix (out × in); for methods that ask for it.
     """
 
     tensors: Mapping[str, Tensor]
     settings: Settings
     scale: float
     shape: Shape
+    before: Before | None = None
 
     @property
     def matrix(self) -> tuple[int, int]:
         """(out, in) of the parameter as a matrix; a vector is a column."""
         return as_matrix(self.shape)
 
+
+Before = Callable[[], "Tensor"]
+"""Reads a weight as the base has it, (out × in) in its storage type."""
 
 Values = Callable[["Tensor", slice], "Tensor"]
 """Gives rows (indices) × columns of a matrix (out × in), in float64."""
@@ -72,6 +77,8 @@ class Method(ABC):
         exact: Whether it has the same bits on every machine: it needs no library sines, no exponentials, no sums in an
             order that a library chooses, no factorizations, no random numbers.
         indices: Those of the parts that say places, and so may be stored as whole numbers.
+        reads: Whether it computes from the base's weight besides, and not of single rows of it alone. So an undo, which
+            has the merged weight, cannot compute it again.
     """
 
     kind: ClassVar[str]
@@ -79,6 +86,13 @@ class Method(ABC):
     indices: ClassVar[tuple[str, ...]] = ()
     acts: ClassVar[Acts]
     exact: ClassVar[bool] = True
+    reads: ClassVar[bool] = False
+
+    together: ClassVar[bool] = False
+
+    def among(self, settings: Settings, parameters: Sequence[Shape]) -> Settings:
+        """The settings with what it must know of all parameters that its adapter changes: asked where `together`."""
+        return settings
 
     @abstractmethod
     def problem(self, shapes: Shapes, settings: Settings, shape: Shape) -> str | None:
@@ -86,6 +100,10 @@ class Method(ABC):
 
         Whatever a damaged or forged file holds must be found here: the other methods trust it.
         """
+
+    def unsupported(self, shapes: Shapes, settings: Settings, shape: Shape) -> str | None:
+        """Say in words why no weight does what the tuner does with such a parameter; None where one does."""
+        return None
 
     def rank(self, shapes: Shapes, settings: Settings) -> int:
         """A number that tells people how large the change is, if it has one: LoRA's rank, or what is most like it."""
@@ -177,8 +195,8 @@ class Formula:
 
     @property
     def exact(self) -> bool:
-        """Whether the method has the same bits on every machine."""
-        return self.method.exact
+        """Whether the method has the same bits on every machine, and can be computed again when the merge is done."""
+        return self.method.exact and not self.method.reads
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -236,11 +254,16 @@ class Formula:
     def _shapes(self) -> Shapes:
         return {name: tensor.shape for name, tensor in self.parts.items()}
 
+    def among(self, parameters: Sequence[Shape]) -> Formula:
+        """It, where its adapter changes parameters of these shapes."""
+        return replace(self, settings=self.method.among(self.settings, parameters))
+
     def on(self, parameter: Parameter) -> Formula:
         """It, for this parameter.
 
         Raises:
             ShapeError: Its tensors are none for that.
+            UnsupportedError: The tuner does what no weight does.
         """
         problem = None
         if parameter.stack:
@@ -250,28 +273,30 @@ class Formula:
         problem = problem or self.method.problem(self._shapes, self.settings, parameter.shape)
         if problem:
             raise ShapeError(problem)
+        if problem := self.method.unsupported(self._shapes, self.settings, parameter.shape):
+            raise UnsupportedError(problem)
         return replace(self, parameter=parameter.shape, transposed=parameter.transposed)
 
-    def given(self, load: Load, weight: float) -> Given:
+    def given(self, load: Load, weight: float, before: Before | None = None) -> Given:
         """Read its tensors."""
         assert self.parameter is not None  # noqa: S101 (a plan has settled it)
         tensors = {name: load(tensor) for name, tensor in self.parts.items()}
-        return Given(tensors, self.settings, self.scale.times(weight), self.parameter)
+        return Given(tensors, self.settings, self.scale.times(weight), self.parameter, before)
 
     def term(self, load: Load, weight: float, index: int = 0) -> Term:
         """The factors of what is a product."""
         assert isinstance(self.method, ProductMethod)  # noqa: S101 (who asks has looked at `acts`)
         return self.method.term(self.given(load, weight))
 
-    def values(self, load: Load, weight: float) -> Values:
+    def values(self, load: Load, weight: float, before: Before | None = None) -> Values:
         """The values of a sum, or the gains."""
         assert isinstance(self.method, SumMethod | GainMethod)  # noqa: S101 (likewise)
-        return self.method.values(self.given(load, weight))
+        return self.method.values(self.given(load, weight, before))
 
-    def rows(self, load: Load, weight: float) -> Rows:
+    def rows(self, load: Load, weight: float, before: Before | None = None) -> Rows:
         """The rows of a map."""
         assert isinstance(self.method, MapMethod)  # noqa: S101 (likewise)
-        return self.method.rows(self.given(load, weight))
+        return self.method.rows(self.given(load, weight, before))
 
 
 def as_matrix(shape: Shape) -> tuple[int, int]:

@@ -31,6 +31,8 @@ UNDERSTOOD = {
     "task_type": "which head the fine-tune may have added",
     "trainable_token_indices": "which rows of a table were trained; they are in the file",
     "use_bdlora": "which factors are block-diagonal",
+    "target_parameters": "which factors are of parameters, such as stacks of experts, and not of modules",
+    "lora_B_layout": "how B of a stack of experts is packed",
     "use_dora": "lengths are learned apart from directions; the magnitudes are in the file",
 }
 
@@ -72,7 +74,6 @@ REFUSED = {
     "arrow_config": "Arrow picks among adapters at run time, which no merged weight does; merge one of these adapters",
     "enable_lora": "the first PEFT versions could give only some outputs of a module factors; that is not supported",
     "kasa_config": "KaSA took singular values off the base, and the file lacks what is left of it; merge it by PEFT",
-    "target_parameters": "LoRA on expert parameters is not supported",
     "use_qalora": "QA-LoRA pools its inputs, for quantised weights only; serve it apart",
 }
 

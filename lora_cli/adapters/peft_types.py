@@ -68,6 +68,10 @@ def _are_tokens(value: object) -> bool:
     return not is_set(value) or _lists(_is_place)(value) or _maps_to(_lists(_is_place))(value)
 
 
+def _are_names(value: object) -> bool:
+    return _lists(lambda name: isinstance(name, str))(value)
+
+
 def _are_blocks(value: object) -> bool:
     if not is_set(value):
         return True
@@ -100,5 +104,7 @@ _TYPES: Mapping[str, tuple[str, Callable[[object], bool]]] = {
     "ensure_weight_tying": ("true or false", _is_flag),
     "layer_replication": ("a list of layers [first, one past the last]", _are_runs),
     "trainable_token_indices": ("a list of tokens from 0 on, or one for each module", _are_tokens),
+    "target_parameters": ("a list of names", _are_names),
+    "lora_B_layout": ("a word", lambda value: value is None or isinstance(value, str)),
     "use_bdlora": ("an object with nblocks and lists of names", _are_blocks),
 }

@@ -17,9 +17,12 @@ from types import MappingProxyType
 from typing import Any
 
 from lora_cli.adapters.conversions import tables
+from lora_cli.adapters.experts import Experts
+from lora_cli.adapters.groups import Shaped
 from lora_cli.adapters.names import First, Identity, Mapper, Prefix, Subtree
+from lora_cli.adapters.operations import NoPlaceError
 from lora_cli.adapters.region import Place, whole
-from lora_cli.adapters.spelling import Shaped, Spelling, spelling, writers
+from lora_cli.adapters.spelling import Spelling, spelling, writers
 from lora_cli.errors import NamesError, UsageError
 
 Rewrite = tuple[Mapper, ...]
@@ -130,17 +133,28 @@ class _Names:
         self.spelled = spelled
         self._newest: dict[str, str] = {}
         self._stored: dict[str, tuple[Place, ...]] = {}
+        self._experts = Experts(spelled.conversions, lambda key: tuple(base[key].shape), self._there)
+        self._reasons: dict[str, str] = {}
 
     def __call__(self, names: Sequence[str]) -> dict[str, tuple[Place, ...]]:
         """Name → where it is; without those that mean nothing. Of many at once, which is quicker than one by one."""
         found = {name: places for name in names if (places := self._there(name)) is not None}
-        if len(found) < len(names) and self.spelled.conversions.parts:
+        if len(found) < len(names):
             older = [name for name in names if name not in found]
             for name, new in zip(older, self._names_now(older), strict=True):
                 places = self._there(new) if new != name else None
+                places = self._expert(new) if places is None else places
                 if places is not None:
                     found[name] = places
         return found
+
+    def _expert(self, name: str) -> tuple[Place, ...] | None:
+        """Where an expert is that the base stores with others, or stored otherwise."""
+        try:
+            return self._experts(name)
+        except NoPlaceError as reason:
+            self._reasons[name] = str(reason)
+            return None
 
     def _names_now(self, names: Sequence[str]) -> list[str]:
         """What modules of these names are called today."""
@@ -150,8 +164,9 @@ class _Names:
 
     def _there(self, name: str) -> tuple[Place, ...] | None:
         key = _key_of(name, self.base)
-        if key is not None:
+        if key is not None and key not in self.spelled.otherwise:
             return self._stored.setdefault(key, (Place(key),))
+        name = name if key is None else self.spelled.otherwise[key]
         key = _key_of(name, self.spelled.places) if self.spelled.places else None
         return self.spelled.places[key] if key is not None else None
 
@@ -161,7 +176,14 @@ class _Names:
 
     def reason(self, name: str) -> str | None:
         """Why a parameter that the base holds has no place."""
-        return self.spelled.apart.get(self._newest.get(name, name))
+        new = self._newest.get(name, name)
+        reasons = (self.spelled.apart.get(parameter) for parameter in self._parameters(name, new))
+        return next(filter(None, reasons), self._reasons.get(new))
+
+    def _parameters(self, name: str, new: str) -> Iterator[str]:
+        """What a name may mean in the model."""
+        yield self.spelled.otherwise.get(_key_of(name, self.base) or "", new)
+        yield from (part.parameter for part in self._experts.parts(new))
 
     def rewrites(self) -> list[Rewrite]:
         """Every rewrite from adapter to base spelling, simplest first."""
@@ -263,17 +285,20 @@ def _key_of(name: str, keys: Collection[str]) -> str | None:
 
 
 def _refuse_doubles(found: Mapping[str, tuple[Place, ...]], file: str) -> None:
-    seen: defaultdict[str, list[tuple[str, Place]]] = defaultdict(list)
+    # By tensor and matrix: a layer may have hundreds of experts.
+    seen: defaultdict[str, defaultdict[int | None, list[tuple[str, Place]]]] = defaultdict(lambda: defaultdict(list))
     doubles = []
     for name, places in found.items():
         for place in places:
-            others = seen[place.key]
+            there = seen[place.key]
+            others = there.items() if place.at is None else ((at, there[at]) for at in (place.at, None))
             doubles += [
                 f"{other} and {name} are both {place.key}"
-                for other, there in others
-                if there == place or there.region is None or place.region is None
+                for _, several in others
+                for other, held in several
+                if held == place or held.region is None or place.region is None
             ]
-            others.append((name, place))
+            there[place.at].append((name, place))
     if doubles:
         raise NamesError("Two names of the adapter mean one tensor of the base", file=file, details=doubles)
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from lora_cli.adapters.expert_layout import ExpertLayout
 from lora_cli.checkpoint.checkpoint import (
     ADAPTER_FILE,
     CONVERT_HINT,
@@ -54,12 +55,14 @@ class ReadOptions:
         scale: Overrides the scale as a whole (`--scale`).
         ignore_fields: Config fields that are set, not understood, and may be ignored.
         initial: Adapters as they were before training, one for each whose init took its first factors off the base.
+        expert_layout: How the factors of experts lie (`--expert-layout`).
     """
 
     alpha: float | None = None
     scale: float | None = None
     ignore_fields: tuple[str, ...] = ()
     initial: tuple[str, ...] = ()
+    expert_layout: ExpertLayout = field(default_factory=ExpertLayout)
 
 
 def look_at_adapter(path: Path, *, label: str | None = None) -> AdapterSource:

@@ -41,6 +41,7 @@ def diff(
     alpha: opt.AlphaOption = None,
     scale: opt.ScaleOption = None,
     ignore_field: opt.IgnoreFieldOption = None,
+    expert_layout: opt.ExpertLayoutOption = None,
     threads: opt.ThreadsOption = None,
     memory: opt.MemoryOption = None,
 ) -> None:
@@ -59,7 +60,7 @@ def diff(
         rank=rank,
         threads=threads,
         memory=opt.memory_bytes(memory),
-        options=opt.read_options(alpha, scale, ignore_field),
+        options=opt.read_options(alpha, scale, ignore_field, expert_layout=expert_layout),
         progress=output.progress(),
     )
     output.result(result, "diff", lambda: view(result, ranked=rank))

@@ -48,6 +48,7 @@ def inspect(
     allow_unmapped: opt.UnmappedOption = False,
     orientation: opt.OrientationOption = None,
     ignore_field: opt.IgnoreFieldOption = None,
+    expert_layout: opt.ExpertLayoutOption = None,
     initial: opt.InitialOption = None,
 ) -> None:
     """Say what a file, folder or Hub id holds, from headers only.
@@ -67,7 +68,7 @@ def inspect(
         maps=tuple(map_ or ()),
         allow_unmapped=allow_unmapped,
         orientation=orientation,
-        read=opt.read_options(alpha, scale, ignore_field, initial),
+        read=opt.read_options(alpha, scale, ignore_field, initial, expert_layout),
     )
     result = surgery.inspect(path, base=base, options=options, spectrum=spectrum, progress=output.progress())
     for warning in result.warnings:

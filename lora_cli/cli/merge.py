@@ -55,6 +55,7 @@ def merge(
     allow_unmapped: opt.UnmappedOption = False,
     orientation: opt.OrientationOption = None,
     ignore_field: opt.IgnoreFieldOption = None,
+    expert_layout: opt.ExpertLayoutOption = None,
     initial: opt.InitialOption = None,
     tokenizer: TokenizerOption = "base",
     threads: opt.ThreadsOption = None,
@@ -76,7 +77,7 @@ def merge(
         allow_unmapped=allow_unmapped,
         tokenizer=tokenizer,
         orientation=orientation,
-        read=opt.read_options(alpha, scale, ignore_field, initial),
+        read=opt.read_options(alpha, scale, ignore_field, initial, expert_layout),
     )
     budget = opt.memory_bytes(memory)
     if dry:

@@ -86,6 +86,17 @@ IgnoreFieldOption = Annotated[
         rich_help_panel=_NAMES,
     ),
 ]
+ExpertLayoutOption = Annotated[
+    str | None,
+    typer.Option(
+        "--expert-layout",
+        metavar="WORDS",
+        help="How factors of experts lie, where files do not say it: A meets the rows or the columns of each expert's "
+        "matrix, in B the expert is fastest (PEFT) or slowest (Unsloth before September 2026). One word of each, such "
+        "as columns, slowest or rows-slowest.",
+        rich_help_panel=_NAMES,
+    ),
+]
 InitialOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -154,12 +165,14 @@ def read_options(
     scale: float | None,
     ignore_field: list[str] | None = None,
     initial: list[str] | None = None,
+    expert_layout: str | None = None,
 ) -> ReadOptions:
     """Check and collect what the user says about reading adapters.
 
     Raises:
-        UsageError: Both a scale and an alpha, or one that is no finite number.
+        UsageError: Both a scale and an alpha, one that is no finite number, or words that are none.
     """
+    from lora_cli.adapters.expert_layout import ExpertLayout
     from lora_cli.adapters.source import ReadOptions
 
     if alpha is not None and scale is not None:
@@ -167,7 +180,8 @@ def read_options(
     for name, value in (("--alpha", alpha), ("--scale", scale)):
         if value is not None and not math.isfinite(value):
             raise UsageError(f"{name} must be a finite number", found=value)
-    return ReadOptions(alpha, scale, tuple(ignore_field or ()), tuple(initial or ()))
+    layout = ExpertLayout() if expert_layout is None else ExpertLayout.parse(expert_layout)
+    return ReadOptions(alpha, scale, tuple(ignore_field or ()), tuple(initial or ()), layout)
 
 
 def memory_bytes(text: str | None) -> int | None:

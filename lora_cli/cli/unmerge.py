@@ -51,6 +51,7 @@ def unmerge(
     allow_unmapped: opt.UnmappedOption = False,
     orientation: opt.OrientationOption = None,
     ignore_field: opt.IgnoreFieldOption = None,
+    expert_layout: opt.ExpertLayoutOption = None,
     initial: opt.InitialOption = None,
     threads: opt.ThreadsOption = None,
     memory: opt.MemoryOption = None,
@@ -73,7 +74,7 @@ def unmerge(
         maps=tuple(map_ or ()),
         allow_unmapped=allow_unmapped,
         orientation=orientation,
-        read=opt.read_options(alpha, scale, ignore_field, initial),
+        read=opt.read_options(alpha, scale, ignore_field, initial, expert_layout),
     )
     budget = opt.memory_bytes(memory)
     if dry:

@@ -74,7 +74,7 @@ def plan_subtraction(
 
 def _refuse_lost(merged: Checkpoint, made: Plan) -> None:
     """Refuse what no subtraction comes near: lengths that were replaced, layers that were repeated."""
-    alone = {edit.key: kind_words(term.delta) for edit in made.edits for term in edit.terms if term.alone}
+    alone = {edit.key: kind_words(term.delta) for edit in made.edits for term in edit.terms if term.alone or term.seen}
     repeats = [adapter.label for adapter in made.opened if adapter.layers]
     if alone or repeats:
         kinds = sorted({*alone.values()})

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from math import lcm
 
 from lora_cli.surgery.edit import Contribution
 
@@ -17,24 +18,46 @@ class Band:
         begin: First output.
         end: One past the last.
         terms: The deltas, each of them over all of these outputs.
+        step: From one output to the next: more than 1 where deltas change outputs in turn.
     """
 
     begin: int
     end: int
     terms: tuple[Contribution, ...]
+    step: int = 1
+
+    @property
+    def stored(self) -> range:
+        """The outputs."""
+        return range(self.begin, self.end, self.step)
 
     def within(self, outputs: slice) -> slice:
-        """Those of some outputs that are in the band; empty where none are."""
-        return slice(max(self.begin, outputs.start), min(self.end, outputs.stop))
+        """Which outputs of the band are among some, counted from its first; empty where none are."""
+        first, last = (-((self.begin - border) // self.step) for border in (outputs.start, outputs.stop))
+        count = len(self.stored)
+        return slice(min(max(0, first), count), min(max(0, last), count))
 
 
 def bands_of(terms: Sequence[Contribution], number: int = 0) -> list[Band]:
     """Return the bands of the outputs of matrix `number` that any of these deltas changes, in order."""
     terms = [term for term in terms if term.changes(number)]
-    borders = sorted({border for term in terms for border in term.outputs})
-    bands = []
+    step = lcm(*(term.step for term in terms))
+    bands = [band for turn in range(step) for band in _in_turn(terms, turn, step)]
+    return sorted(bands, key=lambda band: band.begin)
+
+
+def _in_turn(terms: Sequence[Contribution], turn: int, step: int) -> Iterator[Band]:
+    """The bands among outputs that lie `step` apart."""
+    turns = [(term, outputs) for term in terms if (outputs := _at(term, turn, step))]
+    borders = sorted({border for _, outputs in turns for border in (outputs[0], outputs[-1] + step)})
     for begin, end in pairwise(borders):
-        over = tuple(term for term in terms if term.outputs[0] <= begin and end <= term.outputs[1])
+        over = tuple(term for term, outputs in turns if outputs[0] <= begin and end <= outputs[-1] + step)
         if over:
-            bands.append(Band(begin, end, over))
-    return bands
+            yield Band(begin, end - step + 1, over, step)
+
+
+def _at(term: Contribution, turn: int, step: int) -> range:
+    """Those outputs of a delta of which `step` leaves `turn`."""
+    begin, end = term.outputs
+    first = (at for at in range(begin, min(begin + step, end), term.step) if at % step == turn)
+    return range(next(first, end), end, step)

@@ -104,6 +104,7 @@ def _factor_bytes(edit: Edit) -> int:
             formulas += term.delta.working_bytes + (
                 term.delta.group * edit.matrix[1] * 16 if term.delta.acts == "map" else 0
             )
+            formulas += 2 * sum(seen.tensor.nbytes for seen in term.seen)
     # Those on all matrices of a stack come together with those on one of them.
     elements = products[None] + max((count for at, count in products.items() if at is not None), default=0)
     return elements * 8 * 5 + formulas + (edit.fresh.working_bytes if edit.fresh is not None else 0)

@@ -38,16 +38,19 @@ class Change:
     rows: list[Rows] = field(default_factory=list)
     holder: int | None = None
     row_holders: list[int] = field(default_factory=list)
+    _on_matrix: defaultdict[int | None, list[Contribution]] = field(default_factory=lambda: defaultdict(list))
 
     def add(self, added: Contribution) -> tuple[type[LoraCliError], str] | None:
         """Add a delta; returns what is wrong with it beside the others, if anything is."""
         first = next(iter(self.terms), added)
+        others = self.terms if added.at is None else [*self._on_matrix[None], *self._on_matrix[added.at]]
+        together = [other for other in others if self._overlap(added, other)]
         self.terms.append(added)
+        self._on_matrix[added.at].append(added)
         if first.count != added.count:
             return ShapeError, "one adapter changes a stack of matrices, another one a convolution"
         if first.transposed != added.transposed:
             return ShapeError, "square, and two adapters read it in two ways; give --orientation ba or ab"
-        together = [other for other in self.terms if self._overlap(added, other)]
         alone = next((term for term in (added, *together) if term.alone), None) if together else None
         if alone is not None:
             words = "sets the lengths of rows" if alone.adds else "makes something of what is there"
@@ -80,8 +83,8 @@ class Change:
     @staticmethod
     def _overlap(one: Contribution, other: Contribution) -> bool:
         (begin, end), (first, last) = one.outputs, other.outputs
-        apart = None not in (one.at, other.at) and one.at != other.at
-        return one is not other and not apart and begin < last and first < end
+        in_turn = one.step == other.step and (begin - first) % one.step != 0
+        return begin < last and first < end and not in_turn
 
     def like(self, other: Change) -> bool:
         """Whether both do the same."""

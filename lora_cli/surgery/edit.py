@@ -15,7 +15,7 @@ from lora_cli.checkpoint.checkpoint import StoredTensor
 from lora_cli.checkpoint.dtypes import DType
 
 if TYPE_CHECKING:
-    from lora_cli.adapters.formula import Values
+    from lora_cli.adapters.formula import Before, Values
     from lora_cli.adapters.inits import FreshTensor
     from lora_cli.arithmetic.product import Term
 
@@ -46,6 +46,21 @@ def is_alone(delta: Delta) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
+class Seen:
+    """A tensor of the base, or a part of it, that a change is computed from.
+
+    Attributes:
+        tensor: Where it is stored.
+        transposed: The base stores the matrix as (in × out).
+        region: The outputs of the stored tensor that are meant; None for all of them.
+    """
+
+    tensor: StoredTensor
+    transposed: bool
+    region: Region | None
+
+
+@dataclass(frozen=True, slots=True)
 class Contribution:
     """One delta of one adapter on one tensor.
 
@@ -59,6 +74,7 @@ class Contribution:
         matrix: Which matrix of the delta, a stack, it is; None for all, each on its own, or where there is one.
         at: Which matrix of the stored tensor, a stack, it changes; None likewise.
         count: How many matrices the stored tensor is a stack of; None where it is none.
+        seen: Where the base has the module's weight, for a change that is computed from that.
     """
 
     adapter: int
@@ -70,6 +86,7 @@ class Contribution:
     matrix: int | None = None
     at: int | None = None
     count: int | None = None
+    seen: tuple[Seen, ...] = ()
 
     @property
     def matrices(self) -> tuple[int, int, int]:
@@ -98,17 +115,27 @@ class Contribution:
         """Whether nothing can be added along with it on the same outputs, and no weight but 1 has a meaning."""
         return is_alone(self.delta)
 
-    def rows(self, first: int, last: int) -> list[int] | range:
+    def changed(self, first: int, last: int) -> range:
+        """Which outputs of the stored tensor it changes, among those from one to another."""
+        (begin, end), step = self.outputs, self.step
+        return range(begin + max(0, -((begin - first) // step)) * step, min(last, end), step)
+
+    def rows(self, outputs: range) -> list[int] | range:
         """The delta's outputs that some outputs of the stored tensor are; all of them are among those it changes."""
-        if self.region is None:
-            return range(first, last)
-        begin = self.region.outputs[0]
-        return self.region.indices()[first - begin : last - begin]
+        if self.region is None or not outputs:
+            return outputs
+        first = self.region.stored.index(outputs[0])
+        return self.region.indices()[first :: outputs.step // self.step][: len(outputs)]
 
     @property
     def outputs(self) -> tuple[int, int]:
         """First output of the stored tensor that it changes, and one past the last."""
         return self.region.outputs if self.region else (0, self.delta.shape[0])
+
+    @property
+    def step(self) -> int:
+        """From one of these outputs to the next."""
+        return self.region.step if self.region else 1
 
     def term(self, load: Load, number: int = 0) -> Term:
         """Read the factors for matrix `number` of the stored tensor, as a product of its full height."""
@@ -117,13 +144,13 @@ class Contribution:
             return term
         begin, end = self.region.outputs
         b = term.b.new_zeros((self.region.of, term.b.shape[1]))
-        b[begin:end] = term.b[self.region.indices()]
+        b[begin : end : self.step] = term.b[self.region.indices()]
         return replace(term, b=b)
 
-    def values(self, load: Load) -> Values:
+    def values(self, load: Load, before: Before | None = None) -> Values:
         """What a formula adds to each element of the delta, or multiplies it by; ready to be asked for tiles."""
         assert isinstance(self.delta, Formula)  # noqa: S101 (who asks has looked at `acts`)
-        return self.delta.values(load, self.weight)
+        return self.delta.values(load, self.weight, before)
 
     def covers(self, shape: tuple[int, ...]) -> bool:
         """Whether a tensor of this shape is what the delta changes, whole."""

@@ -56,11 +56,11 @@ class Gains:
         transposed = edit.terms[0].transposed
         outputs, inputs = (block.columns, block.rows) if transposed else (block.rows, block.columns)
         for term, values in self._formulas[1]:
-            first, last = max(outputs.start, term.outputs[0]), min(outputs.stop, term.outputs[1])
-            if first < last:
-                part = values(torch.tensor(term.rows(first, last)), inputs)
+            changed = term.changed(outputs.start, outputs.stop)
+            if changed:
+                part = values(torch.tensor(term.rows(changed)), inputs)
                 view = gains.T if transposed else gains
-                view[first - outputs.start : last - outputs.start] = part
+                view[_within(changed, outputs.start)] = part
         return gains.view(-1).to(kernel.work)
 
     def _of_outputs(self, edit: Edit, outputs: slice, kernel: TileKernel, readers: Readers) -> torch.Tensor:
@@ -80,11 +80,11 @@ class Gains:
             end = min(begin + widest, outputs.stop)
             sums = self._square_sums(edit, slice(begin, end), kernel, readers)
             for term in (term for term in edit.terms if term.delta.magnitude):
-                first, last = max(begin, term.outputs[0]), min(end, term.outputs[1])
-                if first < last:
-                    lengths = _magnitudes(term, readers)[first - term.outputs[0] : last - term.outputs[0]]
-                    gains = dora.gains(lengths, sums[first - begin : last - begin], kernel.work)
-                    found[first - outputs.start : last - outputs.start] = gains
+                changed = term.changed(begin, end)
+                if changed:
+                    lengths = _magnitudes(term, readers)[torch.tensor(term.rows(changed))]
+                    gains = dora.gains(lengths, sums[_within(changed, begin)], kernel.work)
+                    found[_within(changed, outputs.start)] = gains
         return found
 
     def _square_sums(self, edit: Edit, outputs: slice, kernel: TileKernel, readers: Readers) -> torch.Tensor:
@@ -113,10 +113,14 @@ class Gains:
 
 
 def _magnitudes(term: Contribution, readers: Readers) -> torch.Tensor:
-    """One magnitude for each output of the stored tensor that a term changes."""
+    """One magnitude for each output of a delta."""
     assert term.delta.magnitude is not None  # noqa: S101 (DoRA is alone on its outputs)
-    found = readers.load(term.delta.magnitude).reshape(-1)
-    return found[term.region.indices()] if term.region else found
+    return readers.load(term.delta.magnitude).reshape(-1)
+
+
+def _within(outputs: range, first: int) -> slice:
+    """Outputs, counted from some first one."""
+    return slice(outputs.start - first, outputs.stop - first, outputs.step)
 
 
 def _strips(edit: Edit, outputs: slice, *, transposed: bool) -> Iterator[Block]:

@@ -6,6 +6,7 @@ import torch
 
 from lora_cli.adapters.formula import Formula, Rows
 from lora_cli.errors import NumericError
+from lora_cli.surgery.before import before
 from lora_cli.surgery.edit import Contribution, Edit
 from lora_cli.surgery.readers import Readers, torch_dtype
 
@@ -24,7 +25,8 @@ class RowMaps:
         self._maps: list[tuple[Contribution, Rows, int]] = []
         for term in edit.terms:
             assert isinstance(term.delta, Formula)  # noqa: S101 (who calls has looked at `acts`)
-            self._maps.append((term, term.delta.rows(readers.load, term.weight), term.delta.group))
+            rows = term.delta.rows(readers.load, term.weight, before(term, readers))
+            self._maps.append((term, rows, term.delta.group))
         self._first, self._made = 0, torch.empty((0, 0), dtype=torch.float64)
 
     def rows(self, wanted: slice) -> torch.Tensor:
@@ -39,22 +41,30 @@ class RowMaps:
 
     def _make(self, wanted: slice) -> None:
         edit = self._edit
-        first, last = wanted.start, wanted.stop
-        for _, _, group in self._maps:
-            first, last = min(first, wanted.start // group * group), max(last, -(-wanted.stop // group) * group)
-        last = min(last, edit.matrix[0])
+        first, last = self._groups_of(wanted)
         columns, dtype = edit.matrix[1], torch_dtype(edit.source.dtype)
         stored = self._readers.load_part(edit.source, dtype, first * columns, (last - first) * columns)
         old = stored.to(torch.float64).view(last - first, columns)
         _check(old, "The base holds NaN or infinity")
         new = old.clone()
         for term, rows, _ in self._maps:
-            begin, end = max(first, term.outputs[0]), min(last, term.outputs[1])
-            if begin < end:
-                place = slice(begin - first, end - first)
-                new[place] = rows(torch.tensor(term.rows(begin, end)), old[place])
+            changed = term.changed(first, last)
+            if changed:
+                place = slice(changed.start - first, changed.stop - first, changed.step)
+                new[place] = rows(torch.tensor(term.rows(changed)), old[place])
         _check(new, "What an adapter makes of the base is no finite number")
         self._first, self._made = first, new
+
+    def _groups_of(self, wanted: slice) -> tuple[int, int]:
+        """First of the rows that some rows depend on, and one past the last; groups begin where a map's outputs do."""
+        first, last = wanted.start, wanted.stop
+        for term, _, group in self._maps:
+            begin, end = term.outputs
+            if begin < wanted.stop and wanted.start < end:
+                size = group * term.step
+                first = min(first, begin + (max(wanted.start, begin) - begin) // size * size)
+                last = max(last, min(end, begin - (begin - min(wanted.stop, end)) // size * size))
+        return first, last
 
 
 def _check(values: torch.Tensor, words: str) -> None:

@@ -306,6 +306,7 @@ def receipt_content(made: Plan, options: PlanOptions) -> dict[str, Any]:
             "allow_unmapped": options.allow_unmapped,
             "orientation": options.orientation,
             "ignore_field": list(options.read.ignore_fields),
+            **({"expert_layout": str(options.read.expert_layout)} if str(options.read.expert_layout) else {}),
         },
         "tensors": said["tensors"],
         "ledger": said["ledger"],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from lora_cli.adapters.adapter import Adapter, Replacement, RowReplacement, Target
@@ -22,7 +22,7 @@ from lora_cli.checkpoint.repairs import Repair, untied, with_layers, with_vocabu
 from lora_cli.errors import NamesError, ShapeError, UnsupportedError
 from lora_cli.surgery.accounts import Accounts
 from lora_cli.surgery.changing import Change, apart_words, contents_alike, kind_words, settle_ties, twins_in
-from lora_cli.surgery.edit import MERGEABLE, Contribution, Rows, is_alone, may_be_factor
+from lora_cli.surgery.edit import MERGEABLE, Contribution, Rows, Seen, is_alone, may_be_factor
 from lora_cli.surgery.lying import guessed_words, lie
 from lora_cli.surgery.matching import check_mapped, left_out, unused_maps
 from lora_cli.surgery.plan import AdapterUse, ScaleUse
@@ -325,6 +325,8 @@ class Placement:
         found = settle(one.adapter, one.found.places, shapes, self.base.config)
         for kind, words in found.problems:
             self.accounts.problem(kind, words)
+        self.uses[one.position] = replace(self.uses[one.position], layouts=found.uses)
+        self.warnings += [f"{one.adapter.label}: {words}" for words in found.surprises]
         placed = found.placed
         lying = lie(one.adapter, placed, shapes, self.base, self.options.orientation)
         for words in lying.problems:
@@ -360,11 +362,30 @@ class Placement:
             place.matrix,
             place.at,
             matrices_in(self.tensors[key].shape, target.delta, place),
+            self._seen(one, target, transposed=transposed) if target.reads else (),
         )
         for name in self._names(key, shared=shared):
             problem = self._change(name).add(added)
             if problem:
                 self.accounts.problem(problem[0], f"{key}: {problem[1]}")
+
+    def _seen(self, one: _Applied, target: Target, *, transposed: bool) -> tuple[Seen, ...]:
+        """Where the weight is that a change is computed from."""
+        own, places = target.name == target.weight, one.found.places.get(target.weight, ())
+        for place in places:
+            self._check_plain(place.key)
+            change = self.changes.get(place.key)
+            if place.matrix is not None or place.at is not None or (change and change.replaced):
+                words = f"{target.name}: computed from {place.key}, which is one of a stack, or is replaced whole"
+                self.accounts.problem(UnsupportedError, words)
+            elif self.tensors[place.key].dtype.name not in MERGEABLE:
+                words = (
+                    f"{target.name}: computed from {place.key}, of storage type {self.tensors[place.key].dtype.name}"
+                )
+                self.accounts.problem(UnsupportedError, words)
+        if not places:
+            self.accounts.problem(NamesError, f"{target.name}: computed from {target.weight}, which the base lacks")
+        return tuple(Seen(self.tensors[p.key], transposed if own else p.turned, p.region) for p in places)
 
     def _check_target(self, one: _Applied, target: Target, key: str) -> None:
         base = self.tensors[key]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -84,6 +84,14 @@ class ScaleUse:
 
 
 @dataclass(frozen=True, slots=True)
+class LayoutUse:
+    """How factors of stacks are read, and why, and how many parameters have such."""
+
+    layout: str
+    modules: int
+
+
+@dataclass(frozen=True, slots=True)
 class AdapterUse:
     """How one adapter is used.
 
@@ -94,6 +102,7 @@ class AdapterUse:
         weight: The user's weight.
         rewrite: How its names became the base's names.
         scales: Each distinct scale, the weight included.
+        layouts: How factors of stacks, such as those of experts, are read.
     """
 
     label: str
@@ -102,6 +111,7 @@ class AdapterUse:
     weight: float
     rewrite: str
     scales: tuple[ScaleUse, ...]
+    layouts: tuple[LayoutUse, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -233,6 +243,7 @@ class Plan:
                     "weight": use.weight,
                     "rewrite": use.rewrite,
                     "scales": [{"scale": u.scale, "source": u.source, "modules": u.modules} for u in use.scales],
+                    **({"layouts": [asdict(used) for used in use.layouts]} if use.layouts else {}),
                 }
                 for use in self.adapters
             ],

@@ -9,6 +9,7 @@ import torch
 from lora_cli.arithmetic.product import Term, prepare
 from lora_cli.arithmetic.rounding import TileKernel, slices_for, work_dtype
 from lora_cli.surgery.bands import Band, bands_of
+from lora_cli.surgery.before import before
 from lora_cli.surgery.budget import TILE_COLUMNS, TILE_ELEMENTS
 from lora_cli.surgery.edit import Edit
 from lora_cli.surgery.readers import Readers, torch_dtype
@@ -61,7 +62,7 @@ class _Matrix:
         self.bands = bands_of([term for term in edit.terms if term.adds], number)
         first = edit.terms[0]
         outputs = first.matrices[2 if first.transposed else 1]
-        self.whole = sum(band.end - band.begin for band in self.bands) == outputs
+        self.whole = sum(len(band.stored) for band in self.bands) == outputs
         self._summands: dict[int, _Summands] = {}
 
     def summands(self, band: Band, readers: Readers) -> _Summands:
@@ -78,9 +79,10 @@ class _Summands:
         self._band = band
         work = work_dtype(torch_dtype(edit.source.dtype), torch_dtype(edit.dtype))
         terms = [term.term(readers.load, number) for term in band.terms if term.delta.acts == "product"]
-        terms = [Term(term.b[band.begin : band.end], term.a, term.scale) for term in terms]
+        terms = [Term(term.b[band.begin : band.end : band.step], term.a, term.scale) for term in terms]
         self._product = prepare(terms, slices=slices_for(work)) if terms else None
-        self._formulas = [(term, term.values(readers.load)) for term in band.terms if term.delta.acts == "sum"]
+        sums = [term for term in band.terms if term.delta.acts == "sum"]
+        self._formulas = [(term, term.values(readers.load, before(term, readers))) for term in sums]
 
     def tile(self, rows: slice, columns: slice, kernel: TileKernel, *, transposed: bool) -> torch.Tensor:
         """Their sum for rows × columns of the stored matrix, counted from the band's first output, in float64.
@@ -93,8 +95,7 @@ class _Summands:
         if self._product is not None:
             found.append(kernel.product(self._product, rows, columns, transposed=transposed))
         for term, values in self._formulas:
-            of_delta = term.rows(outputs.start + self._band.begin, outputs.stop + self._band.begin)
-            tile = values(torch.tensor(of_delta), inputs)
+            tile = values(torch.tensor(term.rows(self._band.stored[outputs])), inputs)
             found.append(tile.T if transposed else tile)
         if len(found) == 1:
             return found[0]
@@ -109,11 +110,14 @@ def _add_band(
     summands: _Summands, band: Band, run: Run, matrix: torch.Tensor, kernel: TileKernel, transposed: bool
 ) -> None:
     """Write the deltas of some outputs into the part of a block that has them."""
-    rows, columns = (run.rows, band.within(run.columns)) if transposed else (band.within(run.rows), run.columns)
-    if rows.start >= rows.stop or columns.start >= columns.stop:
+    outputs, inputs = (run.columns, run.rows) if transposed else (run.rows, run.columns)
+    ours = band.within(outputs)
+    lying = band.stored[ours]
+    if not lying or inputs.start >= inputs.stop:
         return
-    part = matrix[_moved(rows, -run.rows.start), _moved(columns, -run.columns.start)]
-    rows, columns = (rows, _moved(columns, -band.begin)) if transposed else (_moved(rows, -band.begin), columns)
+    place = slice(lying.start - outputs.start, lying.stop - outputs.start, lying.step)
+    part = matrix[:, place] if transposed else matrix[place]
+    rows, columns = (inputs, ours) if transposed else (ours, inputs)
     for down, across in _tiles(part.shape):
         tile = summands.tile(_moved(down, rows.start), _moved(across, columns.start), kernel, transposed=transposed)
         kernel.delta(tile, out=part[down, across])

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lora_cli.adapters.adapter import Adapter, Delta, Parameter, Target
+from lora_cli.adapters.expert_deltas import LowRankExperts, OpenExperts
+from lora_cli.adapters.formula import Formula
 from lora_cli.adapters.layout import by_architecture
 from lora_cli.adapters.region import Place
-from lora_cli.errors import LoraCliError
+from lora_cli.errors import LoraCliError, UnsupportedError
 from lora_cli.surgery.lying import Placed
+from lora_cli.surgery.plan import LayoutUse
 
 
 @dataclass
@@ -20,10 +24,25 @@ class Settled:
     Attributes:
         placed: Targets with their places; without those of which something is wrong.
         problems: What is wrong, in words.
+        layouts: How factors of stacks are read, in words, and of how many of them.
+        surprises: What a person should look at in that.
     """
 
     placed: list[Placed] = field(default_factory=list)
     problems: list[tuple[type[LoraCliError], str]] = field(default_factory=list)
+    layouts: Counter[str] = field(default_factory=Counter)
+    surprises: list[str] = field(default_factory=list)
+
+    @property
+    def uses(self) -> tuple[LayoutUse, ...]:
+        """How factors of stacks are read, for a plan."""
+        return tuple(LayoutUse(words, count) for words, count in self.layouts.items())
+
+    def note(self, target: Target, delta: Delta) -> None:
+        """Keep what is to be told of a delta."""
+        if isinstance(delta, LowRankExperts):
+            self.layouts[delta.words] += 1
+            self.surprises += [f"{target.name}: {delta.surprise}"] if delta.surprise else []
 
 
 def settle(
@@ -41,15 +60,37 @@ def settle(
         base_config: The base's `config.json`.
     """
     settled = Settled()
-    for target in adapter.targets:
+    for target in _together(adapter, places, shapes, base_config, settled):
         found = places.get(target.name, ())
         delta: Delta | None = target.delta
         if found and not target.delta.stored:
             delta = _settled(adapter, target, found, shapes, base_config, settled)
         if delta is not None:
             now = target if delta is target.delta else replace(target, delta=delta)
+            if found:
+                settled.note(target, delta)
             settled.placed += [(now, place) for place in found]
     return settled
+
+
+def _together(
+    adapter: Adapter,
+    places: Mapping[str, Sequence[Place]],
+    shapes: Mapping[str, tuple[int, ...]],
+    base_config: Mapping[str, Any],
+    settled: Settled,
+) -> Sequence[Target]:
+    """The targets, with those told of all others that depend on these."""
+    asking = [t for t in adapter.targets if isinstance(t.delta, Formula) and t.delta.method.together]
+    lost = [target.name for target in asking if not places.get(target.name)]
+    if lost:
+        words = "the base lacks it, and what is made for the others depends on its shape"
+        settled.problems += [(UnsupportedError, f"{name}: {words}") for name in lost]
+    if lost or not asking:
+        return adapter.targets
+    parameters = [_parameter(adapter, target, places[target.name], shapes, base_config).shape for target in asking]
+    told = {t.name: t.delta.among(parameters) for t in asking if isinstance(t.delta, Formula)}
+    return [replace(target, delta=told.get(target.name, target.delta)) for target in adapter.targets]
 
 
 def _settled(
@@ -84,15 +125,13 @@ def _parameter(
         shape = shape[1:]
     stack = first.matrix is not None or (len(shape) == 3 and target.delta.stack is not None)
     transposed = first.turned
-    if not stack and len(shape) == 2:
+    if not stack and len(shape) == 2 and not isinstance(target.delta, OpenExperts):
         told = by_architecture(target, first.key, base_config)
         transposed = transposed or (bool(adapter.transposed_hint) if told is None else told)
     if transposed:
         shape = (*shape[:-2], shape[-1], shape[-2]) if len(shape) > 1 else shape
     outputs = sum(
-        place.region.outputs[1] - place.region.outputs[0]
-        for place in places
-        if place.region is not None and place.matrix == first.matrix
+        len(place.region.stored) for place in places if place.region is not None and place.matrix == first.matrix
     )
     if outputs:
         axis = len(shape) - 2 if stack and first.matrix is None else 0

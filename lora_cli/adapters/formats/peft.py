@@ -5,7 +5,7 @@ whole tensors without infix. Of a convolution both are kernels, (rank, in, k…)
 are `.lora_embedding_A` (rank × entries) and `.lora_embedding_B` (dim × rank). DoRA has `.lora_magnitude_vector` (out)
 besides. Trained rows of a table are `.token_adapter.trainable_tokens_delta` (rows × dim): the rows themselves, whatever
 their name says. Of `torch.nn.MultiheadAttention` the input projection has `<module>.lora_A`, and the output projection
-`<module>.base_layer.out_proj.lora_A`.
+`<module>.base_layer.out_proj.lora_A`. Factors of parameters (`target_parameters`) have the module's name alone.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from lora_cli.adapters.adapter import Adapter, Delta, Target
 from lora_cli.adapters.deltas import LowRank, LowRankBias, LowRankBlocks, LowRankKernel
 from lora_cli.adapters.formats.pairs import Pair, check_pairs
 from lora_cli.adapters.formats.peft_blocks import Blocks
-from lora_cli.adapters.formats.peft_keys import Found, sort_keys
+from lora_cli.adapters.formats.peft_experts import Experts, find_stacks
+from lora_cli.adapters.formats.peft_keys import Found, settle_attention, sort_keys
+from lora_cli.adapters.formats.peft_parameters import name_parameters
 from lora_cli.adapters.formats.peft_scales import Scales, check_ranks, twice
 from lora_cli.adapters.formats.peft_ties import changes_as_one
 from lora_cli.adapters.formats.peft_tuners import read_tuner
@@ -59,6 +61,9 @@ def read(source: AdapterSource, options: ReadOptions) -> Adapter:
     ignored = check_fields(config, file=CONFIG_FILE, ignore=options.ignore_fields)
     found = sort_keys(source)
     check_pairs(found.pairs, file)
+    name_parameters(found, config, file)
+    find_stacks(found)
+    settle_attention(found, file)
     reader = _Reader(config, options, found, file)
     whole, copies = replacements(found, config, file)
     rows, empty = trained_rows(found, config, file)
@@ -93,9 +98,12 @@ class _Reader:
         self._found = found
         self._scales = Scales(config, options)
         self._blocks = Blocks(config)
-        _refuse_stacks(found.pairs, file)
-        self._blocks.check(found.pairs)
-        check_ranks(found, self._scales, self._blocks)
+        self._experts = Experts(config, found, self._scales, options)
+        self._experts.check()
+        modules = [module for module in found.pairs if module not in found.parameters]
+        _refuse_stacks({module: found.pairs[module] for module in modules}, file)
+        self._blocks.check(modules)
+        check_ranks(found, modules, self._scales, self._blocks)
         self._check_biases(file)
 
     def _check_biases(self, file: str) -> None:
@@ -113,6 +121,8 @@ class _Reader:
         return targets
 
     def _weight(self, module: str, pair: Pair) -> Target:
+        if module in self._found.parameters:
+            return self._experts.target(module, pair)
         scale = self._scales.scale(self._found.in_config(module))
         if self._found.attention_of(module) and self._adds_twice:
             scale = twice(scale)
@@ -149,6 +159,7 @@ class _Reader:
         """What a person should know."""
         names = dict.fromkeys(map(self._found.in_config, self._found.pairs))
         yield from self._scales.ambiguous(names)
+        yield from self._experts.warnings()
         if not self._found.attention:
             return
         said = f"PEFT {self._config.get('peft_version') or 'before 0.18'}"
@@ -190,11 +201,11 @@ def _check_magnitudes(targets: Iterable[Target], config: Mapping[str, Any]) -> N
 
 
 def _refuse_stacks(pairs: Mapping[str, Pair], file: str) -> None:
-    """Refuse factors of three dimensions that are no kernels: a convolution's B ends in ones."""
+    """Refuse factors of more dimensions that are no kernels: a convolution's B ends in ones."""
     stacks = [
         f"{module}: A is {list(a.shape)}, B is {list(b.shape)}"
         for module, (a, b) in ((module, pair.both) for module, pair in pairs.items())
         if max(len(a.shape), len(b.shape)) > 2 and not (len(a.shape) == len(b.shape) and set(b.shape[2:]) <= {1})
     ]
     if stacks:
-        raise UnsupportedError("LoRA on expert stacks is not supported", file=file, details=stacks)
+        raise UnsupportedError("Factors of these shapes are of no layer that is known", file=file, details=stacks)

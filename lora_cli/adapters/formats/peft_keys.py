@@ -20,6 +20,8 @@ _FACTOR = re.compile(
     r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.(?P<parameter>weight|bias)", re.DOTALL
 )
 _TABLE = re.compile(r"(?P<module>.+)\.lora_embedding_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?", re.DOTALL)
+_OF_TORCHTUNE = re.compile(r"(?P<module>.+)\.lora_(?P<part>gate|up|down)_(?P<side>[ab])", re.DOTALL)
+_PARTS = {"gate": "w1", "up": "w3", "down": "w2"}
 _MAGNITUDE = re.compile(r"(?P<module>.+)\.lora_magnitude_vector(?:\.default)?(?:\.weight)?", re.DOTALL)
 _ROWS = re.compile(r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta(?:\.(?P<adapter>[^.]+))?", re.DOTALL)
 _ORIGINAL = ".original_module."
@@ -43,6 +45,8 @@ class Found:
         attention: Those modules that are `torch.nn.MultiheadAttention`: their factors are of the input projection, and
             `X.out_proj` has others.
         rows: Trained rows of tables.
+        parameters: Those names of pairs that are names of parameters, and not of modules.
+        turned: Those of them whose A is (experts, in, rank) and B (experts, rank, out).
         wholes: All else, with its name without prefix: parameters that are held whole.
         skipped: What need not be applied, with the reason.
         unread: What belongs to nothing.
@@ -54,6 +58,8 @@ class Found:
     magnitudes: dict[str, StoredTensor] = field(default_factory=dict)
     attention: set[str] = field(default_factory=set)
     rows: dict[str, StoredTensor] = field(default_factory=dict)
+    parameters: set[str] = field(default_factory=set)
+    turned: set[str] = field(default_factory=set)
     wholes: list[tuple[str, StoredTensor]] = field(default_factory=list)
     skipped: list[tuple[StoredTensor, str]] = field(default_factory=list)
     unread: list[StoredTensor] = field(default_factory=list)
@@ -73,12 +79,11 @@ def sort_keys(source: AdapterSource) -> Found:
 
     Raises:
         UnsupportedError: Several adapters, or factors of a kind that is not supported.
-        NamesError: Two tensors are the same factor, or one of an attention's two pairs is missing.
+        NamesError: Two tensors are the same factor.
     """
     sorter = _Sorter(source)
     for key, tensor in source.tensors.items():
         sorter.sort(key.removeprefix(PREFIX), tensor)
-    _settle_attention(sorter.found, source.shard.name)
     return sorter.found
 
 
@@ -110,6 +115,10 @@ class _Sorter:
             self._one_adapter(match["adapter"])
             self.found.pairs.setdefault(match["module"], Pair()).put(match["side"], tensor)
             self.found.tables.add(match["module"])
+        elif match := _OF_TORCHTUNE.fullmatch(name):
+            parameter = f"{match['module']}.{_PARTS[match['part']]}"
+            self.found.pairs.setdefault(parameter, Pair()).put(match["side"].upper(), tensor)
+            self.found.turned.add(parameter)
         elif match := _MAGNITUDE.fullmatch(name):
             self._once(self.found.magnitudes, match["module"], tensor)
         elif match := _ROWS.fullmatch(name):
@@ -153,19 +162,18 @@ class _Sorter:
             )
 
     def _refuse_unsupported(self, name: str, tensor: StoredTensor) -> None:
-        reason = None
-        if ".base_layer.lora_" in name:
-            reason = "nested LoRA (several expert parameters of one module) is not supported"
-        elif ".lora_diag" in name:
+        if ".lora_diag" in name:
             reason = "KaSA is not supported"
-        if reason:
             raise UnsupportedError(reason, file=self._file, tensor=tensor.key, found=f"shape {list(tensor.shape)}")
 
 
-def _settle_attention(found: Found, file: str) -> None:
+def settle_attention(found: Found, file: str) -> None:
     """Find the modules that are attention, and call their output projections as the base does.
 
     PEFT always gives both projections factors; those of the output are in `X.base_layer.out_proj`.
+
+    Raises:
+        NamesError: One of an attention's two pairs is missing, or there twice.
     """
     outputs = [module for module in found.pairs if module.endswith(_OUTPUT)]
     if not outputs:

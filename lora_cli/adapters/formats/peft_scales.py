@@ -83,13 +83,14 @@ def twice(scale: Scale) -> Scale:
     return replace(scale, alpha=2 * scale.alpha, source=f"2 × {scale.source}, as PEFT adds it twice")
 
 
-def check_ranks(found: Found, scales: Scales, blocks: Blocks) -> None:
-    """Refuse pairs that share no rank, or another one than the config says.
+def check_ranks(found: Found, modules: Iterable[str], scales: Scales, blocks: Blocks) -> None:
+    """Refuse pairs of modules that share no rank, or another one than the config says.
 
     Raises:
         ShapeError: With all of them.
     """
-    wrong = [words for module, pair in found.pairs.items() if (words := _problem(module, pair, found, scales, blocks))]
+    pairs = ((module, found.pairs[module]) for module in modules)
+    wrong = [words for module, pair in pairs if (words := _problem(module, pair, found, scales, blocks))]
     if wrong:
         raise ShapeError("Ranks do not agree", file=CONFIG_FILE, details=wrong)
 

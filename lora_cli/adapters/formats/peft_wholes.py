@@ -53,7 +53,7 @@ def replacements(found: Found, config: Mapping[str, Any], file: str) -> tuple[li
         (name, tensor), *others = sorted(several, key=lambda one: len(one[0]))
         chosen.append(_replacement(plain, tensor, config, inner=_INNER.search(name) is not None))
         for _, other in others:
-            if _content(other) == _content(tensor):
+            if content_of(other) == content_of(tensor):
                 skipped.append((other, "a second copy of the same tensor"))
             else:
                 wrong.append(f"{plain}: {tensor.key} and {other.key}")
@@ -79,7 +79,8 @@ def _plain(name: str, names: Iterable[str]) -> str:
     return f"{module}.{inner}" if inner and f"{module}.{rest}" not in names else f"{module}.{rest}"
 
 
-def _content(tensor: StoredTensor) -> str:
+def content_of(tensor: StoredTensor) -> str:
+    """Digest of type, shape and bytes of a stored tensor."""
     with tensor.shard.source.open() as reader:
         return tensor_content(tensor, reader)
 

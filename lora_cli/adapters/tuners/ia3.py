@@ -1,17 +1,20 @@
 """(IA)³: outputs of a module, or the inputs of a feedforward one, multiplied by learned numbers (Liu et al. 2022).
 
-In PEFT (`peft.tuners.ia3`) a module has `ia3_l`: (out, 1) or (1, in), with ones behind it for a convolution's kernel.
-So W' = l∘W; where outputs are multiplied the bias is, too.
+In PEFT (`peft.tuners.ia3`) a module has `ia3_l`: (out, 1), or (1, in) of a feedforward module. A convolution has
+(1, out, 1…) or (1, in, 1…), so that only the config tells them apart. So W' = l∘W, where each group of a convolution
+has its own inputs; where outputs are multiplied the bias is, too.
 """
 
 from __future__ import annotations
 
-import math
+from math import prod
 from typing import TYPE_CHECKING
 
 from lora_cli.adapters.adapter import Target
 from lora_cli.adapters.formula import Formula, GainMethod, Given, Settings, Shape, Shapes, Values
 from lora_cli.adapters.tuners.tuner import Changes, Field, Module, Tuner, flag
+from lora_cli.errors import MalformedFileError
+from lora_cli.regex import untrusted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,10 +29,14 @@ class Stretch(GainMethod):
     def problem(self, shapes: Shapes, settings: Settings, shape: Shape) -> str | None:
         """See `Method.problem`."""
         found = shapes.get("ia3_l", ())
-        on_inputs = settings.get("inputs") is True
-        wanted = shape[1] if on_inputs and len(shape) > 1 else 0 if on_inputs else shape[0]
-        if math.prod(found) != wanted or max(found, default=0) != wanted:
-            return f"{math.prod(found)} numbers for {wanted} {'inputs' if on_inputs else 'outputs'}"
+        count = prod(found)
+        if not shape or not found or max(found) != count:
+            return f"ia3_l {list(found)} is no row of numbers"
+        if settings.get("inputs") is not True:
+            return None if count == shape[0] else f"{count} numbers for {shape[0]} outputs"
+        inner = shape[1] if len(shape) > 1 else 0
+        if not inner or count % inner or (count != inner and (len(shape) < 3 or shape[0] % (count // inner))):
+            return f"{count} numbers for {inner} inputs"
         return None
 
     def values(self, given: Given) -> Values:
@@ -37,24 +44,40 @@ class Stretch(GainMethod):
         import torch
 
         gains = given.tensors["ia3_l"].to(torch.float64).reshape(-1)
-        if given.settings.get("inputs") is True:
-            each = gains.repeat_interleave(math.prod(given.shape[2:]))
-            return lambda rows, columns: each[columns].expand(len(rows), -1)
-        width = given.matrix[1]
-        return lambda rows, columns: _columns(gains[rows], len(range(width)[columns]))
+        if given.settings.get("inputs") is not True:
+            width = given.matrix[1]
+            return lambda rows, columns: gains[rows].unsqueeze(1).expand(-1, len(range(width)[columns]))
+        groups = gains.reshape(-1, given.shape[1])
+        outputs, kernel = given.shape[0] // len(groups), prod(given.shape[2:])
 
+        def tile(rows: Tensor, columns: slice) -> Tensor:
+            inputs = torch.arange(given.matrix[1])[columns] // kernel
+            return groups[(rows // outputs).unsqueeze(1), inputs.unsqueeze(0)]
 
-def _columns(numbers: Tensor, count: int) -> Tensor:
-    return numbers.unsqueeze(1).expand(-1, count)
+        return tile
 
 
 def _read(module: Module) -> Changes:
-    inputs = module.tensors["ia3_l"].shape[0] == 1
-    scale = module.scale(1.0, None, False, "(IA)³ has none")
-    formula = Formula(METHOD, module.tensors, scale, {"inputs": inputs})
+    shape = module.tensors["ia3_l"].shape
+    told = _feedforward(module) if len(shape) != 2 or shape[0] == shape[1] else shape[0] == 1
+    formula = Formula(METHOD, module.tensors, module.unscaled(), {"inputs": told})
     yield Target(module.name, "weight", formula)
-    if not inputs:
+    if not told:
         yield Target(module.name, "bias", formula, may_lack=True)
+
+
+def _feedforward(module: Module) -> bool:
+    """Whether the config lists a module: by an ending of its name, whatever stands before, or by a pattern of it."""
+    said = module.config.get("feedforward_modules")
+    if said is None:
+        raise MalformedFileError(
+            "The config does not say which modules have their inputs multiplied",
+            tensor=module.name,
+            expected="feedforward_modules in the config",
+        )
+    if isinstance(said, str):
+        return untrusted(said, around="(?:{})$")(module.name)
+    return any(module.name.endswith(ending) for ending in said)
 
 
 METHOD = Stretch()
@@ -68,7 +91,9 @@ TUNER = Tuner(
     methods=(METHOD,),
     understood={
         "feedforward_modules": Field(
-            "which modules have their inputs multiplied", "a list or a pattern", lambda v: isinstance(v, list | str)
+            "which modules have their inputs multiplied",
+            "a list of names or a pattern",
+            lambda v: isinstance(v, str) or (isinstance(v, list) and all(isinstance(name, str) for name in v)),
         ),
         "fan_in_fan_out": flag("layout of the base; shapes and architecture decide, this settles squares"),
     },

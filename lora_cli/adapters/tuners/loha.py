@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from lora_cli.adapters.adapter import Target
 from lora_cli.adapters.formula import Formula, Given, Settings, Shape, Shapes, SumMethod, Values
+from lora_cli.adapters.tuners.tucker import is_core, kernel
 from lora_cli.adapters.tuners.tuner import Changes, Module, Tuner, number, pattern, whole_number
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class Hadamard(SumMethod):
             if t is None:
                 fits = a == (shape[0], b[0]) and b[1] == math.prod(shape[1:])
             else:
-                fits = a == (b[0], shape[0]) and b[1] == shape[1] and t == (b[0], b[0], *shape[2:]) and len(t) > 2
+                fits = a == (b[0], shape[0]) and b[1] == shape[1] and is_core(t, b[0], shape[2:])
             if not fits:
                 return f"{names[0]} {list(a)} and {names[1]} {list(b)} make no {list(shape)}"
         return None
@@ -67,25 +68,13 @@ def _side(given: Given, a: str, b: str, t: str) -> ExactProduct:
 
     left, right = given.tensors[a], given.tensors[b]
     if t in given.tensors:
-        left, right = left.T, _kernel(given.tensors[t], right)
+        left, right = left.T, kernel(given.tensors[t], right)
     return prepare([Term(left, right, 1.0)], slices=2)
 
 
-def _kernel(core: Tensor, b: Tensor) -> Tensor:
-    """Σⱼ t[i, j, …]·b[j, in] as (rank × in·k…): an exact product for each place of the kernel, rounded once."""
-    import torch
-
-    from lora_cli.arithmetic.product import Term, prepare
-
-    rank, places = core.shape[0], math.prod(core.shape[2:])
-    every = slice(None)
-    flat = core.reshape(rank, rank, places)
-    made = [prepare([Term(flat[:, :, k], b, 1.0)], slices=2).tile(every, every) for k in range(places)]
-    return torch.stack(made, dim=2).reshape(rank, -1)
-
-
 def _read(module: Module) -> Changes:
-    rank = int(module.said("r", 8, "rank_pattern"))
+    factor = module.tensors.get("hada_w1_b")
+    rank = module.rank(factor.shape[0] if factor and factor.shape else None)
     alpha = module.said("alpha", 8, "alpha_pattern")
     yield Target(module.name, "weight", Formula(METHOD, module.tensors, module.scale(alpha, rank, False, "alpha / r")))
 

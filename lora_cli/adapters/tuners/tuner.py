@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
-from lora_cli.adapters.adapter import Replacement, Scale, Target
+from lora_cli.adapters.adapter import Replacement, RowReplacement, Scale, Target
 from lora_cli.adapters.formula import Method
 from lora_cli.adapters.patterns import PeftPatterns
 from lora_cli.checkpoint.checkpoint import StoredTensor
+from lora_cli.errors import ShapeError, UsageError
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Module:
         name: Its name in the trained model.
         tensors: Its tensors, by the tuner's names for them.
         config: The adapter's config, with its types checked.
-        shared: Tensors that belong to the whole model, likewise.
+        shared: Tensors that belong to the whole model, likewise; behind such a name may stand a further one.
         weight: The user's `--scale` or `--alpha`, already in `scale`.
         scale: Makes the scale of a change: numerator, divisor (None for none), whether by its square root, and where
             that is said.
@@ -40,8 +41,32 @@ class Module:
         value = self.config.get(field_name)
         return default if value is None else value
 
+    def rank(self, factors: int | None) -> int:
+        """The rank that the config says, which must be that of the factors, where these have one.
 
-Changes = Iterator[Target | Replacement]
+        Raises:
+            ShapeError: They have another.
+        """
+        rank = int(self.said("r", 8, "rank_pattern"))
+        if factors not in (None, rank) or rank < 1:
+            raise ShapeError(
+                "The factors have another rank than the config says", tensor=self.name, expected=rank, found=factors
+            )
+        return rank
+
+    def unscaled(self) -> Scale:
+        """The scale of a change that has none.
+
+        Raises:
+            UsageError: The user gave one.
+        """
+        scale = self.scale(1.0, None, False, "the tuner has none")
+        if scale.source.startswith("--"):
+            raise UsageError("This tuner has no scale", tensor=self.name, hint=f"leave out {scale.source}")
+        return scale
+
+
+Changes = Iterator[Target | Replacement | RowReplacement]
 
 
 @dataclass(frozen=True)
@@ -56,9 +81,11 @@ class Tuner:
         read: What the tensors of one module change.
         methods: Every method that `read` may use.
         shared: Names of tensors of the whole model.
+        idle: Those of the parts that change nothing: name → why.
         understood: Fields of the config that `read` looks at: name → what it says, with the test of its type.
         neutral: Fields that change nothing that is in the file: name → why.
         refused: Fields that change what cannot be done: name → why.
+        unmergeable: Says why a file with this config and tensors of these names cannot be merged; None where it can.
         whole: Whether it holds parameters whole, instead of or beside changes.
     """
 
@@ -69,9 +96,11 @@ class Tuner:
     read: Callable[[Module], Changes]
     methods: tuple[Method, ...] = ()
     shared: tuple[str, ...] = ()
+    idle: Mapping[str, str] = field(default_factory=dict)
     understood: Mapping[str, Field] = field(default_factory=dict)
     neutral: Mapping[str, str] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
+    unmergeable: Callable[[Mapping[str, Any], Collection[str]], str | None] = lambda config, names: None
     whole: bool = False
 
 
@@ -95,9 +124,10 @@ def number(says: str) -> Field:
     return Field(says, "a number", _is_number)
 
 
-def whole_number(says: str) -> Field:
-    """A field that is a whole number."""
-    return Field(says, "a whole number", _is_whole)
+def whole_number(says: str, least: int | None = None) -> Field:
+    """A field that is a whole number, and maybe not below another."""
+    words = "a whole number" if least is None else f"a whole number from {least} on"
+    return Field(says, words, lambda value: _is_whole(value) and (least is None or value >= least))
 
 
 def flag(says: str) -> Field:
@@ -118,7 +148,7 @@ def pattern(says: str, of: Field) -> Field:
     )
 
 
-def _is_whole(value: object) -> bool:
+def _is_whole(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 31
 
 

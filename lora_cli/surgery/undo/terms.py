@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 from lora_cli.adapters.adapter import Delta, Scale
 from lora_cli.adapters.deltas import (
@@ -19,6 +19,8 @@ from lora_cli.adapters.deltas import (
     is_matrix_pair,
     is_stack_pair,
 )
+from lora_cli.adapters.expert_deltas import LowRankExperts
+from lora_cli.adapters.expert_layout import Packing, Side, sizes
 from lora_cli.adapters.formula import Formula, Method
 from lora_cli.adapters.region import Region
 from lora_cli.adapters.tuners import METHODS
@@ -39,7 +41,7 @@ def record(term: Contribution) -> TermRecord:
         adapter=term.adapter,
         tensors=tuple(tensor.key for tensor in delta.tensors if tensor is not delta.magnitude),
         scale=delta.scale.times(term.weight),
-        swapped=isinstance(delta, LowRank | LowRankKernel) and delta.swapped,
+        swapped=_is_swapped(delta),
         transposed=term.transposed,
         outputs=(*term.region.outputs, term.region.of) if term.region else (),
         rows=term.region.rows if term.region else (),
@@ -47,12 +49,20 @@ def record(term: Contribution) -> TermRecord:
         matrix=term.matrix,
         at=term.at,
         count=0 if term.at is None else term.count or 0,
-        **_formula(delta),
+        **_more(delta),
     )
 
 
-def _formula(delta: Delta) -> dict[str, Any]:
-    """What is kept of a formula besides."""
+def _is_swapped(delta: Delta) -> bool:
+    if isinstance(delta, LowRankExperts):
+        return delta.side == "rows"
+    return isinstance(delta, LowRank | LowRankKernel) and delta.swapped
+
+
+def _more(delta: Delta) -> dict[str, Any]:
+    """What is kept of a stack or a formula besides."""
+    if isinstance(delta, LowRankExperts):
+        return {"layout": delta.packing, "shape": (delta.experts, *delta.shape)}
     if not isinstance(delta, Formula):
         return {}
     return {
@@ -168,8 +178,23 @@ def _kernel(said: TermRecord, tensors: Sequence[StoredTensor], scale: Scale) -> 
 
 
 def _stack(said: TermRecord, tensors: Sequence[StoredTensor], scale: Scale) -> Delta | None:
+    if said.layout:
+        return _experts(said, tensors, scale)
     fits = len(tensors) == 2 and is_stack_pair(tensors[0].shape, tensors[1].shape)
     return LowRankStack(tensors[0], tensors[1], scale) if fits else None
+
+
+def _experts(said: TermRecord, tensors: Sequence[StoredTensor], scale: Scale) -> Delta | None:
+    packing = next((word for word in get_args(Packing) if word == said.layout), None)
+    if packing is None or len(tensors) != 2 or len(said.shape) != 3:
+        return None
+    a, b = tensors
+    experts, *matrix = said.shape
+    if sizes(packing, a.shape, b.shape, experts) is None:
+        return None
+    side: Side = "rows" if said.swapped else "columns"
+    delta = LowRankExperts(a, b, scale, packing, experts, side, said.transposed)
+    return delta if delta.shape == (matrix[0], matrix[1]) else None
 
 
 def _bias(said: TermRecord, tensors: Sequence[StoredTensor], scale: Scale) -> Delta | None:
