@@ -1,4 +1,6 @@
-"""Generate what must not drift from the code: docs/cli.md from the help texts, docs/schemas from the result classes.
+"""Generate what must not drift from the code.
+
+docs/cli.md is made from the help texts, docs/schemas from the result classes, docs/tuners.md from the list of tuners.
 
 Usage: python scripts/make_docs.py [--check]
 """
@@ -16,6 +18,8 @@ from typing import Any
 from pydantic import TypeAdapter
 
 import lora_cli
+from lora_cli.adapters.tuners import REFUSED, TUNERS
+from lora_cli.adapters.tuners.tuner import Tuner
 from lora_cli.cli.app import run
 from lora_cli.cli.output import error_fields
 from lora_cli.errors import LoraCliError
@@ -44,6 +48,7 @@ def main() -> int:
     """Write the files, or with --check say which are out of date."""
     wanted = {DOCS / "schemas" / f"{name}.json": text for name, text in schemas().items()}
     wanted[DOCS / "cli.md"] = cli_page()
+    wanted[DOCS / "tuners.md"] = tuners_page()
     stale = [path for path, text in wanted.items() if not path.exists() or path.read_text() != text]
     if "--check" in sys.argv:
         for path in stale:
@@ -71,6 +76,67 @@ def help_text(command: str) -> str:
     with contextlib.redirect_stdout(io.StringIO()) as out:
         run([*([command] if command else []), "--help"])
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines()).strip("\n")
+
+
+TUNERS_PAGE = """# The tuners of PEFT
+
+Made from the list of tuners by `python scripts/make_docs.py`.
+
+What PEFT calls a tuner is read from `adapter_config.json` (`peft_type`). All of these have the same merge, ledger,
+`verify` and `unmerge`, and every merge comes back bit for bit; they differ in what the undo file keeps for that.
+
+- **preimages**: the change is computed again from the adapter, and the file says which of its preimages each element
+  was. That is small, and `unmerge` needs the adapter (or a file with it, `merge --embed-adapter`).
+- **residual**: the change makes something of what is there, or cannot be computed from the merged weight or on every
+  machine. The file keeps what is between the two: more, at most as much as the tensors that change.
+- **whole**: what was replaced.
+
+In the last column is whether the merged bytes are the same on every machine. Where they need not be, a library's
+exponentials, random numbers or decompositions take part: then they are the same on one machine, whatever its threads
+and memory.
+
+| `peft_type` | name | for | undone by | the same bytes everywhere |
+|---|---|---|---|---|
+"""
+
+REFUSED_PAGE = """
+## What cannot be merged
+
+These are refused with the reason, and so is a type that is not in this list.
+
+| `peft_type` | why |
+|---|---|
+"""
+
+SOURCES_PAGE = """
+## Sources
+
+"""
+
+LORA = (
+    "`LORA`",
+    "LoRA, with rsLoRA, DoRA, BD-LoRA, PiSSA and other inits",
+    "linear layers, GPT-2's Conv1D, convolutions, embeddings, attention, experts",
+    "preimages",
+    "yes",
+)
+
+
+def tuners_page() -> str:
+    """The page of tuners: what each does, and why the others are refused."""
+    rows = [LORA, *(_tuner_row(tuner) for _, tuner in sorted(TUNERS.items()))]
+    merged = "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    refused = "".join(f"| `{kind}` | {reason} |\n" for kind, reason in sorted(REFUSED.items()))
+    sources = "".join(f"- {tuner.name}: {tuner.source}\n" for _, tuner in sorted(TUNERS.items()))
+    return f"{TUNERS_PAGE}{merged}{REFUSED_PAGE}{refused}{SOURCES_PAGE}{sources}"
+
+
+def _tuner_row(tuner: Tuner) -> tuple[str, ...]:
+    kept = ["preimages" if method.preimages else "residual" for method in tuner.methods]
+    exact = {method.exact for method in tuner.methods} or {True}
+    undo = " or ".join(sorted({*kept, *(["whole"] if tuner.whole else [])}))
+    same = {(True,): "yes", (False,): "no", (False, True): "as the adapter is"}[tuple(sorted(exact))]
+    return f"`{tuner.type}`", tuner.name, tuner.modules, undo, same
 
 
 def schemas() -> dict[str, str]:

@@ -46,6 +46,10 @@ class Parameter:
     base_config: Mapping[str, Any]
 
 
+HAS_NONE = "there is none"
+"""Where the scale of a change comes from that has none."""
+
+
 @dataclass(frozen=True, slots=True)
 class Scale:
     """The number that multiplies a product, and where it came from.
@@ -61,6 +65,11 @@ class Scale:
     rank: int | None
     rslora: bool
     source: str
+
+    @property
+    def exists(self) -> bool:
+        """Whether there is one; of what has none it is 1."""
+        return self.source != HAS_NONE
 
     def times(self, weight: float = 1.0) -> float:
         """Return the scale times the user's weight, rounded once from the exact value."""

@@ -14,7 +14,7 @@ the columns (d2). Shapes say which, but for squares.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
@@ -88,16 +88,13 @@ def experts_in(packing: Packing, a: tuple[int, ...], b: tuple[int, ...], rank: i
     return max(a[0], b[2] if packing == "stacked-last" else b[0])
 
 
-def packings_of(a: tuple[int, ...], b: tuple[int, ...], rank: int | None, of: Iterable[Packing]) -> tuple[Packing, ...]:
-    """Those of some packings that factors of these shapes can have, with this rank if one is given."""
-    return tuple(packing for packing in of if _may_be(packing, a, b, rank))
-
-
-def _may_be(packing: Packing, a: tuple[int, ...], b: tuple[int, ...], rank: int | None) -> bool:
-    if packing in PACKED:
-        return len(a) == len(b) == 2 and a[0] == b[1] and a[0] % (rank or 1) == 0
-    found = sizes(packing, a, b, experts_in(packing, a, b, 1)) if len(a) == len(b) == 3 else None
-    return found is not None and rank in (None, found.rank)
+def ranks_of(a: tuple[int, ...], b: tuple[int, ...]) -> dict[Packing, int]:
+    """The packings that factors of three dimensions can have, each with the rank that they have in it."""
+    packings: tuple[Packing, ...] = ("stacked", "stacked-last", "stacked-turned")
+    if not len(a) == len(b) == 3:
+        return {}
+    found = ((packing, sizes(packing, a, b, experts_in(packing, a, b, 1))) for packing in packings)
+    return {packing: said.rank for packing, said in found if said is not None}
 
 
 @dataclass(frozen=True, slots=True)

@@ -129,6 +129,7 @@ class _Stack:
         self._lying = lying
         self._shapes = shapes
         self._by_matrix: defaultdict[int | None, list[Place]] = defaultdict(list)
+        self._cuts: dict[tuple[int, int], list[Place]] = {}
         for place in places:
             self._by_matrix[place.matrix].append(place)
         shape = shapes[places[0].key]
@@ -144,13 +145,14 @@ class _Stack:
         if part.matrix is not None and part.matrix >= self.count:
             raise NoPlaceError(f"the base has {self.count} experts in this layer")
         if None not in self._by_matrix:
-            wanted = self._by_matrix if part.matrix is None else [part.matrix]
-            return tuple(
-                replace(place, matrix=None if part.matrix is not None else number)
-                for number in wanted
-                for place in self._cut(self._by_matrix[number], part)
-            )
-        return tuple(replace(place, at=part.matrix) for place in self._cut(self._by_matrix[None], part))
+            if part.matrix is not None:
+                found = self._cut(self._by_matrix[part.matrix], part)
+                return tuple(Place(place.key, place.region, place.turned, None, place.at) for place in found)
+            return tuple(place for places in self._by_matrix.values() for place in self._cut(places, part))
+        if (part.number, part.of) not in self._cuts:
+            self._cuts[part.number, part.of] = self._cut(self._by_matrix[None], part)
+        cuts = self._cuts[part.number, part.of]
+        return tuple(Place(place.key, place.region, place.turned, None, part.matrix) for place in cuts)
 
     def _cut(self, places: Sequence[Place], part: Part) -> list[Place]:
         """Where some rows of one matrix, or of each, lie."""
@@ -170,13 +172,17 @@ class _Stack:
             wanted = range(outputs)[outputs // part.of * part.number : outputs // part.of * (part.number + 1)]
         cuts = [(place, cut) for place, region in zip(places, regions, strict=True) if (cut := _cut(region, wanted))]
         alone = len(cuts) == 1
-        return [replace(place, region=None if alone and cut.is_whole else cut) for place, cut in cuts]
+        return [
+            Place(place.key, None if alone and cut.is_whole else cut, place.turned, place.matrix, place.at)
+            for place, cut in cuts
+        ]
 
     def _outputs(self, place: Place) -> int:
         shape = self._shapes[place.key]
         return shape[-1] if place.turned else shape[-2]
 
 
+@lru_cache(maxsize=1024)
 def _all(outputs: int) -> Region:
     return Region((0, outputs), outputs, ((0, outputs, 1),))
 

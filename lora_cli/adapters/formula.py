@@ -79,6 +79,7 @@ class Method(ABC):
         indices: Those of the parts that say places, and so may be stored as whole numbers.
         reads: Whether it computes from the base's weight besides, and not of single rows of it alone. So an undo, which
             has the merged weight, cannot compute it again.
+        together: Whether it depends on the shapes of all parameters that its adapter changes.
     """
 
     kind: ClassVar[str]
@@ -87,11 +88,10 @@ class Method(ABC):
     acts: ClassVar[Acts]
     exact: ClassVar[bool] = True
     reads: ClassVar[bool] = False
-
     together: ClassVar[bool] = False
 
     def among(self, settings: Settings, parameters: Sequence[Shape]) -> Settings:
-        """The settings with what it must know of all parameters that its adapter changes: asked where `together`."""
+        """The settings with what it must know of all parameters that its adapter changes; see `together`."""
         return settings
 
     @abstractmethod
@@ -100,6 +100,11 @@ class Method(ABC):
 
         Whatever a damaged or forged file holds must be found here: the other methods trust it.
         """
+
+    @property
+    def preimages(self) -> bool:
+        """Whether a change can be computed again from the adapter when the merge is done, and element by element."""
+        return self.exact and not self.reads and self.acts != "map"
 
     def unsupported(self, shapes: Shapes, settings: Settings, shape: Shape) -> str | None:
         """Say in words why no weight does what the tuner does with such a parameter; None where one does."""

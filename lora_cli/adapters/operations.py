@@ -232,7 +232,8 @@ def _stack(found: Sequence[Pieces]) -> Pieces:
         raise NoPlaceError("the base stores the experts of this layer in another form")
     if len({pieces[0].shape for pieces in found}) > 1:
         raise NoPlaceError("the base stores experts of several sizes in this layer")
-    return tuple(replace(pieces[0], matrix=number) for number, pieces in enumerate(found))
+    # Not with `replace`, which takes several times as long: a model may have tens of thousands of experts.
+    return tuple(Piece(p.key, p.shape, p.begin, p.rows, p.step, p.turned, n) for n, (p,) in enumerate(found))
 
 
 def _joined(tensors: Iterable[Pieces]) -> Pieces:
@@ -241,13 +242,20 @@ def _joined(tensors: Iterable[Pieces]) -> Pieces:
     rows = 0
     matrices: set[frozenset[int | None]] = set()
     for pieces in tensors:
-        made += [replace(p, rows=tuple((a + rows, b + rows, step) for a, b, step in p.rows)) for p in pieces]
+        made += [
+            Piece(p.key, p.shape, p.begin, _moved(p.rows, rows), p.step, p.turned, p.matrix, p.stack) for p in pieces
+        ]
         first = pieces[0].matrix
         rows += sum(piece.count for piece in pieces if piece.matrix == first)
         matrices.add(frozenset(piece.matrix for piece in pieces))
     if len(matrices) > 1:
         raise NoPlaceError("the base stores different numbers of experts in this layer")
     return tuple(made)
+
+
+@lru_cache(maxsize=1024)
+def _moved(rows: tuple[Run, ...], by: int) -> tuple[Run, ...]:
+    return tuple((begin + by, end + by, step) for begin, end, step in rows)
 
 
 def _plain(pieces: Pieces) -> Piece:

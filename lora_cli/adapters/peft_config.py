@@ -11,6 +11,8 @@ from types import MappingProxyType
 from typing import Any
 
 from lora_cli.adapters.peft_types import check_types, is_set
+from lora_cli.adapters.tuners import REFUSED as NO_MERGE
+from lora_cli.adapters.tuners import TUNERS
 from lora_cli.errors import UnsupportedError
 
 UNDERSTOOD = {
@@ -101,20 +103,30 @@ def check_fields(config: Mapping[str, Any], *, file: str, ignore: Collection[str
         UnsupportedError: Another tuner, or fields that are set and not understood.
         MalformedFileError: A field has the wrong type.
     """
-    tuner = config.get("peft_type")
-    if tuner != "LORA":
-        raise UnsupportedError(
-            f"Adapters of PEFT type {tuner} are not supported" if tuner else "The config names no peft_type",
-            file=file,
-            tensor="peft_type",
-            expected="LORA",
-            found=tuner,
-        )
+    _check_type(config.get("peft_type"), file)
     ignored = refuse_set_fields(config, UNDERSTOOD, file=file, ignore=ignore)
     check_types(config, file)
     if _INIT in ignore and _taking(config.get(_INIT)):
         ignored = tuple(sorted({*ignored, _INIT}))
     return ignored
+
+
+def _check_type(tuner: object, file: str) -> None:
+    """Refuse any PEFT type but LoRA's; the others that can be merged have a reader of their own."""
+    if tuner == "LORA":
+        return
+    reason = NO_MERGE.get(str(tuner))
+    if reason:
+        raise UnsupportedError(
+            f"Adapters of PEFT type {tuner} cannot be merged: {reason}", file=file, tensor="peft_type", found=tuner
+        )
+    raise UnsupportedError(
+        f"Adapters of PEFT type {tuner} are not supported" if tuner else "The config names no peft_type",
+        file=file,
+        tensor="peft_type",
+        expected=", ".join(sorted({"LORA", *TUNERS})),
+        found=tuner,
+    )
 
 
 def initial_of(config: Mapping[str, Any], ignored: Collection[str]) -> str | None:
@@ -161,10 +173,7 @@ def refuse_set_fields(
     Raises:
         UnsupportedError: With all of them.
     """
-    refused = {
-        name: f"{name} = {str(config[name])[:60]}: {refused[name]}" if name in refused else words
-        for name, words in refusals(config, {*understood, *neutral}).items()
-    }
+    refused = refusals(config, {*understood, *neutral}, refused)
     ignored = tuple(sorted(set(refused) & set(ignore)))
     problems = [words for name, words in refused.items() if name not in ignored]
     if problems:
@@ -177,10 +186,14 @@ def refuse_set_fields(
     return ignored
 
 
-def refusals(config: Mapping[str, Any], understood: Collection[str] = UNDERSTOOD) -> dict[str, str]:
+def refusals(
+    config: Mapping[str, Any],
+    understood: Collection[str] = UNDERSTOOD,
+    reasons: Mapping[str, str] = MappingProxyType({}),
+) -> dict[str, str]:
     """The fields that are set, not understood and not neutral, each with what it says and why that is refused."""
     return {
-        name: f"{name} = {str(value)[:60]}: {_reason(name, value)}"
+        name: f"{name} = {str(value)[:60]}: {reasons.get(name) or _reason(name, value)}"
         for name, value in config.items()
         if _refused(name, value, understood)
     }

@@ -134,6 +134,7 @@ class _Names:
         self._newest: dict[str, str] = {}
         self._stored: dict[str, tuple[Place, ...]] = {}
         self._experts = Experts(spelled.conversions, lambda key: tuple(base[key].shape), self._there)
+        self._expert_places: dict[str, tuple[Place, ...] | None] = {}
         self._reasons: dict[str, str] = {}
 
     def __call__(self, names: Sequence[str]) -> dict[str, tuple[Place, ...]]:
@@ -150,11 +151,14 @@ class _Names:
 
     def _expert(self, name: str) -> tuple[Place, ...] | None:
         """Where an expert is that the base stores with others, or stored otherwise."""
-        try:
-            return self._experts(name)
-        except NoPlaceError as reason:
-            self._reasons[name] = str(reason)
-            return None
+        if name not in self._expert_places:
+            places = None
+            try:
+                places = self._experts(name)
+            except NoPlaceError as reason:
+                self._reasons[name] = str(reason)
+            self._expert_places[name] = places
+        return self._expert_places[name]
 
     def _names_now(self, names: Sequence[str]) -> list[str]:
         """What modules of these names are called today."""
@@ -285,22 +289,31 @@ def _key_of(name: str, keys: Collection[str]) -> str | None:
 
 
 def _refuse_doubles(found: Mapping[str, tuple[Place, ...]], file: str) -> None:
-    # By tensor and matrix: a layer may have hundreds of experts.
-    seen: defaultdict[str, defaultdict[int | None, list[tuple[str, Place]]]] = defaultdict(lambda: defaultdict(list))
-    doubles = []
+    by_key: defaultdict[str, list[tuple[str, Place]]] = defaultdict(list)
     for name, places in found.items():
         for place in places:
-            there = seen[place.key]
-            others = there.items() if place.at is None else ((at, there[at]) for at in (place.at, None))
-            doubles += [
-                f"{other} and {name} are both {place.key}"
-                for _, several in others
-                for other, held in several
-                if held == place or held.region is None or place.region is None
-            ]
-            there[place.at].append((name, place))
+            by_key[place.key].append((name, place))
+    doubles = [
+        f"{other} and {name} are both {key}"
+        for key, several in by_key.items()
+        if len(several) > 1
+        for other, name in _doubles(several)
+    ]
     if doubles:
         raise NamesError("Two names of the adapter mean one tensor of the base", file=file, details=doubles)
+
+
+def _doubles(several: Sequence[tuple[str, Place]]) -> Iterator[tuple[str, str]]:
+    """Names for the same of one tensor."""
+    # By matrix: a layer may have hundreds of experts.
+    seen: defaultdict[int | None, list[tuple[str, Place]]] = defaultdict(list)
+    for name, place in several:
+        near = [*seen.values()] if place.at is None else [seen[None], seen[place.at]]
+        for others in near:
+            for other, there in others:
+                if there == place or there.region is None or place.region is None:
+                    yield other, name
+        seen[place.at].append((name, place))
 
 
 def _both_ways(prefixes: Iterable[str]) -> Iterator[Mapper]:

@@ -37,8 +37,8 @@ class TermRecord(_Record, frozen=True):
         scale: What multiplies the product, the user's weight included.
         swapped: The factors are stored the other way round.
         transposed: The base stores the matrix as (in × out).
-        outputs: First output of the stored tensor that it changes, one past the last, and how many there are; all of
-            them if empty.
+        outputs: First output of the stored tensor that it changes, one past the last, and how many there are; and from
+            one to the next, if that is not 1. All of them if empty.
         rows: Which outputs of the delta these are, as (start, stop, step).
         blocks: How many blocks a block-diagonal factor has.
         matrix: Which matrix of the delta, a stack, it is; none or all if missing.
@@ -178,7 +178,7 @@ class Manifest(_Record, frozen=True):
         """The first format that has all that it says; whoever knows no later one can read it."""
         tensors = [tensor for file in self.files for tensor in file.tensors]
         terms = [term for tensor in tensors for term in tensor.terms]
-        if any(t.layout or t.shape or t.matrix is not None or t.at is not None for t in terms):
+        if any(t.layout or t.shape or t.matrix is not None or t.at is not None or len(t.outputs) > 3 for t in terms):
             return 3
         newer = any(tensor.gains for tensor in tensors) or any(t.outputs or t.rows or t.blocks for t in terms)
         return 2 if newer else 1

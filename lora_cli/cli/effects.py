@@ -24,6 +24,10 @@ def rows(effects: Effects | None) -> Iterator[tuple[str, str]]:
         return
     if effects.lengths:
         yield "DoRA", f"lengths of outputs are set in {count(effects.lengths, 'tensor')}"
+    if effects.multiplied:
+        yield "multiplied", f"{count(effects.multiplied, 'tensor')}, element by element"
+    if effects.remade:
+        yield "made anew", f"{count(effects.remade, 'tensor')}, of what they were, row by row"
     if effects.rows:
         yield "rows", few((f"{amount:,} of {key}" for key, amount in effects.rows.items()), NAMED)
     if effects.layers is not None:

@@ -30,6 +30,11 @@ _KINDS = {
     "lora-conv": ("convolution", ""),
     "lora-embedding": ("embedding", ""),
     "lora-stack": ("stack", " of matrices"),
+    "formula": ("parameter", ""),
+    "formula-gain": ("parameter", " multiplied, element by element"),
+    "formula-map": ("parameter", " made of what it was, row by row"),
+    "formula-product": ("parameter", " with a product added"),
+    "formula-sum": ("parameter", " with a formula's values added"),
 }
 """What modules are called by the kind of their change."""
 
@@ -44,6 +49,7 @@ def rows(result: InspectResult) -> Iterator[tuple[str, object]]:
     if result.kind == "adapter" and result.tied:
         yield "tied", "of two tied tensors both get what one gets (ensure_weight_tying)"
     yield "modules", _kinds(result.modules)
+    yield "undo", _undo(result.modules)
     yield "whole", _wholes(result.modules)
     for module in result.modules:
         if module.rows is not None:
@@ -61,18 +67,32 @@ def _init(result: InspectResult) -> str | None:
 
 def _kinds(modules: Sequence[ModuleInfo]) -> str | None:
     """How many modules of which kinds there are, where not all are linear layers."""
-    kinds = Counter(module.kind for module in modules if module.rank is not None)
+    kinds = Counter(_kind(module) for module in modules if module.acts is not None)
     lengths = sum(module.magnitude for module in modules)
-    named = ((amount, *_KINDS.get(kind, (kind, ""))) for kind, amount in kinds.items())
+    named = ((amount, *_KINDS.get(kind, _KINDS["formula"])) for kind, amount in kinds.items())
     said = [f"{count(amount, noun)}{more}" for amount, noun, more in named]
     if 0 < lengths < kinds.total():
         said.append(f"{lengths:,} of them with lengths (DoRA)")
     return None if len(said) == 1 and "lora" in kinds else ", ".join(said)
 
 
+def _kind(module: ModuleInfo) -> str:
+    """What `_KINDS` has words for: of formulas, what they do."""
+    return f"formula-{module.acts}" if module.parts else module.kind
+
+
+def _undo(modules: Sequence[ModuleInfo]) -> str | None:
+    """What takes a merge out again, where that is not the adapter and little besides."""
+    residual = sum(module.undo == "residual" for module in modules)
+    if not residual:
+        return None
+    which = "" if residual == sum(module.acts is not None for module in modules) else f" for {residual:,} of them"
+    return f"by what the undo file keeps alone{which}, which is more than of LoRA"
+
+
 def _wholes(modules: Sequence[ModuleInfo]) -> str | None:
     """How many tensors are held whole, and why."""
-    kinds = Counter(module.kind for module in modules if module.rank is None and module.rows is None)
+    kinds = Counter(module.kind for module in modules if module.acts is None and module.rows is None)
     reasons = (f"{amount:,} ({kind.removeprefix('whole tensor (')}" for kind, amount in kinds.items())
     return few(reasons) or None
 
@@ -121,14 +141,14 @@ def _is_moved(module: ModuleInfo) -> bool:
 
 
 def _row(module: ModuleInfo) -> list[object]:
-    whole = module.rank is None and module.rows is None
+    whole = module.acts is None and module.rows is None
     said = "whole" if whole else None if module.rows is None else count(len(module.rows), "row")
     return [
         module.module if said is None else f"{module.module}: {said}",
         module.rank,
         None if module.alpha is None else number(module.alpha),
         None if module.scale is None else number(module.scale),
-        shape(module.shape),
+        None if module.shape is None else shape(module.shape),
         module.dtype,
         _places(module),
     ]

@@ -163,6 +163,8 @@ def _drawn(planned: DryRun) -> Iterator[RenderableType]:
 def _edit_words(edit: Edit) -> str:
     """What is done to a tensor, and where that is not plain, to what of it."""
     words: str = edit.operation
+    if edit.operation == "add":
+        words = " and ".join(sorted({_DOES.get(term.delta.acts, words) for term in edit.terms})) or words
     if edit.rows:
         changed = count(sum(len(rows.at) for rows in edit.rows), "row")
         words = changed if edit.operation == "replace" and not edit.displaced else f"{words}, {changed}"
@@ -171,8 +173,18 @@ def _edit_words(edit: Edit) -> str:
     return words + (" (DoRA)" if any(term.delta.magnitude for term in edit.terms) else "")
 
 
+_DOES = {"gain": "multiply", "map": "make anew"}
+"""What deltas do that are no summands."""
+
+
 def _scale_words(edit: Edit) -> str:
-    said = Counter(f"{number(term.delta.scale.times(term.weight))} (rank {term.delta.rank})" for term in edit.terms)
+    """Scale and rank of each delta, as far as it has them; for what has neither its kind."""
+    said: Counter[str] = Counter()
+    for term in edit.terms:
+        scale, rank = term.delta.scale, term.delta.rank
+        words = [number(scale.times(term.weight))] if scale.exists else []
+        words += [f"(rank {rank})"] if rank else []
+        said[" ".join(words) or term.delta.kind] += 1
     return ", ".join(words if times == 1 else f"{words}, {times} times" for words, times in said.items())
 
 
@@ -181,7 +193,8 @@ def use_words(use: AdapterUse) -> str:
     scales = [f"scale {number(scaled.scale)} = {scaled.source}" for scaled in use.scales[:3]]
     more = [f"{len(use.scales) - 3} more scales"] if len(use.scales) > 3 else []
     weight = [f"weight {number(use.weight)}"] if use.weight != 1 else []
-    return f"{use.label} ({use.kind}, {use.format}): " + "; ".join([*weight, *scales, *more])
+    strength = "; ".join([*weight, *scales, *more])
+    return f"{use.label} ({use.kind}, {use.format})" + (f": {strength}" if strength else "")
 
 
 def ledger_words(ledger: dict[str, int]) -> str:

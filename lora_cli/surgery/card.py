@@ -26,6 +26,7 @@ CARD = "README.md"
 _CARD_LIMIT = 1 << 20
 _METADATA_LIMIT = 256 << 10  # read by a slow parser, several times; evaluation results are the longest that is met
 _TAGS = ("merge", "lora", "lora-cli")
+_LORA = {"LoRA", "rsLoRA", "DoRA"}
 _RESULTS = "model-index"
 
 _OPENING = re.compile(r"\s*---[ \t]*(?:[\r\n]|\Z)")
@@ -256,7 +257,9 @@ def _changes(
     if models:
         # Said, for the Hub would guess: several models are a merge to it, one is what a finetune is made from.
         changes |= {"base_model": models if len(models) > 1 else models[0], "base_model_relation": "merge"}
-    changes["tags"] = list(dict.fromkeys((*tags, *_TAGS)))
+    kinds = {use.kind for use in uses}
+    own = _TAGS if kinds & _LORA or not kinds else tuple(tag for tag in _TAGS if tag != "lora")
+    changes["tags"] = list(dict.fromkeys((*tags, *own)))
     if _RESULTS in card.metadata:
         changes[_RESULTS] = None
     old = card.metadata

@@ -90,6 +90,10 @@ def _entry(label: str, adapter: Adapter, use: AdapterUse) -> str:
 
 def _besides(effects: Effects) -> Iterator[str]:
     """What the merge did to the model besides adding to its weights, a sentence for each."""
+    if effects.multiplied:
+        yield f"the elements of {effects.multiplied} tensors are multiplied, each by its own number"
+    if effects.remade:
+        yield f"{effects.remade} tensors are made of what they were, row by row"
     for key, rows in islice(effects.rows.items(), _NAMED):
         yield f"{rows} {'row' if rows == 1 else 'rows'} of {code(key)} {'is' if rows == 1 else 'are'} the adapter's"
     for key, (before, after) in islice(effects.resized.items(), _NAMED):

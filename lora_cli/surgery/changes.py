@@ -131,8 +131,8 @@ class Comparison:
         ]
 
     def settings(self, a: Mapping[str, object], b: Mapping[str, object]) -> None:
-        """Compare what adapters say; only what differs counts as a name."""
-        for key in (key for key in a if a[key] != b[key]):
+        """Compare what adapters say; only what differs counts as a name, and not what one says of what is its own."""
+        for key in (key for key in a if key in b and a[key] != b[key]):
             self.common += 1
             self.changed.append(Changed(key, "setting", before=str(a[key]), after=str(b[key])))
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-from lora_cli.adapters.adapter import Adapter, Delta
+from lora_cli.adapters.adapter import Adapter, Delta, Target
 from lora_cli.adapters.formats import open_adapter
+from lora_cli.adapters.formula import Formula
 from lora_cli.adapters.patterns import compile_user_pattern
 from lora_cli.adapters.source import ReadOptions
 from lora_cli.checkpoint.checkpoint import Checkpoint, StoredTensor, open_checkpoint
@@ -72,8 +73,9 @@ def diff(
 
     Tensors are matched by name, however they are spread over files, and are the same when their bits are: -0.0 is
     not +0.0 (a change of size 0), and NaN is itself. Deltas are the same when `scale·B·A` is, whatever the factors
-    are, up to the rounding of float64; tensors that an adapter holds whole are compared as tensors, trained rows of a
-    table one by one, as `TABLE[ROW]`. Adapters also differ where they say other things of layers, ties and inits.
+    are, up to the rounding of float64; what other tuners than LoRA make their changes of is compared tensor by tensor,
+    as `MODULE.PART`, and so are tensors that an adapter holds whole; trained rows of a table one by one, as
+    `TABLE[ROW]`. Adapters also differ where they say other things of layers, ties and inits, or of single modules.
 
     Args:
         a: A checkpoint or an adapter: a file, a folder or a Hub id.
@@ -155,11 +157,32 @@ def _tensors(side: Checkpoint | Adapter) -> Mapping[str, StoredTensor]:
     rows = {
         f"{change.name}[{row}]": change.tensor.part(at) for change in side.rows for at, row in enumerate(change.rows)
     }
-    return {r.name: r.tensor for r in side.replacements} | rows | {tensor.key: tensor for tensor in rest}
+    named = _formula_parts(side) | {r.name: r.tensor for r in side.replacements} | rows
+    return named | {tensor.key: tensor for tensor in rest}
+
+
+def _formula_parts(side: Adapter) -> dict[str, StoredTensor]:
+    """What formulas are made of, by module and the tuner's name; what modules share, by its own."""
+    found: dict[str, StoredTensor] = {}
+    owners: dict[str, str] = {}
+    for target, formula in _formulas(side):
+        for part, tensor in formula.parts.items():
+            shared = owners.setdefault(tensor.key, target.module) != target.module
+            if shared:
+                found.pop(f"{owners[tensor.key]}.{part}", None)
+            found[tensor.key if shared else f"{target.module}.{part}"] = tensor
+    return found
+
+
+def _formulas(side: Adapter) -> Iterator[tuple[Target, Formula]]:
+    return ((target, target.delta) for target in side.targets if isinstance(target.delta, Formula))
 
 
 def _deltas(side: Checkpoint | Adapter) -> Mapping[str, Delta]:
-    return {target.name: target.delta for target in side.targets} if isinstance(side, Adapter) else {}
+    """What is compared as the product that it is."""
+    if isinstance(side, Checkpoint):
+        return {}
+    return {target.name: target.delta for target in side.targets if not isinstance(target.delta, Formula)}
 
 
 def _settings(side: Checkpoint | Adapter) -> Mapping[str, object]:
@@ -167,4 +190,13 @@ def _settings(side: Checkpoint | Adapter) -> Mapping[str, object]:
     if isinstance(side, Checkpoint):
         return {}
     layers = None if side.layers is None else list(side.layers)
-    return {"layer_replication": layers, "ensure_weight_tying": side.tied, "init_lora_weights": side.initial}
+    said: dict[str, object] = {
+        "peft_type": side.tuner or "LoRA",
+        "layer_replication": layers,
+        "ensure_weight_tying": side.tied,
+        "init_lora_weights": side.initial,
+    }
+    for target, formula in _formulas(side):
+        said[f"{target.name}.scale"] = formula.scale.times()
+        said |= {f"{target.name}.{name}": value for name, value in formula.settings.items()}
+    return said

@@ -40,6 +40,11 @@ def may_be_factor(tensor: StoredTensor, delta: Delta) -> bool:
     return tensor.dtype.name in WHOLE_NUMBERS and any(part is tensor for part in places)
 
 
+def keeps_preimages(delta: Delta) -> bool:
+    """Whether an undo can compute a change again, and so only needs to know which preimage each element was."""
+    return delta.method.preimages if isinstance(delta, Formula) else delta.exact
+
+
 def is_alone(delta: Delta) -> bool:
     """Whether nothing can be added along with a delta on the same outputs, and no weight but 1 has a meaning."""
     return delta.magnitude is not None or delta.acts not in SUMMANDS
@@ -75,6 +80,7 @@ class Contribution:
         at: Which matrix of the stored tensor, a stack, it changes; None likewise.
         count: How many matrices the stored tensor is a stack of; None where it is none.
         seen: Where the base has the module's weight, for a change that is computed from that.
+        parameter: The module's parameter that it is for.
     """
 
     adapter: int
@@ -87,6 +93,7 @@ class Contribution:
     at: int | None = None
     count: int | None = None
     seen: tuple[Seen, ...] = ()
+    parameter: str = "weight"
 
     @property
     def matrices(self) -> tuple[int, int, int]:
@@ -318,8 +325,8 @@ class Edit:
                     "adapter": term.adapter,
                     "module": term.name,
                     "kind": term.delta.kind,
-                    "rank": term.delta.rank,
-                    "scale": term.delta.scale.times(term.weight),
+                    "rank": term.delta.rank or None,
+                    "scale": term.delta.scale.times(term.weight) if term.delta.scale.exists else None,
                     "scale_source": term.delta.scale.source,
                     "transposed": term.transposed,
                     "outputs": list(term.outputs),

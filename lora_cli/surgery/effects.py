@@ -37,6 +37,8 @@ class Effects:
 
     Attributes:
         lengths: How many tensors have the lengths of their outputs set (DoRA).
+        multiplied: How many are multiplied, element by element.
+        remade: How many are made of what they were, row by row.
         rows: Key → how many of its rows are replaced, of those that stay otherwise.
         parts: Key → the outputs that deltas change where these are not all: first, and one past the last.
         untied: Name that has a tensor of its own now → the key whose tensor it was before.
@@ -47,6 +49,8 @@ class Effects:
     """
 
     lengths: int = 0
+    multiplied: int = 0
+    remade: int = 0
     rows: Mapping[str, int] = field(default_factory=dict)
     parts: Mapping[str, tuple[tuple[int, int], ...]] = field(default_factory=dict)
     untied: Mapping[str, str] = field(default_factory=dict)
@@ -74,6 +78,8 @@ def effects_of(plan: Plan) -> Effects:
     # By name, as a receipt has them.
     return Effects(
         lengths=sum(1 for edit in plan.edits if any(term.delta.magnitude for term in edit.terms)),
+        multiplied=sum(1 for edit in plan.edits if "gain" in edit.acts),
+        remade=sum(1 for edit in plan.edits if "map" in edit.acts),
         rows=dict(sorted(rows.items())),
         parts={key: tuple(sorted(outputs)) for key, outputs in sorted(parts.items())},
         untied=dict(sorted(plan.untied.items())),

@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
-from lora_cli.adapters.adapter import Adapter, Replacement, RowReplacement, Target
+from lora_cli.adapters.adapter import Adapter, Delta, Replacement, RowReplacement, Target
 from lora_cli.adapters.formats import read_adapter
-from lora_cli.adapters.peft_config import refusals
+from lora_cli.adapters.formula import Formula
+from lora_cli.adapters.peft_config import COMMON, refusals
 from lora_cli.adapters.source import CONFIG_FILE, AdapterSource, ReadOptions, look_at_adapter
+from lora_cli.adapters.tuners import TUNERS
 from lora_cli.checkpoint.checkpoint import StoredTensor
 from lora_cli.checkpoint.hub import Location
 from lora_cli.errors import LoraCliError, MissingScaleError, NamesError, ShapeError, UnsupportedError
 from lora_cli.progress import Progress
+from lora_cli.surgery.edit import keeps_preimages
 from lora_cli.surgery.effects import Effects, effects_of
 from lora_cli.surgery.inspection import InspectResult, LeftOut, ModuleInfo, PlaceInfo, TensorInfo
 from lora_cli.surgery.placing import PlanOptions
@@ -85,7 +88,12 @@ def tensor_infos(tensors: Iterable[StoredTensor]) -> tuple[TensorInfo, ...]:
 def _refusals(source: AdapterSource, options: ReadOptions) -> dict[str, str]:
     """Fields of the config that a merge refuses, each with why."""
     config = source.config or {}
-    found = refusals(config) if config.get("peft_type") == "LORA" else {}
+    kind = str(config.get("peft_type"))
+    tuner, found = TUNERS.get(kind), dict[str, str]()
+    if tuner is not None:
+        found = refusals(config, {*COMMON, *tuner.understood, *tuner.neutral}, tuner.refused)
+    elif kind == "LORA":
+        found = refusals(config)
     return {name: words for name, words in found.items() if name not in options.ignore_fields}
 
 
@@ -123,10 +131,19 @@ def _not_understood(source: AdapterSource, refused: tuple[str, ...]) -> InspectR
 
 def _unread_warning(adapter: Adapter) -> tuple[str, ...]:
     names = [tensor.key for tensor in adapter.unread]
-    return (f"{len(names)} tensors belong to no pair of factors: {', '.join(names[:4])}",) if names else ()
+    return (f"{len(names)} tensors belong to nothing that is changed: {', '.join(names[:4])}",) if names else ()
 
 
 # Where it goes in a base
+
+
+_Part = int | tuple[str, tuple[int, ...]]
+"""What of an adapter is meant: a tensor by its identity, or a delta by its parameter and its tensors."""
+
+
+def _part(parameter: str, delta: Delta) -> _Part:
+    # A base may have told it more than it knew: then it is another object, of the same tensors.
+    return parameter, tuple(map(id, delta.tensors))
 
 
 @dataclass(frozen=True)
@@ -134,20 +151,23 @@ class _Found:
     """Where the parts of an adapter go.
 
     Attributes:
-        places: For the identity of a delta, or of a tensor that is held whole: what it changes.
+        places: For a delta, by its tensors and parameter, or for the identity of a tensor that is held whole: what it
+            changes.
+        shapes: For a delta: its shape, which without a base may not be known.
         keys: Name of a tensor in the adapter's file → the key that it is for.
         effects: What a merge would do besides.
         refused: Why no merge into the base can be planned; then nothing else is known.
     """
 
-    places: Mapping[int, tuple[PlaceInfo, ...]] | None = None
+    places: Mapping[_Part, tuple[PlaceInfo, ...]] | None = None
+    shapes: Mapping[_Part, tuple[int, int]] = field(default_factory=dict)
     keys: Mapping[str, str] | None = None
     effects: Effects | None = None
     refused: tuple[str, ...] = ()
 
-    def of(self, part: object, tensor: StoredTensor) -> tuple[str | None, tuple[PlaceInfo, ...]]:
+    def of(self, part: _Part, tensor: StoredTensor) -> tuple[str | None, tuple[PlaceInfo, ...]]:
         """The key of a delta or whole tensor, and all of its places; `tensor` is the first that it is made of."""
-        places = (self.places or {}).get(id(part), ())
+        places = (self.places or {}).get(part, ())
         key = places[0].key if places else (self.keys or {}).get(tensor.key)
         # What is done to one of two tied tensors for both has no place of its own.
         return key, places or ((PlaceInfo(key),) if key else ())
@@ -162,14 +182,15 @@ def _find(adapter: Adapter, base: Reference, options: PlanOptions, progress: Pro
     except (NamesError, ShapeError) as error:
         return _Found(refused=(f"into {opened.label}: {_words(error)}",))
     keys = {entry.tensor: entry.key for entry in made.ledger if entry.key}
-    return _Found(_places(made), keys, effects_of(made))
+    shapes = {_part(term.parameter, term.delta): term.delta.shape for edit in made.edits for term in edit.terms}
+    return _Found(_places(made), shapes, keys, effects_of(made))
 
 
-def _places(made: Plan) -> Mapping[int, tuple[PlaceInfo, ...]]:
-    found: defaultdict[int, list[PlaceInfo]] = defaultdict(list)
+def _places(made: Plan) -> Mapping[_Part, tuple[PlaceInfo, ...]]:
+    found: defaultdict[_Part, list[PlaceInfo]] = defaultdict(list)
     for edit in made.edits:
         for term in edit.terms:
-            found[id(term.delta)].append(PlaceInfo(edit.key, term.outputs if term.region else None))
+            found[_part(term.parameter, term.delta)].append(PlaceInfo(edit.key, term.outputs if term.region else None))
         for rows in edit.rows:
             found[id(rows.tensor)].append(PlaceInfo(edit.key))
         if edit.displaced or edit.operation == "append":
@@ -182,25 +203,30 @@ def _places(made: Plan) -> Mapping[int, tuple[PlaceInfo, ...]]:
 
 def _target_info(target: Target, found: _Found, *, scaled: bool) -> ModuleInfo:
     delta = target.delta
-    key, places = found.of(delta, delta.tensors[0])
+    part = _part(target.parameter, delta)
+    key, places = found.of(part, delta.tensors[0])
+    shape = found.shapes.get(part, delta.shape)
     return ModuleInfo(
         module=module_name(target),
         key=key,
-        rank=delta.rank,
+        rank=delta.rank or None,
         alpha=delta.scale.alpha if delta.scale.rank else None,
-        scale=delta.scale.times() if scaled else None,
+        scale=delta.scale.times() if scaled and delta.scale.exists else None,
         scale_source=delta.scale.source if scaled else None,
         kind=delta.kind,
-        shape=delta.shape,
+        shape=shape if any(shape) else None,
         dtype="/".join(sorted({tensor.dtype.name for tensor in delta.tensors})),
         magnitude=delta.magnitude is not None,
         places=places,
+        acts=delta.acts,
+        undo="preimages" if keeps_preimages(delta) else "residual",
+        parts={name: tensor.shape for name, tensor in delta.parts.items()} if isinstance(delta, Formula) else {},
     )
 
 
 def _whole_info(replacement: Replacement, found: _Found) -> ModuleInfo:
     tensor = replacement.tensor
-    key, places = found.of(tensor, tensor)
+    key, places = found.of(id(tensor), tensor)
     kind = f"whole tensor ({replacement.reason})"
     return ModuleInfo(
         replacement.name, key, None, None, None, None, kind, tensor.shape, tensor.dtype.name, places=places
@@ -209,7 +235,7 @@ def _whole_info(replacement: Replacement, found: _Found) -> ModuleInfo:
 
 def _rows_info(change: RowReplacement, found: _Found) -> ModuleInfo:
     tensor, kind = change.tensor, f"rows ({change.reason})"
-    key, places = found.of(tensor, tensor)
+    key, places = found.of(id(tensor), tensor)
     return ModuleInfo(
         change.name,
         key,

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from lora_cli.adapters.adapter import Acts
 from lora_cli.surgery.effects import Effects
 from lora_cli.surgery.spectrum import AdapterSpectrum
 from lora_cli.surgery.undo.summary import UndoSummary
@@ -33,16 +34,21 @@ class ModuleInfo:
     Attributes:
         module: Name in the adapter's spelling, with the parameter where it is not the weight.
         key: The base key that it resolves to, or the first of them; None without a base.
-        rank: Rank as the factors have it.
+        rank: Rank as the factors have it; None where the change has none.
         alpha: Numerator of the scale; None for a scale given directly.
-        scale: What multiplies the product; None where nothing says it.
+        scale: What multiplies the change; None where nothing says it, or where it has none.
         scale_source: Where the scale came from.
         kind: Kind of delta, or why a whole tensor or single rows are in the adapter.
-        shape: (out, in) of the change, or the shape of a whole tensor or of the rows.
+        shape: (out, in) of the change, or the shape of a whole tensor or of the rows; None where only a base tells it.
         dtype: Storage types of the factors.
         magnitude: Whether each output gets a length of its own (DoRA).
         rows: Which rows of a table are held, such as those of trained tokens; None for all else.
         places: All tensors of the base that it changes; empty without a base.
+        acts: What it does: adds a product of factors, or the sum that a formula gives, multiplies each element, or
+            makes new rows of the old ones; None for what is held whole.
+        undo: What an undo file keeps for it: which of its `preimages` each element was, which is little, or the
+            `residual`, which is more; None for what is held whole.
+        parts: Shapes of the tensors that a formula is made of, by the tuner's names; empty for LoRA's factors.
     """
 
     module: str
@@ -52,11 +58,14 @@ class ModuleInfo:
     scale: float | None
     scale_source: str | None
     kind: str
-    shape: tuple[int, ...]
+    shape: tuple[int, ...] | None
     dtype: str
     magnitude: bool = False
     rows: tuple[int, ...] | None = None
     places: tuple[PlaceInfo, ...] = ()
+    acts: Acts | None = None
+    undo: Literal["preimages", "residual"] | None = None
+    parts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,11 @@ from lora_cli.checkpoint.repairs import Repair, untied, with_layers, with_vocabu
 from lora_cli.errors import NamesError, ShapeError, UnsupportedError
 from lora_cli.surgery.accounts import Accounts
 from lora_cli.surgery.changing import Change, apart_words, contents_alike, kind_words, settle_ties, twins_in
-from lora_cli.surgery.edit import MERGEABLE, Contribution, Rows, Seen, is_alone, may_be_factor
+from lora_cli.surgery.edit import MERGEABLE, Contribution, Rows, is_alone, may_be_factor
 from lora_cli.surgery.lying import guessed_words, lie
 from lora_cli.surgery.matching import check_mapped, left_out, unused_maps
 from lora_cli.surgery.plan import AdapterUse, ScaleUse
+from lora_cli.surgery.seeing import seen, unseen
 from lora_cli.surgery.settling import matrices_in, settle
 from lora_cli.surgery.views import Views, layer_warnings, views_of
 from lora_cli.surgery.vocabulary import may_resize, other_sizes, vocabulary_hint
@@ -165,7 +166,9 @@ class Placement:
         check_mapped(adapter, found, set(new), allow_unmapped=self.options.allow_unmapped)
         for tensor, reason in left_out(adapter, found, set(new)):
             self.accounts.enter(position, tensor, "ignored", None, reason)
-        scales = Counter((t.delta.scale.times(weight), t.delta.scale.source) for t in adapter.targets)
+        scales = Counter(
+            (t.delta.scale.times(weight), t.delta.scale.source) for t in adapter.targets if t.delta.scale.exists
+        )
         self.uses.append(
             AdapterUse(
                 adapter.label,
@@ -362,35 +365,20 @@ class Placement:
             place.matrix,
             place.at,
             matrices_in(self.tensors[key].shape, target.delta, place),
-            self._seen(one, target, transposed=transposed) if target.reads else (),
+            seen(target, one.found.places, self.tensors, transposed=transposed),
+            target.parameter,
         )
         for name in self._names(key, shared=shared):
             problem = self._change(name).add(added)
             if problem:
                 self.accounts.problem(problem[0], f"{key}: {problem[1]}")
 
-    def _seen(self, one: _Applied, target: Target, *, transposed: bool) -> tuple[Seen, ...]:
-        """Where the weight is that a change is computed from."""
-        own, places = target.name == target.weight, one.found.places.get(target.weight, ())
-        for place in places:
-            self._check_plain(place.key)
-            change = self.changes.get(place.key)
-            if place.matrix is not None or place.at is not None or (change and change.replaced):
-                words = f"{target.name}: computed from {place.key}, which is one of a stack, or is replaced whole"
-                self.accounts.problem(UnsupportedError, words)
-            elif self.tensors[place.key].dtype.name not in MERGEABLE:
-                words = (
-                    f"{target.name}: computed from {place.key}, of storage type {self.tensors[place.key].dtype.name}"
-                )
-                self.accounts.problem(UnsupportedError, words)
-        if not places:
-            self.accounts.problem(NamesError, f"{target.name}: computed from {target.weight}, which the base lacks")
-        return tuple(Seen(self.tensors[p.key], transposed if own else p.turned, p.region) for p in places)
-
     def _check_target(self, one: _Applied, target: Target, key: str) -> None:
         base = self.tensors[key]
         if base.dtype.name not in MERGEABLE:
             self.accounts.problem(UnsupportedError, f"{key}: storage type {base.dtype.name} takes no delta")
+        for kind, words in unseen(target, one.found.places, self.tensors, self.changes, self._quantised):
+            self.accounts.problem(kind, words)
         for factor in target.delta.tensors:
             if not may_be_factor(factor, target.delta):
                 words = f"{factor.key}: storage type {factor.dtype.name} of a factor"

@@ -21,6 +21,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from lora_cli.adapters.adapter import Adapter, Delta, Load, Target
+from lora_cli.adapters.formula import Formula
 from lora_cli.checkpoint.checkpoint import StoredTensor
 from lora_cli.errors import NumericError, UnsupportedError
 from lora_cli.progress import Progress
@@ -125,15 +126,28 @@ def adapter_spectrum(adapter: Adapter, progress: Progress, *, scaled: bool) -> A
 
     Raises:
         NumericError: A factor holds NaN or infinity, or a product overflows; names the tensor.
-        UnsupportedError: A factor of a type that takes no part in a merge.
+        UnsupportedError: A factor of a type that takes no part in a merge, or changes that are not known from factors.
         LoraCliError: What reading the files raises.
     """
+    _refuse_formulas(adapter)
     before = {target.name: target.delta for target in adapter.before.targets} if adapter.before else {}
     changes = [_Change(target, before.get(target.name)) for target in adapter.targets]
     found = _measured(changes, progress)
     total = math.hypot(*(_norm(values) for values in found))
     modules = tuple(_summed_up(change, values, total) for change, values in zip(changes, found, strict=True))
     return AdapterSpectrum(total, scaled, modules, adapter.initial, adapter.before.label if adapter.before else None)
+
+
+def _refuse_formulas(adapter: Adapter) -> None:
+    """Refuse changes that are no product of two stored factors: what they are, a base has a say in."""
+    formulas = [module_name(target) for target in adapter.targets if isinstance(target.delta, Formula)]
+    if formulas:
+        raise UnsupportedError(
+            f"Singular values are computed of LoRA's factors, and {adapter.kind} has others",
+            file=adapter.label,
+            details=formulas,
+            hint="merge the adapter, and compare with the base: lora-cli diff BASE MERGED --rank",
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,9 +11,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lora_cli.adapters.adapter import Target
-from lora_cli.adapters.deltas import is_kernel_pair
 from lora_cli.adapters.expert_deltas import OpenExperts
-from lora_cli.adapters.expert_layout import PACKED, WORDS, Packing, packings_of
+from lora_cli.adapters.expert_layout import PACKED, WORDS, Packing, ranks_of
 from lora_cli.adapters.expert_sides import Told
 from lora_cli.adapters.formats.pairs import Pair
 from lora_cli.adapters.formats.peft_keys import Found
@@ -25,7 +24,7 @@ LAYOUT_FIELD = "lora_B_layout"
 
 _ORDERS: Mapping[str, Packing] = {"rank_major": "packed", "grouped_by_expert": "packed-by-expert"}
 _OF_EXPERTS = re.compile(r"(?:.*\.)?experts\.[^.]+", re.DOTALL)
-_PARTS = ("gate_proj", "up_proj", "w1", "w2", "w3")
+PARTS = ("gate_proj", "up_proj", "w1", "w2", "w3")
 """Gate, up and down, each by itself: parameters with outputs first, whatever a module has that holds them together."""
 
 
@@ -35,9 +34,9 @@ def find_stacks(found: Found) -> None:
 
 
 def is_stack(name: str, pair: Pair) -> bool:
-    """Whether factors of three dimensions are of a stack of matrices, and not of a convolution: B's kernel is ones."""
+    """Whether factors of three dimensions are of a stack of matrices, and not of a convolution, whose B ends in ones."""
     a, b = (tensor.shape for tensor in pair.both)
-    return len(a) == len(b) == 3 and (not is_kernel_pair(a, b) or _OF_EXPERTS.fullmatch(name) is not None)
+    return len(a) == len(b) == 3 and (b[2] != 1 or _OF_EXPERTS.fullmatch(name) is not None)
 
 
 class Experts:
@@ -73,7 +72,7 @@ class Experts:
         """The change of a parameter."""
         module, _, parameter = name.rpartition(".")
         a, b = pair.both
-        told = Told(module, self._layout, self._version, parameter in _PARTS)
+        told = Told(module, self._layout, self._version, parameter in PARTS)
         packings = self._packings(name, pair)
         return Target(module, parameter, OpenExperts(a, b, self._scales.scale(name), packings, self._rank(name), told))
 
@@ -105,13 +104,13 @@ class Experts:
     def _packings(self, name: str, pair: Pair) -> tuple[Packing, ...]:
         """How factors may be packed; several only where they have three dimensions."""
         a, b = (tensor.shape for tensor in pair.both)
-        ways: tuple[Packing, ...] = ("stacked", "stacked-last", *PACKED)
-        if name in self._found.turned:
-            ways = ("stacked-turned",)
-        elif len(a) == 2:
-            ways = tuple(way for way in PACKED if self._layout.order and self._layout.allows(way))
-            ways = ways or (self._said or "packed",)
-        found = packings_of(a, b, self._rank(name)[0], ways)
-        if len(found) > 1 and self._layout.order:
-            return tuple(way for way in found if self._layout.allows(way))
-        return found
+        rank, order = self._rank(name)[0], self._layout.order
+        if len(a) == len(b) == 2:
+            shared = a[0] == b[1] and 0 not in a + b and rank > 0 and a[0] % rank == 0
+            said = next(packing for packing in PACKED if self._layout.allows(packing)) if order else self._said
+            return (said or "packed",) if shared else ()
+        turned = name in self._found.turned
+        ways: tuple[Packing, ...] = ("stacked-turned",) if turned else ("stacked", "stacked-last")
+        ranks = ranks_of(a, b)
+        found = tuple(packing for packing in ways if ranks.get(packing) == rank)
+        return tuple(packing for packing in found if self._layout.allows(packing)) if len(found) > 1 else found

@@ -2,7 +2,10 @@
 
 Both layouts occur in the wild: A (rank × in) with B (out × rank), and A (in × rank) with B (rank × out). The shapes of
 the factors say which one it is, and those of the base how the matrix is stored. Of a convolution A is a kernel of
-`rank` outputs, and B a kernel of size 1 or a matrix. Tensors that are no factors are parameters that were trained
+`rank` outputs, and B a kernel of size 1 or a matrix. Of a stack of matrices, such as those of experts, both have three
+dimensions (see `expert_layout`), and the parameter is what stands before `.lora_A`.
+
+Tensors that are no factors are parameters that were trained
 whole, as LoRA libraries save them beside the factors: the base's own names decide what they are. The scale comes from a
 config beside the file, from header metadata, or from the user; it is never assumed.
 """
@@ -16,7 +19,11 @@ from typing import Any
 
 from lora_cli.adapters.adapter import Adapter, Delta, Replacement, Scale, Target
 from lora_cli.adapters.deltas import LowRank, LowRankKernel, is_kernel_pair
+from lora_cli.adapters.expert_deltas import OpenExperts
+from lora_cli.adapters.expert_layout import ranks_of
+from lora_cli.adapters.expert_sides import Told
 from lora_cli.adapters.formats.pairs import Pair, check_pairs
+from lora_cli.adapters.formats.peft_experts import PARTS, is_stack
 from lora_cli.adapters.peft_config import refuse_set_fields
 from lora_cli.adapters.source import CONFIG_FILE, AdapterSource, ReadOptions
 from lora_cli.errors import MalformedFileError, MissingScaleError, ShapeError
@@ -66,12 +73,14 @@ def read(source: AdapterSource, options: ReadOptions) -> Adapter:
     wrong = []
     kernels_swapped = not any(_is_straight_kernel(pair) for pair in pairs.values())
     for module, pair in pairs.items():
-        delta = _delta(pair, source, options, kernels_swapped, table=module in tables)
+        stack = _stack(module, pair, source, options)
+        delta = stack or _delta(pair, source, options, kernels_swapped, table=module in tables)
         if delta is None:
             a, b = pair.both
             wrong.append(f"{module}: A is {list(a.shape)}, B is {list(b.shape)}")
             continue
-        targets.append(Target(module, "weight", delta))
+        owner, _, parameter = module.rpartition(".")
+        targets.append(Target(owner, parameter, delta) if stack else Target(module, "weight", delta))
     if wrong:
         raise ShapeError("Factors share no rank", file=source.shard.name, details=wrong)
     return Adapter(
@@ -85,6 +94,24 @@ def read(source: AdapterSource, options: ReadOptions) -> Adapter:
         ignored_fields=ignored,
         stored=len(source.tensors),
     )
+
+
+def _stack(name: str, pair: Pair, source: AdapterSource, options: ReadOptions) -> OpenExperts | None:
+    """The change that a pair makes of a stack of matrices; None for other pairs.
+
+    Where factors could have several ranks the smallest is taken, as it is for matrices.
+    """
+    a, b = (tensor.shape for tensor in pair.both)
+    ranks = ranks_of(a, b) if is_stack(name, pair) else {}
+    said = {packing: rank for packing, rank in ranks.items() if options.expert_layout.allows(packing)}
+    ranks = said if len(ranks) > 1 else ranks
+    if not ranks:
+        return None
+    rank = min(ranks.values())
+    module, _, parameter = name.rpartition(".")
+    told = Told(module, options.expert_layout, outputs_first=parameter in PARTS)
+    packings = tuple(packing for packing, found in ranks.items() if found == rank)
+    return OpenExperts(*pair.both, _scale(rank, source, options), packings, None, told)
 
 
 def _delta(

@@ -61,6 +61,7 @@ TUNER = Tuner(
     type="ADALORA",
     name="AdaLoRA",
     source="Zhang et al. 2023, arXiv:2303.10512",
+    modules="linear layers and GPT-2's Conv1D, convolutions",
     parts=METHOD.parts,
     read=_read,
     methods=(METHOD,),

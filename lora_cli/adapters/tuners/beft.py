@@ -52,6 +52,7 @@ TUNER = Tuner(
     type="BEFT",
     name="BEFT",
     source="arXiv:2509.15974",
+    modules="biases",
     parts=METHOD.parts,
     read=_read,
     methods=(METHOD,),

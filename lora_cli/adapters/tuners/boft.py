@@ -92,6 +92,7 @@ TUNER = Tuner(
     type="BOFT",
     name="BOFT",
     source="Liu et al. 2024, arXiv:2311.06243",
+    modules="linear layers, convolutions",
     parts=METHOD.parts,
     read=_read,
     methods=(METHOD,),

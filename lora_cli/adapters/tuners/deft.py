@@ -102,6 +102,7 @@ TUNER = Tuner(
     type="DEFT",
     name="DEFT",
     source="PEFT 0.21, peft.tuners.deft",
+    modules="linear layers and GPT-2's Conv1D",
     parts=METHOD.parts,
     read=_read,
     methods=(METHOD,),

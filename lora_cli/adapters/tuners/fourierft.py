@@ -141,6 +141,7 @@ TUNER = Tuner(
     type="FOURIERFT",
     name="FourierFT",
     source="Gao et al. 2024, arXiv:2405.03003",
+    modules="linear layers and GPT-2's Conv1D",
     parts=METHOD.parts,
     read=_read,
     methods=(METHOD,),

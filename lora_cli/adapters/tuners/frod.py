@@ -104,7 +104,7 @@ def _read(module: Module) -> Changes:
             expected=", ".join(f"base_model.{name}.{role}" for name in shared if name not in found),
         )
     formula = Formula(METHOD, {**module.tensors, **found}, module.unscaled())
-    yield Target(module.name, "weight", formula)
+    yield Target(module.name, "weight", formula, reads=True)
 
 
 def _unmergeable(config: Mapping[str, Any], names: Collection[str]) -> str | None:
@@ -122,6 +122,7 @@ TUNER = Tuner(
     type="FROD",
     name="FRoD",
     source="doi:10.1609/aaai.v40i31.39813",
+    modules="linear layers and GPT-2's Conv1D",
     parts=(_L, _S),
     shared=(_V, _AT, _SIZE),
     read=_read,

@@ -31,7 +31,7 @@ def _side(shapes: Shapes, path: str) -> tuple[int, ...] | None:
     """The shape of what a path gives, one number being (1,); () where it is nothing, None where it is nonsense."""
     x, down, up = (shapes.get(name) for name in _parts(path, "X", "Xd", "Xu"))
     if x is not None:
-        return x if down is None and up is None and prod(x) > 0 else None
+        return x if down is None and up is None and x and prod(x) > 0 else None
     if down is None and up is None:
         return ()
     if down is None or up is None or len(down) != 2 or len(up) != 2 or down[1] != up[0] or not down[1]:
@@ -151,6 +151,7 @@ TUNER = Tuner(
     type="GLORA",
     name="GLoRA",
     source="Chavan et al. 2023, arXiv:2306.07967",
+    modules="linear layers with their biases",
     parts=(*WEIGHT.parts, *BIAS.parts, *_parts(_PATHS, "zeros")),
     read=_read,
     methods=(WEIGHT, BIAS),

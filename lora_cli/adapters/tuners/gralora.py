@@ -85,6 +85,7 @@ TUNER = Tuner(
     type="GRALORA",
     name="GraLoRA",
     source="Jung et al. 2025, arXiv:2505.20355",
+    modules="linear layers and GPT-2's Conv1D",
     parts=METHOD.parts,
     read=_read,
     methods=(METHOD,),

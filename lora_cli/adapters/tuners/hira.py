@@ -75,6 +75,7 @@ TUNER = Tuner(
     type="HIRA",
     name="HiRA",
     source="Huang et al. 2025, openreview.net/forum?id=TwJrTz9cRS",
+    modules="linear layers and GPT-2's Conv1D, convolutions, embeddings",
     parts=METHOD.parts,
     read=_read,
     methods=(METHOD,),

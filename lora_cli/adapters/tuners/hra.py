@@ -100,6 +100,7 @@ TUNER = Tuner(
     type="HRA",
     name="HRA",
     source="Yuan, Liu and Xu 2024, arXiv:2405.17484",
+    modules="linear layers, convolutions",
     parts=METHOD.parts,
     read=_read,
     methods=(METHOD,),

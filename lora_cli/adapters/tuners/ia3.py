@@ -30,7 +30,7 @@ class Stretch(GainMethod):
         """See `Method.problem`."""
         found = shapes.get("ia3_l", ())
         count = prod(found)
-        if not shape or not found or max(found) != count:
+        if not shape or not count or max(found, default=0) != count:
             return f"ia3_l {list(found)} is no row of numbers"
         if settings.get("inputs") is not True:
             return None if count == shape[0] else f"{count} numbers for {shape[0]} outputs"
@@ -86,6 +86,7 @@ TUNER = Tuner(
     type="IA3",
     name="(IA)³",
     source="Liu et al. 2022, arXiv:2205.05638",
+    modules="linear layers and GPT-2's Conv1D, convolutions; biases with outputs",
     parts=METHOD.parts,
     read=_read,
     methods=(METHOD,),

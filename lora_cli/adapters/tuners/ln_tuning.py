@@ -20,6 +20,7 @@ TUNER = Tuner(
     type="LN_TUNING",
     name="LN tuning",
     source="Zhao et al. 2023, arXiv:2312.11420",
+    modules="norms, whole",
     parts=(f"{_LAYERS}weight", f"{_LAYERS}bias"),
     read=_read,
     whole=True,

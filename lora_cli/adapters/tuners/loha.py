@@ -85,6 +85,7 @@ TUNER = Tuner(
     type="LOHA",
     name="LoHa",
     source="Hyeon-Woo, Ye-Bin and Oh 2021, arXiv:2108.06098",
+    modules="linear layers, convolutions",
     parts=METHOD.parts,
     read=_read,
     methods=(METHOD,),

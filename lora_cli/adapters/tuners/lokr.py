@@ -46,7 +46,7 @@ class Kronecker(SumMethod):
 
     def rank(self, shapes: Shapes, settings: Settings) -> int:
         """The rank of the factors, if there are any."""
-        return max((shapes[name][0] for name in ("lokr_w1_b", "lokr_w2_b") if name in shapes), default=0)
+        return max((shapes[name][0] for name in ("lokr_w1_b", "lokr_w2_b") if shapes.get(name)), default=0)
 
     def working_bytes(self, shapes: Shapes, settings: Settings, shape: Shape) -> int:
         """All tensors in float64, and those of a product on its grids; factors of a kernel in Tucker form expanded."""
@@ -123,6 +123,7 @@ TUNER = Tuner(
     type="LOKR",
     name="LoKr",
     source="Yeh et al. 2023, arXiv:2309.14859",
+    modules="linear layers, convolutions",
     parts=METHOD.parts,
     read=_read,
     methods=(METHOD,),

@@ -79,7 +79,7 @@ class Transformed(MapMethod):
         block = shapes.get(_PART, ())
         if len(block) != 3 or len(shape) != 2 or block[1] != block[2] or block[1] < 1:
             return f"{list(block)} are no square blocks for {list(shape)}"
-        if block[0] * block[1] != shape[0] or shape[1] % block[1]:
+        if block[0] * block[1] != shape[0] or shape[1] % block[1] or 0 in shape:
             return f"blocks {list(block)} fill no {list(shape)}"
         return None
 
@@ -143,6 +143,7 @@ BONE = Tuner(
     source="Kang and Yin 2024, arXiv:2409.15371; MiSS in PEFT since 0.18",
     parts=("bone_block",),
     read=_reader("bone_block"),
+    methods=(METHOD, BAT),
     understood={"init_weights": word("which of two formulas it is", True, False, "bat")},
     neutral={"r": "the file shows it"},
 )

@@ -132,6 +132,7 @@ TUNER = Tuner(
     type="OFT",
     name="OFT",
     source="Qiu et al. 2023, arXiv:2306.07280; Qiu et al. 2025, arXiv:2506.19847",
+    modules="linear layers, convolutions of one point, embeddings",
     parts=METHOD.parts,
     read=_read,
     methods=(METHOD,),

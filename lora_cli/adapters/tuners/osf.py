@@ -25,7 +25,7 @@ class LastTerms(SumMethod):
         """See `Method.problem`."""
         u, s, v = (shapes.get(name, ()) for name in self.parts)
         last = s[0] if len(s) == 1 else -1
-        fits = len(shape) == 2 and 0 < last <= min(shape) and u == (shape[0], last) and v == (last, shape[1])
+        fits = len(shape) == 2 and 0 <= last <= min(shape) and u == (shape[0], last) and v == (last, shape[1])
         return None if fits else f"U_low {list(u)}, S_low {list(s)} and V_low {list(v)} make no {list(shape)}"
 
     def rank(self, shapes: Shapes, settings: Settings) -> int:

@@ -4,11 +4,23 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lora_cli.adapters.formula import Given
+from lora_cli.adapters.formula import Given, Settings
 from lora_cli.errors import NumericError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+_LARGEST = 1 << 24
+"""More inputs or outputs than any module has."""
+
+
+def sizes(settings: Settings, *names: str) -> tuple[int, ...]:
+    """Settings that are sizes; 0 for each that is none."""
+    found = (settings.get(name) for name in names)
+    return tuple(
+        size if isinstance(size, int) and not isinstance(size, bool) and 0 < size < _LARGEST else 0 for size in found
+    )
 
 
 def numbers(given: Given, part: str) -> Tensor:

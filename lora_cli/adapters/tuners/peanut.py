@@ -8,18 +8,17 @@ is a product of rank `r`, one factor of which comes from the base. The scale is 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from lora_cli.adapters.adapter import Target
-from lora_cli.adapters.formula import Formula, Given, ProductMethod, Settings, Shape, Shapes
+from lora_cli.adapters.formula import Formula, Given, Settings, Shape, Shapes, SumMethod, Values
 from lora_cli.adapters.tuners.parts import numbers
 from lora_cli.adapters.tuners.tuner import Changes, Module, Tuner, number, whole_number, word
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from lora_cli.arithmetic.product import Term
 
 _A, _B, _ENCODERS, _DECODERS = "peanut_A", "peanut_B", "peanut_encoders", "peanut_decoders"
 _MOST_LEVELS = 32
@@ -41,7 +40,7 @@ _ACTIVATIONS: Mapping[str, str] = {
 """Names that transformers has for what torch calls otherwise, or likewise."""
 
 
-class Network(ProductMethod):
+class Network(SumMethod):
     """A product, one factor of which a network makes of the base's weight."""
 
     kind = "peanut"
@@ -66,14 +65,15 @@ class Network(ProductMethod):
         return shapes[_A][0]
 
     def working_bytes(self, shapes: Shapes, settings: Settings, shape: Shape) -> int:
-        """Some columns of the weight on their grids."""
-        return super().working_bytes(shapes, settings, shape) + 8 * _COLUMNS * (5 * sum(shape[:1]) + 400)
+        """The weight as stored, some of its columns on their grids, and the factors on theirs."""
+        rank = self.rank(shapes, settings)
+        return 8 * math.prod(shape) + 40 * (_COLUMNS * (shape[0] + 8 * rank) + 2 * rank * sum(shape))
 
-    def term(self, given: Given) -> Term:
-        """See `ProductMethod.term`."""
+    def values(self, given: Given) -> Values:
+        """See `SumMethod.values`."""
         import torch
 
-        from lora_cli.arithmetic.product import Term
+        from lora_cli.arithmetic.product import Term, prepare
 
         assert given.before is not None  # noqa: S101 (it asks for it)
         weight = given.before()
@@ -81,7 +81,7 @@ class Network(ProductMethod):
         layers = {name: numbers(given, name) for name in given.tensors if name != _B}
         columns = weight.split(_COLUMNS, dim=1)
         made = [_through(part.to(torch.float64), layers, act) for part in columns]
-        return Term(numbers(given, _B), torch.cat(made, dim=1), given.scale)
+        return prepare([Term(numbers(given, _B), torch.cat(made, dim=1), given.scale)], slices=2).tile
 
 
 def _through(columns: Tensor, layers: Mapping[str, Tensor], act: Callable[[Tensor], Tensor]) -> Tensor:
@@ -101,7 +101,7 @@ def _through(columns: Tensor, layers: Mapping[str, Tensor], act: Callable[[Tenso
 def _read(module: Module) -> Changes:
     scale = module.scale(float(module.said("scaling", 1.0)), None, False, "scaling")
     settings = {"act": module.said("act_fn", "relu")}
-    yield Target(module.name, "weight", Formula(METHOD, module.tensors, scale, settings))
+    yield Target(module.name, "weight", Formula(METHOD, module.tensors, scale, settings), reads=True)
 
 
 METHOD = Network()

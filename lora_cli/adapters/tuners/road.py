@@ -101,6 +101,7 @@ TUNER = Tuner(
     type="ROAD",
     name="RoAd",
     source="Liao and Monz 2024, arXiv:2409.00119",
+    modules="linear layers with their biases",
     parts=METHOD.parts,
     read=_read,
     methods=(METHOD,),

@@ -123,7 +123,8 @@ def _read(module: Module) -> Changes:
     if "supertuning_indices" not in module.tensors:
         method = OUTERMOST
         settings["largest"] = bool(module.said("select_top", True))
-    yield Target(module.name, "weight", Formula(method, module.tensors, module.unscaled(), settings))
+    formula = Formula(method, module.tensors, module.unscaled(), settings)
+    yield Target(module.name, "weight", formula, reads=method.reads)
 
 
 METHOD = Sparse()

@@ -80,6 +80,7 @@ TUNER = Tuner(
     type="TINYLORA",
     name="TinyLoRA",
     source="arXiv:2602.04118",
+    modules="linear layers and GPT-2's Conv1D, embeddings",
     parts=METHOD.parts[:-1],
     shared=(_VECTOR,),
     read=_read,

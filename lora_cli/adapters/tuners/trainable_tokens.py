@@ -35,6 +35,7 @@ TUNER = Tuner(
     type="TRAINABLE_TOKENS",
     name="trainable tokens",
     source="PEFT",
+    modules="rows of embeddings",
     parts=(_ROWS,),
     read=_read,
     understood={_TOKENS: Field("which rows they are", "a list of tokens from 0 on", _are_tokens)},

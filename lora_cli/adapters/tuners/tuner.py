@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
-from lora_cli.adapters.adapter import Replacement, RowReplacement, Scale, Target
+from lora_cli.adapters.adapter import HAS_NONE, Replacement, RowReplacement, Scale, Target
 from lora_cli.adapters.formula import Method
 from lora_cli.adapters.patterns import PeftPatterns
 from lora_cli.checkpoint.checkpoint import StoredTensor
@@ -60,7 +60,7 @@ class Module:
         Raises:
             UsageError: The user gave one.
         """
-        scale = self.scale(1.0, None, False, "the tuner has none")
+        scale = self.scale(1.0, None, False, HAS_NONE)
         if scale.source.startswith("--"):
             raise UsageError("This tuner has no scale", tensor=self.name, hint=f"leave out {scale.source}")
         return scale
@@ -79,6 +79,7 @@ class Tuner:
         source: Who described it, where.
         parts: Names of tensors after a module's name, without the adapter's own name and `.weight`.
         read: What the tensors of one module change.
+        modules: What it is for, in words.
         methods: Every method that `read` may use.
         shared: Names of tensors of the whole model.
         idle: Those of the parts that change nothing: name → why.
@@ -94,6 +95,7 @@ class Tuner:
     source: str
     parts: tuple[str, ...]
     read: Callable[[Module], Changes]
+    modules: str = "linear layers"
     methods: tuple[Method, ...] = ()
     shared: tuple[str, ...] = ()
     idle: Mapping[str, str] = field(default_factory=dict)

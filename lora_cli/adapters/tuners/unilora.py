@@ -32,7 +32,15 @@ class Gathered(ProductMethod):
     def problem(self, shapes: Shapes, settings: Settings, shape: Shape) -> str | None:
         """See `Method.problem`."""
         a, b, scales_a, scales_b, vector = (shapes.get(name) for name in self.parts)
-        if a is None or b is None or vector is None or len(a) != 2 or len(shape) != 2 or len(vector) != 1:
+        if (
+            a is None
+            or b is None
+            or vector is None
+            or len(a) != 2
+            or len(shape) != 2
+            or len(vector) != 1
+            or 0 in vector
+        ):
             return f"the tensors are no product for {list(shape)}"
         if (scales_a, scales_b) != (a, b) or (b, a[1]) != ((shape[0], a[0]), shape[1]):
             return f"{list(b)} and {list(a)} make no {list(shape)}"
@@ -74,6 +82,7 @@ TUNER = Tuner(
     type="UNILORA",
     name="Uni-LoRA",
     source="Li et al. 2025, arXiv:2506.00799",
+    modules="linear layers and GPT-2's Conv1D",
     parts=METHOD.parts[:-1],
     shared=(_VECTOR,),
     read=_read,

@@ -133,6 +133,7 @@ TUNER = Tuner(
     type="VBLORA",
     name="VB-LoRA",
     source="Li, Han and Ji 2024, arXiv:2405.15179",
+    modules="linear layers and GPT-2's Conv1D",
     parts=METHOD.parts[:-1],
     shared=(_BANK,),
     read=_read,

@@ -137,6 +137,7 @@ TUNER = Tuner(
     type="WAVEFT",
     name="WaveFT",
     source="Bilican et al. 2025, arXiv:2505.12532",
+    modules="linear layers and GPT-2's Conv1D",
     parts=METHOD.parts,
     read=_read,
     methods=(METHOD,),

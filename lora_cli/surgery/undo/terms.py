@@ -43,7 +43,7 @@ def record(term: Contribution) -> TermRecord:
         scale=delta.scale.times(term.weight),
         swapped=_is_swapped(delta),
         transposed=term.transposed,
-        outputs=(*term.region.outputs, term.region.of) if term.region else (),
+        outputs=_outputs(term.region) if term.region else (),
         rows=term.region.rows if term.region else (),
         blocks=delta.blocks if isinstance(delta, LowRankBlocks) else 0,
         matrix=term.matrix,
@@ -51,6 +51,11 @@ def record(term: Contribution) -> TermRecord:
         count=0 if term.at is None else term.count or 0,
         **_more(delta),
     )
+
+
+def _outputs(region: Region) -> tuple[int, ...]:
+    """Which outputs of the stored tensor a region is; the step only where there is one."""
+    return (*region.outputs, region.of, *([region.step] if region.step != 1 else []))
 
 
 def _is_swapped(delta: Delta) -> bool:
@@ -109,8 +114,9 @@ def _region(said: TermRecord, delta: Delta, key: str, shape: tuple[int, ...]) ->
     outputs = delta.shape[0]
     bounded = all(abs(number) <= outputs for run in said.rows for number in run) and len(said.rows) <= outputs
     try:
-        begin, end, of = said.outputs
-        region = Region((begin, end), of, said.rows) if bounded and of <= max(shape, default=0) else None
+        begin, end, of, *steps = said.outputs
+        (step,) = steps or (1,)
+        region = Region((begin, end), of, said.rows, step) if bounded and of <= max(shape, default=0) else None
     except ValueError:
         region = None
     runs = (range(*run) for run in said.rows)
