@@ -34,19 +34,25 @@ from family_models import (
     pixels,
     qwen2_vl,
     qwen_inputs,
+    seen,
     sound,
     words,
-    words_and_image,
 )
 from safetensors.torch import load_file, save_file
 
 Spelling = tuple[tuple[str, str], ...]
 """Regular expressions and what takes their place in a name, one after the other."""
+Tensors = dict[str, torch.Tensor]
 
 
 def whole(opened: Model) -> Model:
     """Most adapters are trained on all of the model."""
     return opened
+
+
+def as_saved(model: Model, saved: Tensors) -> Tensors:
+    """Most files are what transformers writes."""
+    return saved
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,9 @@ class Family:
         task: PEFT's word for what it is trained for, where the base lacks the head for it.
         part: Makes the model that is trained of the one that was opened.
         spelling: How names in the base's file are changed by hand.
+        stored: Makes what its one file holds of the model and of what transformers wrote.
+        experts: Parameters of several experts each, as adapters target them; the one inside first.
+        count: How many experts there are.
         max_shard_size: As for `save_pretrained`.
         dtype: Of the file; what is trained and compared is of float32.
         tied: Whether its table is its head.
@@ -85,6 +94,9 @@ class Family:
     task: str | None = None
     part: Callable[[Model], Model] = whole
     spelling: Spelling = ()
+    stored: Callable[[Model, Tensors], Tensors] = as_saved
+    experts: tuple[str, ...] = ()
+    count: int = 0
     max_shard_size: str = "50GB"
     dtype: torch.dtype = torch.float32
     tied: bool = False
@@ -101,10 +113,13 @@ class Family:
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.05)
         model.to(self.dtype).save_pretrained(folder, max_shard_size=self.max_shard_size)
-        if self.spelling:
+        if self.spelling or self.stored is not as_saved:
             file = folder / "model.safetensors"
-            tensors = {respelled(name, self.spelling): tensor for name, tensor in load_file(file).items()}
-            save_file(tensors, file, {"format": "pt"})
+            save_file(self.as_stored(model, load_file(file)), file, {"format": "pt"})
+
+    def as_stored(self, model: Model, saved: Tensors) -> Tensors:
+        """A model's tensors as this family's files have them, of what transformers wrote."""
+        return {respelled(name, self.spelling): tensor for name, tensor in self.stored(model, saved).items()}
 
     def load(self, folder: Path) -> Model:
         """The folder's model; heads that it lacks are the same each time."""
@@ -178,10 +193,6 @@ BETWEEN: Final[Spelling] = ((r"^model\.vision_tower\.", "model.vision_tower.visi
 
 LM, SEQ2SEQ, SEES = "AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForImageTextToText"
 CLASSES, IMAGES = "AutoModelForSequenceClassification", "AutoModelForImageClassification"
-
-
-def seen() -> Inputs:
-    return words_and_image(4)
 
 
 _LISTED: Final = (

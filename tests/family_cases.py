@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 import pytest
 import torch
-from families import FAMILIES, Family, respelled, whole
+from expert_cases import EXPERT_CASES, EXPERT_REFUSED
+from expert_families import EXPERT_FAMILIES
+from expert_files import moved, turned
+from expert_options import EXPERT_OPTIONS
+from families import FAMILIES as PLAIN_FAMILIES
+from families import Family, Tensors, respelled, whole
 from family_models import Model
-from lora_options import OPTIONS, Option
+from lora_options import OPTIONS as LORA_OPTIONS
+from lora_options import Option
 from models import quiet, read_tensors
 from safetensors.torch import save_file
 
 from lora_cli.errors import LoraCliError, NamesError, ShapeError, UnsupportedError
 
-Tensors = dict[str, torch.Tensor]
+FAMILIES: Final = PLAIN_FAMILIES | EXPERT_FAMILIES
+OPTIONS: Final = LORA_OPTIONS | EXPERT_OPTIONS
 
 STEPS: Final = 3
 STEP: Final = 0.03
@@ -125,7 +134,8 @@ MORE: Final = {
 
 def _options(family: Family) -> list[str]:
     kernel = "kernel kernel-dora" if family.kernel else ""
-    return list(dict.fromkeys(f"{PLAIN} {kernel} {MORE.get(family.name, '')}".split()))
+    own = f"{PLAIN} {kernel} {MORE.get(family.name, '')}" if family.name in PLAIN_FAMILIES else ""
+    return list(dict.fromkeys(f"{own} {EXPERT_CASES.get(family.name, '')}".split()))
 
 
 CASES: Final = [Case(family, OPTIONS[name]) for family in FAMILIES.values() for name in _options(family)]
@@ -153,7 +163,7 @@ REFUSED: Final[dict[str, dict[str, tuple[type[LoraCliError], str]]]] = {
 """What cannot be merged, with the error, and the words that name why."""
 REFUSALS: Final = [
     pytest.param(Case(FAMILIES[family], OPTIONS[option]), error, words, id=f"{family}+{option}")
-    for family, options in REFUSED.items()
+    for family, options in (*REFUSED.items(), *EXPERT_REFUSED.items())
     for option, (error, words) in options.items()
 ]
 
@@ -245,7 +255,7 @@ def merged_by_peft(adapted: Model, family: Family, base: Tensors, folder: Path) 
     merged.save_pretrained(folder)
     prefix = getattr(merged, "base_model_prefix", "") + "."
     tensors = {}
-    for name, tensor in read_tensors(folder).items():
+    for name, tensor in family.stored(merged, read_tensors(folder)).items():
         key = name if name in base else respelled(name, family.spelling)
         bare = key.removeprefix(prefix)
         tensors[bare if bare in base else key] = tensor
@@ -290,13 +300,27 @@ def transposed(tensors: Tensors) -> Tensors:
 DAMAGES: Final[tuple[Callable[[Tensors], Tensors], ...]] = (halved, rolled, transposed)
 
 
-def damaged(made: Made, folder: Path) -> Path:
+def damages(made: Made) -> tuple[Callable[[Tensors], Tensors], ...]:
+    """One for each case, by turns; where experts are stacked, everything that can be wrong with them."""
+    if made.case.option.ignored:
+        return (halved,)
+    if not made.case.family.experts:
+        return (DAMAGES[made.case.seed % len(DAMAGES)],)
+    config = json.loads((made.adapter / "adapter_config.json").read_text())
+    grouped = config.get("lora_B_layout") == "grouped_by_expert"
+    count = made.case.family.count
+    others = (partial(moved, count=count, grouped=grouped),) if count > 1 else ()
+    return (halved, partial(turned, count=count), *others)
+
+
+def damaged(made: Made, folder: Path, change: Callable[[Tensors], Tensors] | None = None) -> Path:
     """The same adapter with other numbers, but the base's own; what it holds twice is the same twice."""
     shutil.copytree(made.adapter, folder)
     tensors = read_tensors(made.adapter)
     trained = {
         key: tensor for key, tensor in tensors.items() if not re.search(r"base_layer\.weight|original_module", key)
     }
-    change = halved if made.case.option.ignored else DAMAGES[made.case.seed % len(DAMAGES)]
-    save_file(tensors | change(trained), folder / "adapter_model.safetensors", {"format": "pt"})
+    others = {key: tensor.contiguous() for key, tensor in (change or damages(made)[0])(trained).items()}
+    kept = {key: tensor for key, tensor in tensors.items() if key not in trained}
+    save_file(kept | others, folder / "adapter_model.safetensors", {"format": "pt"})
     return folder

@@ -55,13 +55,17 @@ def words_and_image(patches: int, **more: torch.Tensor) -> Inputs:
     return {"input_ids": line, "pixel_values": noise(1, 3, 16, 16), **more}
 
 
+def seen() -> Inputs:
+    return words_and_image(4)
+
+
 def gemma_inputs() -> Inputs:
-    given = words_and_image(4)
+    given = seen()
     return given | {"token_type_ids": (given["input_ids"] == IMAGE).long()}
 
 
 def qwen_inputs() -> Inputs:
-    given = words_and_image(4)
+    given = seen()
     kinds = (given["input_ids"] == IMAGE).int()
     patches = {"pixel_values": noise(16, 3 * 2 * 4 * 4), "image_grid_thw": torch.tensor([[1, 4, 4]])}
     return given | patches | {"mm_token_type_ids": kinds}

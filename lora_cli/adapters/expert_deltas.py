@@ -165,6 +165,11 @@ class OpenExperts(Product):
         return self._likeliest.experts
 
     @property
+    def words(self) -> str:
+        """How its factors may lie, for people."""
+        return f"{', or '.join(WORDS[packing] for packing in self.packings)}; a base tells which side A meets"
+
+    @property
     def stored(self) -> Mapping[bool, tuple[int, ...]]:
         """It is open."""
         return {}

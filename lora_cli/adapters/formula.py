@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
 
@@ -236,7 +237,11 @@ class Formula:
 
     @property
     def rank(self) -> int:
-        """What the method says."""
+        """What the method says, if these are tensors of its; before a base has told it that is not certain."""
+        if self.parameter is None:
+            with suppress(LookupError, ValueError):
+                return self.method.rank(self._shapes, self.settings)
+            return 0
         return self.method.rank(self._shapes, self.settings)
 
     @property

@@ -32,7 +32,7 @@ _KINDS = {
     "lora-stack": ("stack", " of matrices"),
     "formula": ("parameter", ""),
     "formula-gain": ("parameter", " multiplied, element by element"),
-    "formula-map": ("parameter", " made of what it was, row by row"),
+    "formula-map": ("parameter", " made anew of what was there, row by row"),
     "formula-product": ("parameter", " with a product added"),
     "formula-sum": ("parameter", " with a formula's values added"),
 }
@@ -49,6 +49,8 @@ def rows(result: InspectResult) -> Iterator[tuple[str, object]]:
     if result.kind == "adapter" and result.tied:
         yield "tied", "of two tied tensors both get what one gets (ensure_weight_tying)"
     yield "modules", _kinds(result.modules)
+    for layout in result.layouts:
+        yield "experts", f"{count(layout.modules, 'stack')}: {layout.layout}"
     yield "undo", _undo(result.modules)
     yield "whole", _wholes(result.modules)
     for module in result.modules:
@@ -82,12 +84,12 @@ def _kind(module: ModuleInfo) -> str:
 
 
 def _undo(modules: Sequence[ModuleInfo]) -> str | None:
-    """What takes a merge out again, where that is not the adapter and little besides."""
+    """What an undo file keeps, where that is not little."""
     residual = sum(module.undo == "residual" for module in modules)
     if not residual:
         return None
     which = "" if residual == sum(module.acts is not None for module in modules) else f" for {residual:,} of them"
-    return f"by what the undo file keeps alone{which}, which is more than of LoRA"
+    return f"the undo file keeps more{which} than it does for LoRA"
 
 
 def _wholes(modules: Sequence[ModuleInfo]) -> str | None:

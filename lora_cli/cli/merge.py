@@ -110,7 +110,7 @@ def merge(
 def view(result: MergeResult) -> Iterator[RenderableType]:
     """What a merge did, for people."""
     from lora_cli.cli import effects
-    from lora_cli.cli.planned import ledger_words, survival_words, use_words
+    from lora_cli.cli.planned import layout_rows, ledger_words, survival_words, use_words
 
     tensors = result.tensors
     parts = [f"{tensors[name]:,} {name}" for name in ("edited", "copied", "added", "dropped") if tensors[name]]
@@ -119,6 +119,7 @@ def view(result: MergeResult) -> Iterator[RenderableType]:
         [
             ("tensors", ", ".join(parts)),
             *(("adapter", use_words(use)) for use in result.adapters),
+            *(layout_rows(result.adapters)),
             ("ledger", ledger_words(result.ledger)),
             *(effects.rows(result.effects)),
             ("survival", survival_words(result.survival)),

@@ -99,6 +99,7 @@ def summary(plan: Plan, *, undo: bool = False) -> Iterator[RenderableType]:
             ("tensors", ", ".join(changing)),
             *(("adapter", use_words(use)) for use in plan.adapters),
             *(("names", use.rewrite) for use in plan.adapters[:1]),
+            *(layout_rows(plan.adapters)),
             ("ledger", ledger_words(plan.ledger_counts())),
             ("writes", f"{size(plan.bytes_to_write)} in {files}, besides {besides}"),
             *(_reordered(plan)),
@@ -195,6 +196,12 @@ def use_words(use: AdapterUse) -> str:
     weight = [f"weight {number(use.weight)}"] if use.weight != 1 else []
     strength = "; ".join([*weight, *scales, *more])
     return f"{use.label} ({use.kind}, {use.format})" + (f": {strength}" if strength else "")
+
+
+def layout_rows(uses: Sequence[AdapterUse]) -> Iterator[tuple[str, str]]:
+    """How factors of stacks are read, and why."""
+    layouts = [layout for use in uses for layout in use.layouts]
+    yield from (("experts", f"{count(layout.modules, 'stack')}: {layout.layout}") for layout in layouts)
 
 
 def ledger_words(ledger: dict[str, int]) -> str:

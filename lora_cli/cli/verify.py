@@ -109,7 +109,7 @@ def verify(
 
 def view(result: VerifyResult) -> Iterator[RenderableType]:
     """What a verification found, for people."""
-    from lora_cli.cli.planned import use_words
+    from lora_cli.cli.planned import layout_rows, use_words
 
     checked, different = result.tensors["checked"], result.tensors["different"]
     allowed = "byte for byte" if result.max_ulp == 0 else f"within {result.max_ulp} ULP"
@@ -132,6 +132,7 @@ def view(result: VerifyResult) -> Iterator[RenderableType]:
         [
             ("round trip", _trip_words(result)),
             *(("adapter", use_words(use)) for use in result.adapters),
+            *(layout_rows(result.adapters)),
             ("strength", _strength_words(result.survival)),
             ("took", f"{duration(result.seconds)}, peak memory {size(result.peak_rss_bytes)}"),
         ]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from lora_cli.adapters.adapter import Acts, Delta, Load
 from lora_cli.adapters.formula import Formula
-from lora_cli.adapters.region import Region
+from lora_cli.adapters.region import Place, Region
 from lora_cli.checkpoint.checkpoint import StoredTensor
 from lora_cli.checkpoint.dtypes import DType
 
@@ -198,6 +198,28 @@ class Rows:
             row, at = self.rows[number], self.at[number]
             begin, end = max(first, at * columns), min(first + count, (at + 1) * columns)
             yield (row - at) * columns + begin, slice(begin - first, end - first)
+
+
+def rows_of_part(tensor: StoredTensor, stored: tuple[int, ...], place: Place) -> Rows | None:
+    """The rows of a stored tensor that become those of one that an adapter holds whole; None where it has others.
+
+    A tensor of the adapter may be a stack of which the stored one is a matrix, or has some rows.
+
+    Args:
+        tensor: The adapter's.
+        stored: Shape of the stored tensor.
+        place: Which part of the adapter's parameter that is.
+    """
+    shape, first = tensor.shape, 0
+    if place.matrix is not None and len(shape) > 1 and place.matrix < shape[0]:
+        first, shape = place.matrix * shape[1], shape[1:]
+    if place.turned or place.at is not None or not stored or shape[1:] != stored[1:]:
+        return None
+    rows = place.region.indices() if place.region else range(stored[0])
+    at = place.region.stored if place.region else range(stored[0])
+    if len(shape) != len(stored) or max(rows, default=0) >= shape[0]:
+        return None
+    return Rows(tensor, tuple(first + row for row in rows), tuple(at))
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from lora_cli.adapters.adapter import Adapter, Delta, Replacement, RowReplacement, Target
+from lora_cli.adapters.expert_deltas import OpenExperts
 from lora_cli.adapters.formats import read_adapter
 from lora_cli.adapters.formula import Formula
 from lora_cli.adapters.peft_config import COMMON, refusals
@@ -21,7 +22,7 @@ from lora_cli.surgery.edit import keeps_preimages
 from lora_cli.surgery.effects import Effects, effects_of
 from lora_cli.surgery.inspection import InspectResult, LeftOut, ModuleInfo, PlaceInfo, TensorInfo
 from lora_cli.surgery.placing import PlanOptions
-from lora_cli.surgery.plan import Plan
+from lora_cli.surgery.plan import LayoutUse, Plan
 from lora_cli.surgery.planning import plan
 from lora_cli.surgery.receipt import find_receipt
 from lora_cli.surgery.results import Reference, open_base, with_beginnings
@@ -59,10 +60,11 @@ def inspect_adapter(
         base=str(named) if named else None,
         refused=(*refused.values(), *found.refused),
         modules=(
-            *(_target_info(target, found, scaled=scaled) for target in adapter.targets),
+            *(_target_info(target, found, scaled=scaled) for target in adapter.targets if found.may_have(target)),
             *(_whole_info(replacement, found) for replacement in adapter.replacements),
             *(_rows_info(rows, found) for rows in adapter.rows),
         ),
+        layouts=found.layouts or _layouts(adapter),
         left_out=tuple(LeftOut(tensor.key, reason) for tensor, reason in adapter.skipped),
         layers=adapter.layers,
         initial=adapter.initial,
@@ -73,6 +75,12 @@ def inspect_adapter(
         spectrum=adapter_spectrum(adapter, progress, scaled=scaled) if spectrum else None,
         warnings=(*adapter.warnings, *_unread_warning(adapter), *(() if scaled else (NO_SCALE,))),
     )
+
+
+def _layouts(adapter: Adapter) -> tuple[LayoutUse, ...]:
+    """How factors of stacks may lie, as far as the adapter alone says it."""
+    words = Counter(target.delta.words for target in adapter.targets if isinstance(target.delta, OpenExperts))
+    return tuple(LayoutUse(layout, modules) for layout, modules in words.items())
 
 
 def count_dtypes(tensors: Iterable[StoredTensor]) -> Mapping[str, int]:
@@ -156,6 +164,7 @@ class _Found:
         shapes: For a delta: its shape, which without a base may not be known.
         keys: Name of a tensor in the adapter's file → the key that it is for.
         effects: What a merge would do besides.
+        layouts: How factors of stacks are read.
         refused: Why no merge into the base can be planned; then nothing else is known.
     """
 
@@ -163,7 +172,12 @@ class _Found:
     shapes: Mapping[_Part, tuple[int, int]] = field(default_factory=dict)
     keys: Mapping[str, str] | None = None
     effects: Effects | None = None
+    layouts: tuple[LayoutUse, ...] = ()
     refused: tuple[str, ...] = ()
+
+    def may_have(self, target: Target) -> bool:
+        """Whether the base has the parameter, or must have it, or is not known."""
+        return not target.may_lack or self.places is None or _part(target.parameter, target.delta) in self.places
 
     def of(self, part: _Part, tensor: StoredTensor) -> tuple[str | None, tuple[PlaceInfo, ...]]:
         """The key of a delta or whole tensor, and all of its places; `tensor` is the first that it is made of."""
@@ -179,11 +193,12 @@ def _find(adapter: Adapter, base: Reference, options: PlanOptions, progress: Pro
     opened = open_base(base, progress)
     try:
         made = plan(opened, [known], replace(options, allow_unmapped=True))
-    except (NamesError, ShapeError) as error:
+    except (NamesError, ShapeError, UnsupportedError) as error:
         return _Found(refused=(f"into {opened.label}: {_words(error)}",))
     keys = {entry.tensor: entry.key for entry in made.ledger if entry.key}
     shapes = {_part(term.parameter, term.delta): term.delta.shape for edit in made.edits for term in edit.terms}
-    return _Found(_places(made), shapes, keys, effects_of(made))
+    layouts = tuple(layout for use in made.adapters for layout in use.layouts)
+    return _Found(_places(made), shapes, keys, effects_of(made), layouts)
 
 
 def _places(made: Plan) -> Mapping[_Part, tuple[PlaceInfo, ...]]:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from lora_cli.adapters.adapter import Acts
 from lora_cli.surgery.effects import Effects
+from lora_cli.surgery.plan import LayoutUse
 from lora_cli.surgery.spectrum import AdapterSpectrum
 from lora_cli.surgery.undo.summary import UndoSummary
 
@@ -105,6 +106,7 @@ class InspectResult:
         modules: Modules of an adapter.
         tensors: Tensors of a checkpoint, or of an adapter that is not understood.
         left_out: Tensors of an adapter that no merge applies.
+        layouts: How an adapter's factors of stacks, such as those of experts, are read, as far as that is known.
         layers: For an adapter of a model whose layers repeat those of the files: the stored layer of each.
         initial: The init that took an adapter's first factors off its base; a merge then needs these, or that base.
         before: The adapter as it was before training, where that was given.
@@ -137,6 +139,7 @@ class InspectResult:
     modules: tuple[ModuleInfo, ...] = ()
     tensors: tuple[TensorInfo, ...] = ()
     left_out: tuple[LeftOut, ...] = ()
+    layouts: tuple[LayoutUse, ...] = ()
     layers: tuple[int, ...] | None = None
     initial: str | None = None
     before: str | None = None

@@ -159,6 +159,11 @@ def merge(
         # torch is loaded only here, after the plan is on the screen.
         from lora_cli.surgery.execute import execute
         from lora_cli.surgery.finishing import Finishing
+        from lora_cli.surgery.looks.packing import doubts
+
+        doubtful = [] if options.read.expert_layout.order else list(doubts(made))
+        for words in doubtful:
+            progress.warn(words)
 
         finishing = Finishing(made, target, options, undo=undo, embed=embed_adapter)
         written = execute(
@@ -183,7 +188,7 @@ def merge(
         adapters=made.adapters,
         files=finishing.names,
         left_out=made.left_out,
-        warnings=(*made.warnings, *lost),
+        warnings=(*made.warnings, *doubtful, *lost),
         effects=effects_of(made),
         survival=survival,
         undo=finishing.written,

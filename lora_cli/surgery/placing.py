@@ -22,7 +22,7 @@ from lora_cli.checkpoint.repairs import Repair, untied, with_layers, with_vocabu
 from lora_cli.errors import NamesError, ShapeError, UnsupportedError
 from lora_cli.surgery.accounts import Accounts
 from lora_cli.surgery.changing import Change, apart_words, contents_alike, kind_words, settle_ties, twins_in
-from lora_cli.surgery.edit import MERGEABLE, Contribution, Rows, is_alone, may_be_factor
+from lora_cli.surgery.edit import MERGEABLE, Contribution, Rows, is_alone, may_be_factor, rows_of_part
 from lora_cli.surgery.lying import guessed_words, lie
 from lora_cli.surgery.matching import check_mapped, left_out, unused_maps
 from lora_cli.surgery.plan import AdapterUse, ScaleUse
@@ -262,16 +262,15 @@ class Placement:
 
     def _place_part(self, one: _Applied, replacement: Replacement, place: Place) -> None:
         """Replace the part of a tensor that a parameter is, or by a part of a parameter."""
-        tensor, stored, region = replacement.tensor, self.tensors[place.key], place.region
-        rows = tuple(region.indices()) if region else ()
-        if place.turned or tensor.shape[1:] != stored.shape[1:] or max(rows, default=0) >= tensor.shape[0]:
+        tensor, stored = replacement.tensor, self.tensors[place.key]
+        rows = rows_of_part(tensor, stored.shape, place)
+        if rows is None:
             words = f"{place.key}: {list(stored.shape)} in the base, and {replacement.name} is {list(tensor.shape)}"
             self.accounts.problem(ShapeError, words)
             return
-        assert region is not None  # noqa: S101 (a place that is not turned and not whole has one)
         self._check_plain(place.key)
         if self._fits_type(one.adapter, tensor, place.key):
-            self._lay(one, place.key, Rows(tensor, rows, tuple(range(*region.outputs))))
+            self._lay(one, place.key, rows)
 
     def _place_rows(self, one: _Applied, change: RowReplacement, place: Place) -> None:
         tensor, shape = change.tensor, self._shape(place.key)

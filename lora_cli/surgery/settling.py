@@ -86,7 +86,8 @@ def _together(
     if lost:
         words = "the base lacks it, and what is made for the others depends on its shape"
         settled.problems += [(UnsupportedError, f"{name}: {words}") for name in lost]
-    if lost or not asking:
+        return [target for target in adapter.targets if target not in asking]
+    if not asking:
         return adapter.targets
     parameters = [_parameter(adapter, target, places[target.name], shapes, base_config).shape for target in asking]
     told = {t.name: t.delta.among(parameters) for t in asking if isinstance(t.delta, Formula)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -58,15 +58,31 @@ def stored(model: Model) -> Stored:
     from transformers.core_model_loading import revert_weight_conversion
 
     live, count = {}, 0
+    experts = dict(expert_shapes(model))
     for name, parameter in model.state_dict().items():
-        shape = [*parameter.shape[:1], *(1 for _ in parameter.shape[1:])]
-        if parameter.ndim > 2 and "experts" in name:
-            shape = [2, 2, *(1 for _ in parameter.shape[2:])]
+        shape = experts.get(name, [*parameter.shape[:1], *(1 for _ in parameter.shape[1:])])
         size = torch.Size(shape).numel()
         live[name] = torch.arange(count, count + size, dtype=torch.int64).reshape(shape)
         count += size
     files = revert_weight_conversion(model, dict(live))
     return Stored({**model.config.to_dict(), "architectures": [type(model).__name__]}, live, files)
+
+
+EXPERTS, WIDE, INSIDE = 3, 5, 2
+"""How many experts there are, and of how many numbers, in what is stored; none of them makes a square."""
+
+
+def expert_shapes(model: Model) -> Iterator[tuple[str, tuple[int, int, int]]]:
+    """Small shapes for all stacks of experts, in which gate, up and down fit each other as they do in the model."""
+    for path, module in model.named_modules():
+        held = {name: tuple(p.shape) for name, p in module.named_parameters(recurse=False) if p.ndim == 3}
+        if held.keys() == {"gate_up_proj", "down_proj"}:
+            usual = held["gate_up_proj"][1:] == (2 * held["down_proj"][2], held["down_proj"][1])
+            yield f"{path}.gate_up_proj", (EXPERTS, 2 * INSIDE, WIDE) if usual else (EXPERTS, WIDE, 2 * INSIDE)
+            yield f"{path}.down_proj", (EXPERTS, WIDE, INSIDE) if usual else (EXPERTS, INSIDE, WIDE)
+        elif held and "down_proj" in held:
+            for name in held:
+                yield f"{path}.{name}", (EXPERTS, WIDE, INSIDE) if name == "down_proj" else (EXPERTS, INSIDE, WIDE)
 
 
 def small_model(name: str) -> Model:
@@ -76,16 +92,18 @@ def small_model(name: str) -> Model:
     return script().instance(getattr(transformers, name))
 
 
-def held(places: tuple[Place, ...], files: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """The parameter that lies in these places."""
-    pieces = [(files[p.key].T if p.turned else files[p.key], p.region) for p in places]
-    if pieces[0][1] is None:
-        assert len(pieces) == 1
-        return pieces[0][0]
-    rows = sum(region.outputs[1] - region.outputs[0] for _, region in pieces if region)
-    made = torch.full((rows, *pieces[0][0].shape[1:]), -1)
-    for tensor, region in pieces:
-        assert region is not None
-        assert region.of == tensor.shape[0]
-        made[region.indices()] = tensor[slice(*region.outputs)]
+def held(places: tuple[Place, ...], files: Mapping[str, torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
+    """The parameter of some shape that lies in these places; -1 where nothing does."""
+    made = torch.full(shape, -1, dtype=torch.int64)
+    for place in places:
+        part = files[place.key] if place.at is None else files[place.key][place.at]
+        part = part.mT if place.turned else part
+        whole = made if place.matrix is None else made[place.matrix]
+        if place.region is None:
+            whole[...] = part
+            continue
+        rows = 1 if part.ndim == 3 and "conv" not in place.key else 0
+        assert place.region.of == part.shape[rows]
+        taken = part.index_select(rows, torch.tensor(range(*place.region.outputs, place.region.step)))
+        whole.index_copy_(rows, torch.tensor(place.region.indices()), taken)
     return made

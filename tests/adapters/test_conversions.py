@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -16,7 +18,18 @@ import transformers
 from conversion_world import Shaped, held, script, small_model, stored
 from tiny import within
 
-from lora_cli.adapters.conversions import LONGEST, Conversion, Part, compiled, conversions, renamed, tables
+from lora_cli.adapters.conversions import (
+    LONGEST,
+    Conversion,
+    Part,
+    architecture,
+    compiled,
+    conversions,
+    renamed,
+    tables,
+    transposed_experts,
+)
+from lora_cli.adapters.region import Place
 from lora_cli.adapters.resolve import resolve
 from lora_cli.adapters.spelling import spelling
 
@@ -82,17 +95,26 @@ CLASSES = [
 ]
 """The families that people train, whatever else stores a parameter in parts, and bare backbones."""
 
-UNLIKE = {"RfDetrForInstanceSegmentation": 8, "Qwen3VLMoeModel": 4, "Qwen3VLMoeForConditionalGeneration": 4}
-"""Classes and how many of their parameters are not there: heads with the backbone's names, and experts that lie turned
-under the name that they have in memory."""
+UNLIKE = {
+    "RfDetrForInstanceSegmentation": 8,
+    "Molmo2ForConditionalGeneration": 6,
+    "Molmo2Model": 6,
+    "Molmo2TextModel": 6,
+}
+"""Classes and how many of their parameters are not there: heads with the backbone's names, and cuts of a tensor whose
+sizes no file says."""
 
 
 def wrong(model: Any) -> list[str]:
     """Parameters of a model that are not where the tables say."""
     world = stored(model)
     found = resolve(list(world.live), world.files, config=world.config)
-    lost = [name.name for name in found.unmapped if name.reason is None]
-    return lost + [n for n, places in found.places.items() if not torch.equal(held(places, world.files), world.live[n])]
+    lost = [lost.name for lost in found.unmapped]
+    return lost + [name for name, there in found.places.items() if not holds(there, world.files, world.live[name])]
+
+
+def holds(places: tuple[Place, ...], files: Mapping[str, torch.Tensor], parameter: torch.Tensor) -> bool:
+    return torch.equal(held(places, files, tuple(parameter.shape)), parameter)
 
 
 @CURRENT
@@ -108,6 +130,73 @@ def test_every_parameter_of_every_class_is_where_the_tables_say() -> None:
     found = {kind.__name__: wrong(model) for kind, model in made if model is not None and script().converted(model)}
     assert len(found) > 400
     assert {name: len(names) for name, names in found.items() if names} == UNLIKE
+
+
+# Experts
+
+
+def wrong_experts(model: Any) -> list[str]:
+    """Experts, by names of files, that are not where the tables say in a base that has those of a layer together."""
+    world = stored(model)
+    names = [name for name in world.files if name not in world.live and re.search(r"experts\.\d+\.", name)]
+    found = resolve(names, world.live, config=world.config)
+    lost = [lost.name for lost in found.unmapped]
+    return lost + [name for name, there in found.places.items() if not holds(there, world.live, world.files[name])]
+
+
+EXPERTS = [
+    "MixtralForCausalLM",
+    "Qwen2MoeForCausalLM",
+    "Qwen3MoeForCausalLM",
+    "DeepseekV2ForCausalLM",
+    "OlmoeForCausalLM",
+    "JambaForCausalLM",
+    "PhimoeForCausalLM",
+    "NemotronHForCausalLM",
+    "Ernie4_5_VLMoeForConditionalGeneration",
+    "Glm4MoeForCausalLM",
+    "KimiLinearForCausalLM",
+    "MiniMaxForCausalLM",
+]
+
+
+@CURRENT
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts_of_files_are_in_what_modules_hold(name: str) -> None:
+    assert wrong_experts(small_model(name)) == []
+
+
+def has_experts(model: Any) -> bool:
+    return any(hasattr(module, "is_transposed") for module in model.modules())
+
+
+@CURRENT
+@pytest.mark.slow
+def test_experts_of_every_class() -> None:
+    """With all parameters of these models; and the tables know those that PEFT takes the other way."""
+    made = script().instances(script().model_classes())
+    found = {kind.__name__: model for kind, model in made if model is not None and has_experts(model)}
+    assert len(found) > 100
+    for name, model in found.items():
+        assert wrong(model) + wrong_experts(model) == [], name
+        world = {"architectures": [name], "model_type": model.config.model_type}
+        if architecture(world) is None:
+            continue
+        said = {p: transposed_experts(world, p) for p, part in model.named_modules() if hasattr(part, "is_transposed")}
+        assert said == {path: model.get_submodule(path).is_transposed for path in said}, name
+
+
+@CURRENT
+@pytest.mark.slow
+def test_no_class_is_transposed_that_the_tables_do_not_know() -> None:
+    """What a decorator says of classes, made or not."""
+    script().model_classes()
+    modules = [module for name, module in sys.modules.items() if ".modeling_" in name]
+    classes = {kind for module in modules for kind in vars(module).values() if isinstance(kind, type)}
+    said = [inspect.getclosurevars(kind.__init__).nonlocals for kind in classes if "Experts" in kind.__name__]
+    transposed = [closed for closed in said if closed.get("is_transposed")]
+    known = [facts["experts"] for facts in tables()["classes"].values() if "experts" in facts]
+    assert len(transposed) == sum("is_transposed" in str(experts) for experts in known) == 3
 
 
 # Models in models

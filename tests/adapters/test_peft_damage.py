@@ -49,7 +49,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "activated": ({"alora_invocation_tokens": [3, 4], "task_type": "CAUSAL_LM"}, "acts on some tokens only"),
     "qalora": ({"use_qalora": True}, "pools its inputs"),
     "kasa": ({"kasa_config": {}}, "took singular values off the base"),
-    "parameters": ({"target_parameters": ["k_proj.weight"]}, "expert parameters"),
 }
 
 
@@ -144,11 +143,11 @@ def test_attention_with_other_factors_than_two_pairs(tmp_path: Path, name: str) 
 
 def test_other_factors_inside_a_layer_are_refused(tmp_path: Path) -> None:
     made = saved(tmp_path, net(), target_modules=["up_proj"])
-    key = f"{PREFIX}up_proj.lora_A.weight"
     tensors = made.tensors()
-    move(key, f"{PREFIX}up_proj.base_layer.lora_A.weight")(tensors)
+    for side in "AB":
+        move(f"{PREFIX}up_proj.lora_{side}.weight", f"{PREFIX}up_proj.base_layer.lora_{side}.weight")(tensors)
     made.write(tensors)
-    refused(made, UnsupportedError, "nested LoRA")
+    refused(made, UnsupportedError, "Nested LoRA")
 
 
 # Lengths

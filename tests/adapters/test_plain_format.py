@@ -127,7 +127,7 @@ BAD_SHAPES = {
     "no rank shared": ((3, 8), (12, 4)),
     "a vector": ((8,), (12, 1)),
     "a scalar": ((), (3, 3)),
-    "an expert stack": ((2, 3, 8), (2, 12, 3)),
+    "a stack of no rank": ((2, 3, 8), (2, 12, 4)),
     "rank 0": ((0, 8), (12, 0)),
     "nothing out": ((3, 8), (0, 3)),
 }

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 from conversion_world import Shaped
 from tiny import within
 
 from lora_cli.adapters.region import Place, Region
 from lora_cli.adapters.resolve import Resolution, parse_maps, resolve
 from lora_cli.errors import NamesError
-from lora_cli.surgery.merge import plan_merge
 
 
 def config(kind: str, model_type: str, **more: Any) -> dict[str, Any]:
@@ -191,37 +188,9 @@ def test_a_part_and_the_whole_are_two_changes_of_one_tensor() -> None:
         found(said, [key, "encoder.layer.0.mlp.up_proj.weight"], [key])
 
 
-EXPERTS = [f"model.layers.0.block_sparse_moe.experts.{e}.w{w}.weight" for e in range(2) for w in (1, 2, 3)]
-MIXTRAL = config("MixtralForCausalLM", "mixtral")
-
-
-def test_experts_that_are_stored_one_by_one() -> None:
-    """A change of all at once has no place yet, and says so; that of a single one has."""
-    name = "model.layers.0.mlp.experts.gate_up_proj"
-    (lost,) = found(MIXTRAL, [name], EXPERTS).unmapped
-    assert "one by one" in str(lost.reason)
-    assert found(MIXTRAL, EXPERTS, EXPERTS).keys == {key: key for key in EXPERTS}
-    newer = [key.replace("block_sparse_moe", "mlp") for key in EXPERTS]
-    assert found(MIXTRAL, newer, EXPERTS).keys == dict(zip(newer, EXPERTS, strict=True))
-
-
-def test_trained_experts_are_not_added_beside_the_stored_ones(tmp_path: Path) -> None:
-    """Whole tensors may be new to a base; these are not, they are there in another form."""
-    held: dict[str, tiny.Array] = {key: tiny.numbers(6, 4) for key in (*EXPERTS, "model.norm.weight")}
-    base = tiny.write_base(tmp_path / "base", held, shards=1, config=MIXTRAL)
-    name = "model.layers.0.mlp.experts.gate_up_proj"
-    whole: dict[str, tiny.Array] = {
-        f"{tiny.PREFIX}{name}": tiny.numbers(2, 12, 4),
-        f"{tiny.PREFIX}model.norm.weight": tiny.numbers(6, 4),
-    }
-    adapter = tiny.write_adapter(tmp_path / "adapter", whole, modules_to_save=["experts", "norm"], target_modules=[])
-    with pytest.raises(NamesError) as caught:
-        plan_merge(base, [adapter])
-    assert list(caught.value.details) == [f"{name} (the base stores the experts of this layer one by one)"]
-
-
 # Size
 
+MIXTRAL = config("MixtralForCausalLM", "mixtral")
 
 MANY = [
     f"model.layers.{n}.block_sparse_moe.experts.{e}.w{m}.weight"
@@ -229,6 +198,25 @@ MANY = [
     for e in range(333)
     for m in (1, 2, 3)
 ]
+
+
+LARGE = [f"model.layers.{n}.mlp.experts" for n in range(60)]
+
+
+def test_sixty_thousand_names_of_experts_that_are_stored_together() -> None:
+    base = {f"{at}.gate_up_proj": Shaped((333, 8, 5)) for at in LARGE}
+    base |= {f"{at}.down_proj": Shaped((333, 5, 4)) for at in LARGE}
+    with within(5):
+        made = resolve(MANY, base, config=MIXTRAL)
+    assert len(made.places) == len(MANY)
+
+
+def test_a_model_of_sixty_thousand_experts_that_are_stored_one_by_one() -> None:
+    shapes = {"1": Shaped((4, 5)), "2": Shaped((5, 4)), "3": Shaped((4, 5))}
+    base = {key: shapes[key[-8]] for key in MANY}
+    with within(5):
+        made = resolve([f"{at}.gate_up_proj" for at in LARGE], base, config=MIXTRAL)
+    assert {len(places) for places in made.places.values()} == {666}
 
 
 @pytest.mark.parametrize("renamed", [False, True])

@@ -225,8 +225,7 @@ def test_an_init_that_needs_a_beginning_is_told_beside_what_is_refused(tmp_path:
 
 NOT_UNDERSTOOD: dict[str, tuple[dict[str, Any], dict[str, Array], str, int]] = {
     "KaSA": ({"kasa_config": {"beta": 1}}, {f"{PREFIX}{MODULES[0]}.lora_diag": numbers(RANK)}, "LoRA", 2),
-    "experts": ({}, {f"{PREFIX}x.base_layer.lora_A.weight": numbers(2, 3)}, "LoRA", 1),
-    "another tuner": ({"peft_type": "LOHA", "rank_dropout": 0.1}, {f"{PREFIX}x.hada_w1_a": numbers(2, 3)}, "LOHA", 1),
+    "another tuner": ({"peft_type": "POLY", "rank_dropout": 0.1}, {f"{PREFIX}x.poly_lora_A": numbers(2, 3)}, "POLY", 1),
 }
 
 

@@ -142,8 +142,8 @@ def test_rows_are_looked_at_without_a_list_of_them(tmp_path: Path) -> None:
 
 def test_a_kind_that_is_not_known_is_refused(stored: Mapping[str, StoredTensor]) -> None:
     with pytest.raises(UnsupportedError, match="not known here") as caught:
-        recall(said("loha", "a", "b"), "key", (9, 12), lambda number, name: stored[name])
-    assert caught.value.found == "loha"
+        recall(said("nothing-known", "a", "b"), "key", (9, 12), lambda number, name: stored[name])
+    assert caught.value.found == "nothing-known"
 
 
 @pytest.mark.parametrize(("delta", "transposed", "fits", "fails"), [

@@ -34,7 +34,7 @@ def find_stacks(found: Found) -> None:
 
 
 def is_stack(name: str, pair: Pair) -> bool:
-    """Whether factors of three dimensions are of a stack of matrices, and not of a convolution, whose B ends in ones."""
+    """Whether factors of three dimensions are of a stack of matrices; a convolution's B ends in ones."""
     a, b = (tensor.shape for tensor in pair.both)
     return len(a) == len(b) == 3 and (b[2] != 1 or _OF_EXPERTS.fullmatch(name) is not None)
 
@@ -94,6 +94,9 @@ class Experts:
 
     def warnings(self) -> Iterator[str]:
         """What a person should know."""
+        if self._found.idle_entries and not self._found.parameters:
+            names = ", ".join(self._found.idle_entries)
+            yield f"target_parameters of the config names {names}, and the file has no factors of any parameter"
         order = self._layout.order
         if self._said and order and not self._layout.allows(self._said):
             yield f"{LAYOUT_FIELD} of the config says that {WORDS[self._said]}; --expert-layout {order} goes before it"

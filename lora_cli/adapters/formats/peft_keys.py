@@ -46,6 +46,7 @@ class Found:
             `X.out_proj` has others.
         rows: Trained rows of tables.
         parameters: Those names of pairs that are names of parameters, and not of modules.
+        idle_entries: What a config names of parameters, and the file has no factors for.
         turned: Those of them whose A is (experts, in, rank) and B (experts, rank, out).
         wholes: All else, with its name without prefix: parameters that are held whole.
         skipped: What need not be applied, with the reason.
@@ -60,6 +61,7 @@ class Found:
     rows: dict[str, StoredTensor] = field(default_factory=dict)
     parameters: set[str] = field(default_factory=set)
     turned: set[str] = field(default_factory=set)
+    idle_entries: list[str] = field(default_factory=list)
     wholes: list[tuple[str, StoredTensor]] = field(default_factory=list)
     skipped: list[tuple[StoredTensor, str]] = field(default_factory=list)
     unread: list[StoredTensor] = field(default_factory=list)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from lora_cli.adapters.formats.pairs import Pair
@@ -29,7 +29,7 @@ _WITHIN = re.compile(r"(?P<outer>.+?)(?:\.base_layer)+\.(?P<inner>.+)", re.DOTAL
 
 
 def name_parameters(found: Found, config: Mapping[str, Any], file: str) -> None:
-    """Call pairs of factors by the parameters that they are of.
+    """Call pairs of factors by the parameters that they are of; note entries of the config that name none.
 
     Args:
         found: The file's tensors; pairs and `parameters` are changed.
@@ -71,6 +71,10 @@ class _Entries:
     def name(self, parameter: str) -> bool:
         """Whether one of them is this parameter's name or its end."""
         return any(_ends(parameter, entry) for entry in self._all)
+
+    def naming_none_of(self, parameters: Collection[str]) -> list[str]:
+        """Those that none of some parameters are meant by."""
+        return [entry for entry in self._all if not any(_ends(parameter, entry) for parameter in parameters)]
 
     def of(self, module: str, count: int) -> list[str]:
         """The parameters of a module that `count` pairs may be of; none where the module itself was a target."""
@@ -125,6 +129,7 @@ class _Namer:
             pairs[new] = pair
         self._found.pairs = pairs
         self._found.parameters |= self._parameters
+        self._found.idle_entries = self._entries.naming_none_of(self._parameters)
 
     def _within(self, name: str) -> str:
         """The name of a module within a wrapped one, without the infix."""

@@ -92,8 +92,9 @@ def _replacement(name: str, tensor: StoredTensor, config: Mapping[str, Any], *, 
     if any(_is_part(module, str(entry)) for entry in saved):
         # An embedding that the base calls otherwise is a mismatch of names; any other saved module may be a new head.
         return Replacement(name, tensor, "modules_to_save", may_be_new=leaf not in EMBEDDINGS)
-    if parameter.endswith("bias") and config.get("bias") in ("all", "lora_only"):
-        return Replacement(name, tensor, f"bias = {config['bias']}")
+    bias = str(config.get("bias"))
+    if parameter.endswith("bias") and (bias == "all" or bias.endswith("_only")):  # lora_only, and so for each tuner
+        return Replacement(name, tensor, f"bias = {bias}")
     if any(_is_part(module, entry) for entry in HEADS.get(str(config.get("task_type")), ())):
         return Replacement(name, tensor, f"head of task_type {config['task_type']}", may_be_new=True)
     if saved and config.get("ensure_weight_tying") and leaf in TABLES:

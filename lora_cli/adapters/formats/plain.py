@@ -5,9 +5,9 @@ the factors say which one it is, and those of the base how the matrix is stored.
 `rank` outputs, and B a kernel of size 1 or a matrix. Of a stack of matrices, such as those of experts, both have three
 dimensions (see `expert_layout`), and the parameter is what stands before `.lora_A`.
 
-Tensors that are no factors are parameters that were trained
-whole, as LoRA libraries save them beside the factors: the base's own names decide what they are. The scale comes from a
-config beside the file, from header metadata, or from the user; it is never assumed.
+Tensors that are no factors are parameters that were trained whole, as LoRA libraries save them beside the factors: the
+base's own names decide what they are. The scale comes from a config beside the file, from header metadata, or from the
+user; it is never assumed.
 """
 
 from __future__ import annotations

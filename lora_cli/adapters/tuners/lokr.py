@@ -60,7 +60,8 @@ class Kronecker(SumMethod):
         shapes = {name: tuple(tensor.shape) for name, tensor in given.tensors.items()}
         first, second = _part(given, "lokr_w1"), _part(given, "lokr_w2")
         above, below = _sizes(shapes, given.shape)
-        assert above is not None and below is not None  # noqa: S101 (`problem` has looked)
+        assert above is not None  # noqa: S101 (`problem` has looked)
+        assert below is not None  # noqa: S101 (likewise)
         dealt, places = len(shapes.get("lokr_w2", ())) == 3, torch.arange(given.matrix[1])
 
         def tile(rows: Tensor, columns: slice) -> Tensor:
@@ -85,15 +86,14 @@ def _matrix(shapes: Shapes, name: str, kernel_shape: Shape) -> tuple[int, int] |
     """(rows, columns) of W₁ or W₂, its columns with the places of a kernel; None if the tensors are no matrix."""
     whole, a, b = (shapes.get(f"{name}{end}") for end in ("", "_a", "_b"))
     core = shapes.get("lokr_t2") if name == "lokr_w2" else None
-    places = math.prod(kernel_shape)
     if whole is not None:
         fits = a is None and b is None and core is None and len(whole) >= 2 and whole[2:] == kernel_shape
         return (whole[0], math.prod(whole[1:])) if fits else None
     if a is None or b is None or len(a) != 2 or len(b) != 2:
         return None
     if core is not None:
-        return (a[1], b[1] * places) if a[0] == b[0] and is_core(core, b[0], kernel_shape) else None
-    return (a[0], b[1]) if a[1] == b[0] and b[1] % places == 0 else None
+        return (a[1], b[1] * math.prod(kernel_shape)) if a[0] == b[0] and is_core(core, b[0], kernel_shape) else None
+    return (a[0], b[1]) if a[1] == b[0] else None
 
 
 def _part(given: Given, name: str) -> Part:

@@ -5,16 +5,11 @@ In PEFT (`peft.tuners.shira`) a module has `shira_weight` (count) and `shira_ind
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from lora_cli.adapters.adapter import Target
 from lora_cli.adapters.formula import Formula, Given, Settings, Shape, Shapes, SumMethod, Values
 from lora_cli.adapters.tuners.parts import numbers, places
+from lora_cli.adapters.tuners.sparse import Scattered
 from lora_cli.adapters.tuners.tuner import Changes, Module, Tuner, flag
-from lora_cli.errors import NumericError
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class Sparse(SumMethod):
@@ -32,8 +27,8 @@ class Sparse(SumMethod):
         return None
 
     def working_bytes(self, shapes: Shapes, settings: Settings, shape: Shape) -> int:
-        """Numbers and places, in order and out of it, and where each row begins."""
-        return 3 * super().working_bytes(shapes, settings, shape) + 16 * sum(shape)
+        """Numbers and places, in order and out of it."""
+        return 3 * super().working_bytes(shapes, settings, shape)
 
     def values(self, given: Given) -> Values:
         """See `SumMethod.values`."""
@@ -41,25 +36,7 @@ class Sparse(SumMethod):
 
         out, inner = given.shape
         at = places(given, "shira_indices", torch.tensor([[out], [inner]]))
-        flat, order = (at[0] * inner + at[1]).sort()
-        if bool((flat[1:] == flat[:-1]).any()):
-            raise NumericError("shira_indices names an element twice")
-        weight = numbers(given, "shira_weight")[order] * given.scale
-        begin = torch.searchsorted(flat, torch.arange(out + 1) * inner)
-        columns_of = flat % inner
-
-        def tile(rows: Tensor, columns: slice) -> Tensor:
-            first, last, _ = columns.indices(inner)
-            counts = begin[rows + 1] - begin[rows]
-            line = torch.repeat_interleave(counts)
-            entry = begin[rows][line] + torch.arange(len(line)) - (counts.cumsum(0) - counts)[line]
-            column = columns_of[entry]
-            within = (column >= first) & (column < last)
-            found = torch.zeros((len(rows), last - first), dtype=torch.float64)
-            found[line[within], column[within] - first] = weight[entry[within]]
-            return found
-
-        return tile
+        return Scattered(at[0] * inner + at[1], numbers(given, "shira_weight") * given.scale, inner).tile
 
 
 def _read(module: Module) -> Changes:

@@ -31,19 +31,11 @@ class Gathered(ProductMethod):
 
     def problem(self, shapes: Shapes, settings: Settings, shape: Shape) -> str | None:
         """See `Method.problem`."""
-        a, b, scales_a, scales_b, vector = (shapes.get(name) for name in self.parts)
-        if (
-            a is None
-            or b is None
-            or vector is None
-            or len(a) != 2
-            or len(shape) != 2
-            or len(vector) != 1
-            or 0 in vector
-        ):
-            return f"the tensors are no product for {list(shape)}"
+        a, b, scales_a, scales_b, vector = (shapes.get(name, ()) for name in self.parts)
+        if len(a) != 2 or len(shape) != 2 or len(vector) != 1 or 0 in vector:
+            return f"a vector {list(vector)} and places {list(a)} make no {list(shape)}"
         if (scales_a, scales_b) != (a, b) or (b, a[1]) != ((shape[0], a[0]), shape[1]):
-            return f"{list(b)} and {list(a)} make no {list(shape)}"
+            return f"{b} and {a}, with scales {scales_b} and {scales_a}, make no {list(shape)}"
         return None
 
     def rank(self, shapes: Shapes, settings: Settings) -> int:
