@@ -22,7 +22,7 @@ EXPERT_CASES: Final = {
         experts-apart-router""",
     "qwen3-moe-fused": f"""
         {NESTED} experts-patterns experts-018 experts-router-saved experts-saved experts-grouped {APART}""",
-    "qwen3-moe-mixed": "experts experts-apart",
+    "qwen3-moe-mixed": "experts experts-apart experts-parted",
     "qwen3-moe-shards": "experts experts-rslora experts-018 experts-apart-some experts-tinker",
     "qwen3-moe-bf16": "experts experts-apart",
     "mixtral": f"""

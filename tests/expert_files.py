@@ -141,6 +141,14 @@ def tinker(stack: Stack) -> Tensors:
     return tensors
 
 
+def parted(stack: Stack) -> Tensors:
+    """(experts, rank, in) and (experts, out, rank) for each of three, by the names of single experts' matrices."""
+    tensors: Tensors = {}
+    for part, down, up in stack.parts():
+        tensors |= factors(f"{stack.module}.{part}_proj", down, up)
+    return tensors
+
+
 def once(stacked: torch.Tensor) -> torch.Tensor:
     return stacked[:1] if torch.equal(stacked, stacked[:1].expand_as(stacked)) else stacked
 

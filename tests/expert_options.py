@@ -15,6 +15,7 @@ from expert_files import (
     grouped,
     megatron,
     packed_as_peft,
+    parted,
     share,
     tinker,
     torchtune,
@@ -130,6 +131,7 @@ _LISTED: Final = (
     Option("experts-first-vllm", experts(target_parameters=first), save=as_file(vllm)),
     Option("experts-tinker", experts(), save=as_file(tinker)),
     Option("experts-tinker-shared", experts(), end=share, save=as_file(tinker)),
+    Option("experts-parted", experts(), save=as_file(parted)),
     Option("experts-torchtune", experts(), save=as_file(torchtune)),
     # Each expert by itself
     Option("experts-apart", experts(), save=as_file(apart, APART)),

@@ -223,7 +223,9 @@ class OpenExperts(Product):
             raise ShapeError(self._misfit(shape))
         if len(packings) > 1:
             ways = "; or ".join(WORDS[packing] for packing in packings)
-            raise UnsupportedError(f"they fit in two ways ({ways}): say which with --expert-layout fastest or slowest")
+            raise UnsupportedError(
+                f"the factors fit in two ways, --expert-layout fastest or slowest must say in which: {ways}"
+            )
         said = settle_side([one.side for one in found], found[0].packing, shape[0], self.told, parameter.base_config)
         chosen = next(one for one in found if one.side == said.side)
         return replace(chosen, transposed=parameter.transposed, reason=said.reason, surprise=said.surprise)

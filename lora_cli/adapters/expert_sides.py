@@ -77,8 +77,8 @@ def settle_side(
     if expected is None:
         kind = architecture(base_config) or "a base of no known architecture"
         raise UnsupportedError(
-            f"these experts are square, and for {told.writer} and {kind} it is not known which side A meets: "
-            "say it with --expert-layout rows or columns"
+            "the experts are square: --expert-layout rows or columns must say which side of them A meets, "
+            f"which is not known for {told.writer} and {kind}"
         )
     return expected
 

@@ -21,31 +21,49 @@ from lora_cli.errors import ShapeError
 _LEAST = 2.0**-480
 
 
-def multiply(left: Tensor, right: Tensor) -> Tensor:
-    """Return left · right in float64.
+class RightFactor:
+    """A right factor on its grids, for one left factor after another.
 
     Args:
-        left: (… × n × K), of any float dtype; numbers below 2^-480 count as zero.
-        right: (… × K × m), with the same dimensions in front, likewise.
-
-    Raises:
-        ShapeError: The factors do not fit together.
-        NumericError: The product may exceed the largest double.
+        right: (… × K × m), of any float dtype; numbers below 2^-480 count as zero.
     """
-    if left.dim() != right.dim() or left.dim() < 2 or left.shape[-1] != right.shape[-2]:
-        shapes = f"{tuple(left.shape)} · {tuple(right.shape)}"
-        raise ShapeError("The factors do not fit together", expected="(…, n, K) · (…, K, m)", found=shapes)
-    left, right = _lifted(left), _lifted(right)
-    inner = left.shape[-1]
-    bits, rows, columns = grid_bits(inner), largest(left, -1), largest(right, -2)
-    check_range(rows.flatten(), columns.flatten(), inner, 2)
-    one, two = cut(left, rows.unsqueeze(-1), bits, 2), cut(right, columns.unsqueeze(-2), bits, 2)
-    assert one.lo is not None  # noqa: S101 (two grids were asked for)
-    assert two.lo is not None  # noqa: S101 (likewise)
-    result = one.hi @ two.hi
-    result += one.hi @ two.lo
-    result += one.lo @ two.hi
-    return result
+
+    def __init__(self, right: Tensor) -> None:
+        values = _lifted(right)
+        self._inner = values.shape[-2]
+        self._columns = largest(values, -2)
+        self._factor = cut(values, self._columns.unsqueeze(-2), grid_bits(self._inner), 2)
+        self._dimensions = right.dim()
+
+    def after(self, left: Tensor) -> Tensor:
+        """Return left · right in float64.
+
+        Args:
+            left: (… × n × K), as many dimensions, of which those in front may be one on either side.
+
+        Raises:
+            ShapeError: The factors do not fit together.
+            NumericError: The product may exceed the largest double.
+        """
+        if left.dim() != self._dimensions or left.shape[-1] != self._inner:
+            raise ShapeError(
+                "The factors do not fit together", expected=f"(…, n, {self._inner})", found=tuple(left.shape)
+            )
+        values = _lifted(left)
+        rows = largest(values, -1)
+        check_range(rows.flatten(), self._columns.flatten(), self._inner, 2)
+        one, two = cut(values, rows.unsqueeze(-1), grid_bits(self._inner), 2), self._factor
+        assert one.lo is not None  # noqa: S101 (two grids were asked for)
+        assert two.lo is not None  # noqa: S101 (likewise)
+        result = one.hi @ two.hi
+        result += one.hi @ two.lo
+        result += one.lo @ two.hi
+        return result
+
+
+def multiply(left: Tensor, right: Tensor) -> Tensor:
+    """Return left · right in float64; see `RightFactor`."""
+    return RightFactor(right).after(left)
 
 
 def dots(one: Tensor, other: Tensor) -> Tensor:

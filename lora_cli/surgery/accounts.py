@@ -105,6 +105,8 @@ def _hint(details: Sequence[str]) -> str | None:
         return "merge into the 16-bit checkpoint that the quantised one was made from"
     if any("--orientation" in words for words in details):
         return "--orientation ba for torch.nn.Linear (out × in), ab for (in × out)"
+    if any("--expert-layout rows" in words for words in details):
+        return "find out what wrote the adapter; PEFT has A meet the columns since 0.19.1, and the rows before"
     if any(_AT_WEIGHT in words for words in details):
         return "give them --weight 1, or 0 to leave them out"
     if any("merge one after the other" in words for words in details):

@@ -106,6 +106,9 @@ def _settled(
     try:
         return target.delta.on(_parameter(adapter, target, places, shapes, base_config))
     except LoraCliError as error:
+        if isinstance(error, UnsupportedError):  # shapes have nothing to do with it
+            settled.problems.append((type(error), f"{key}: {error.message}"))
+            return None
         there = f"{list(shapes[key])} in the base"
         factors = ", ".join(f"{tensor.key} {list(tensor.shape)}" for tensor in target.delta.tensors)
         settled.problems.append((type(error), f"{key}: {there}, from {factors}: {error.message}"))

@@ -90,12 +90,15 @@ def test_shapes_go_before_versions(tmp_path: Path) -> None:
         (target,) = read(tmp_path, tensors, target_parameters=["experts.down_proj"], peft_version=version).targets
         delta = on(target, 5, 4, 7, **QWEN)
         assert (delta.side, delta.reason, delta.surprise is not None) == ("rows", "by its shape", surprised)
+    (target,) = read(tmp_path, tensors, target_parameters=["experts.down_proj"], peft_version="0.18.0").targets
+    assert on(target, 5, 7, 4, **QWEN).surprise is None  # of old files shapes have always been the witness
     with pytest.raises(ShapeError, match="--expert-layout says that A meets columns"):
         on(read(tmp_path, tensors, "columns", target_parameters=["experts.down_proj"]).targets[0], 5, 4, 7)
 
 
 @pytest.mark.parametrize(("shape", "words"), [
-    ((4, 7, 4), "those of 5 matrices, and there are 4"), ((5, 7, 5), "7 × 4 or the transpose"),
+    ((4, 7, 4), "those of 5 matrices, and there are 4"),
+    ((3, 7, 4), "those of 5 matrices, and there are 3"), ((5, 7, 5), "7 × 4 or the transpose"),
     ((4, 7), "none for a parameter of this shape"), ((7,), "a matrix or a stack of matrices"),
 ])  # fmt: skip
 def test_parameters_that_do_not_fit(tmp_path: Path, shape: tuple[int, ...], words: str) -> None:

@@ -77,6 +77,26 @@ def _others(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
     return [*changed, shape[1:], (*shape, 1), (1, *shape), ()]
 
 
+def test_only_a_mini_block_is_repeated_along_outputs() -> None:
+    def problem(block: tuple[int, ...], **settings: bool) -> str | None:
+        return METHODS["miss"].problem({"miss_block": block}, settings, (12, 8))
+
+    assert problem((4, 12)) is None
+    assert problem((4, 6), mini=True) is None
+    assert problem((4, 6))
+    assert problem((4, 5), mini=True)
+    assert problem((4, 24))
+
+
+def test_a_rank_is_cut_into_equal_pieces() -> None:
+    def problem(rank: int) -> str | None:
+        shapes = {"gralora_A": (2, 4, rank), "gralora_B": (2, rank, 6)}
+        return METHODS["gralora"].problem(shapes, {}, (12, 8))
+
+    assert problem(4) is None
+    assert problem(5)
+
+
 HOSTILE: Final = (None, -1, 0, True, "x", (1,), 1.5, 1 << 62)
 FREE: Final = {"seed"}
 """Settings of which most values have a meaning."""

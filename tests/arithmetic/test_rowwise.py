@@ -77,6 +77,7 @@ def test_factors_that_do_not_fit_are_refused() -> None:
         multiply(torch.ones(2, 3), torch.ones(2, 3))
     with pytest.raises(ShapeError):
         multiply(torch.ones(2, 3), torch.ones(1, 3, 2))
+    assert multiply(torch.ones(5, 2, 3), torch.ones(1, 3, 2)).shape == (5, 2, 2)
 
 
 def test_dots_are_the_rows_with_each_other() -> None:

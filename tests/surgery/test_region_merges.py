@@ -88,6 +88,28 @@ def test_three_parts_are_one_fused_change(tmp_path: Path, dtype: torch.dtype) ->
     assert found[0] != weights(base)
 
 
+def test_outputs_in_turn_are_rounded_as_those_side_by_side(tmp_path: Path) -> None:
+    """Two changes of every second output have the grids that they have apart."""
+    weight = gaussian(1, 12, 11)
+    tensors = {"side by side": torch.cat([weight[::2], weight[1::2]]), "in turn": weight}
+    for at in range(2):
+        tensors |= {f"a{at}": gaussian(10 + at, 2, 11), f"b{at}": gaussian(20 + at, 6, 2) * 10**at}
+    stored = store(tmp_path, tensors)
+    scale = Scale(0.3, None, rslora=False, source="")
+    deltas = [LowRank(stored[f"a{at}"], stored[f"b{at}"], scale) for at in range(2)]
+    rows = ((0, 6, 1),)
+    places = {
+        "side by side": [Region((0, 6), 12, rows), Region((6, 12), 12, rows)],
+        "in turn": [Region((0, 11), 12, rows, 2), Region((1, 12), 12, rows, 2)],
+    }
+    made = {}
+    for name, regions in places.items():
+        terms = [Contribution(0, "x", delta, 1.0, False, r) for delta, r in zip(deltas, regions, strict=True)]
+        made[name] = computed(stored[name], terms, tensors[name])
+    assert torch.equal(torch.cat([made["in turn"][::2], made["in turn"][1::2]]), made["side by side"])
+    assert not torch.equal(made["in turn"], weight)
+
+
 # Both layouts
 
 
@@ -107,12 +129,13 @@ def computed(stored: StoredTensor, terms: Sequence[Contribution], like: Tensor) 
 
 @st.composite
 def regions(draw: st.DrawFn) -> list[Region]:
-    """Parts of nine outputs, of deltas that have seven: over each other, beside each other, in any order of rows."""
+    """Parts of nine outputs: over each other, beside each other or in turn, with rows in any order."""
     found = []
     for _ in range(draw(st.integers(1, 4))):
         begin, end = sorted(draw(st.lists(st.integers(0, 9), min_size=2, max_size=2, unique=True)))
-        rows = draw(st.permutations(range(9)))[: end - begin]
-        found.append(Region((begin, end), 9, tuple((row, row + 1, 1) for row in rows)))
+        step = draw(st.integers(1, 3))
+        rows = draw(st.permutations(range(9)))[: len(range(begin, end, step))]
+        found.append(Region((begin, end), 9, tuple((row, row + 1, 1) for row in rows), step))
     return found
 
 
@@ -138,7 +161,7 @@ def test_how_the_base_stores_it_does_not_show(
     assert torch.equal(*results)
     expected = weight.double()
     for at, region in enumerate(found):
-        outputs, rows = slice(*region.outputs), region.indices()
+        outputs, rows = slice(*region.outputs, region.step), region.indices()
         expected[outputs] += 0.5 * tensors[f"b{at}"].double()[rows] @ tensors[f"a{at}"].double()
         if magnitude:
             lengths_now = expected[outputs].norm(dim=1, keepdim=True)

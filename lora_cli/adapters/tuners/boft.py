@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from lora_cli.adapters.adapter import Target
 from lora_cli.adapters.formula import Formula, Given, MapMethod, Rows, Settings, Shape, Shapes
-from lora_cli.adapters.tuners.oft import turned
+from lora_cli.adapters.tuners.oft import turning
 from lora_cli.adapters.tuners.tuner import Changes, Module, Tuner, flag
 
 if TYPE_CHECKING:
@@ -58,7 +58,8 @@ class Butterfly(MapMethod):
         matrices = given.tensors["boft_R"].to(torch.float64)
         layers, blocks, side, _ = matrices.shape
         halves = matrices * 0.5
-        turns = cayley((halves - halves.mT).reshape(-1, side, side)).mT.reshape(layers, blocks, side, side)
+        matrices = cayley((halves - halves.mT).reshape(-1, side, side)).mT.reshape(layers, blocks, side, side)
+        turns = [turning(layer) for layer in matrices]
         lengths = given.tensors["boft_s"].to(torch.float64).reshape(-1, 1)
         orders = [_order(number, layers, blocks, side) for number in range(layers)]
 
@@ -66,7 +67,7 @@ class Butterfly(MapMethod):
             for order, turn in zip(orders, turns, strict=True):
                 there = torch.empty_like(values)
                 there[:, order] = values
-                values = turned(there, turn)[:, order]
+                values = turn(there)[:, order]
             return values * lengths[indices]
 
         return rows

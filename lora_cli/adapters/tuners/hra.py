@@ -54,7 +54,7 @@ class Reflections(MapMethod):
         import torch
 
         from lora_cli.arithmetic.reflections import triangle
-        from lora_cli.arithmetic.rowwise import dots, multiply
+        from lora_cli.arithmetic.rowwise import RightFactor, dots, multiply
 
         normals = given.tensors["hra_u"].to(torch.float64)
         lengths = normals.abs().amax(0)
@@ -66,7 +66,8 @@ class Reflections(MapMethod):
             back = normals.T * 2.0
         else:
             back = multiply(triangle(normals, 2.0 / dots(normals.T, normals.T)), normals.T)
-        return lambda indices, values: values - multiply(multiply(values, normals), back)
+        there, again = RightFactor(normals), RightFactor(back)
+        return lambda indices, values: values - again.after(there.after(values))
 
 
 def _orthogonal(normals: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ each Q of a larger norm than eps/√rows is first shortened to that.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import isqrt, prod
 from typing import TYPE_CHECKING, Any
 
@@ -65,19 +65,21 @@ class BlockRotation(MapMethod):
         """See `MapMethod.rows`."""
         ((name, vectors),) = given.tensors.items()
         turns = _rotations(vectors, given.settings)
-        turns = turns if name == "oft_embedding_R" else turns.mT.contiguous()
-        return lambda indices, values: turned(values, turns)
+        turn = turning(turns if name == "oft_embedding_R" else turns.mT)
+        return lambda indices, values: turn(values)
 
 
-def turned(values: Tensor, turns: Tensor) -> Tensor:
-    """Multiply each block of columns by its matrix: (n × in) by (blocks × b × b), or by one that all blocks share."""
-    from lora_cli.arithmetic.rowwise import multiply
+def turning(turns: Tensor) -> Callable[[Tensor], Tensor]:
+    """What multiplies each block of columns by its matrix: (n × in) by (blocks × b × b), or by one that they share."""
+    from lora_cli.arithmetic.rowwise import RightFactor
 
-    side = turns.shape[-1]
-    blocks = values.shape[1] // side
-    apart = values.reshape(-1, blocks, side).transpose(0, 1)
-    made = multiply(apart, turns.expand(blocks, side, side))
-    return made.transpose(0, 1).reshape(values.shape)
+    side, right = turns.shape[-1], RightFactor(turns)
+
+    def turned(values: Tensor) -> Tensor:
+        apart = values.reshape(len(values), -1, side).transpose(0, 1)
+        return right.after(apart).transpose(0, 1).reshape(values.shape)
+
+    return turned
 
 
 def _rotations(vectors: Tensor, settings: Settings) -> Tensor:
