@@ -89,6 +89,7 @@ CLASSES = [
     "Step3p7Model",
     "Ernie4_5_VLMoeForConditionalGeneration",
     "Kimi_K25ForConditionalGeneration",
+    "InklingForConditionalGeneration",
     "Inkling2ForConditionalGeneration",
     "AXK1ForCausalLM",
     "CHMv2ForDepthEstimation",

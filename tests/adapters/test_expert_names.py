@@ -13,6 +13,7 @@ import torch
 from conversion_world import Shaped, held
 
 from lora_cli.adapters.conversions import transposed_experts
+from lora_cli.adapters.operations import NoPlaceError, followed, stored
 from lora_cli.adapters.region import Place, Region, runs_of
 from lora_cli.adapters.resolve import Resolution, resolve
 from lora_cli.errors import NamesError
@@ -105,20 +106,20 @@ def numbers(base: Mapping[str, Shaped]) -> dict[str, torch.Tensor]:
 
 
 def live(name: str) -> dict[str, torch.Tensor]:
-    """Gate, up and down of all experts (out × in), put together by hand from what is stored."""
+    """Gate, up and down of all experts (out × in), put together by hand from what is there."""
     said, _, base, _ = EVERY[name]
-    stored = {key.rpartition("experts.")[2].removesuffix(".weight"): tensor for key, tensor in numbers(base).items()}
-    stored = {re.sub(r"^model\.layers\.\d+\.(moe|block_sparse_moe)\.", "", key): t for key, t in stored.items()}
-    if "0.w1" in stored or "0.gate_proj" in stored:
+    there = {key.rpartition("experts.")[2].removesuffix(".weight"): tensor for key, tensor in numbers(base).items()}
+    there = {re.sub(r"^model\.layers\.\d+\.(moe|block_sparse_moe)\.", "", key): t for key, t in there.items()}
+    if "0.w1" in there or "0.gate_proj" in there:
         parts = {"gate": ("w1", "gate_proj"), "up": ("w3", "up_proj"), "down": ("w2", "down_proj")}
         return {
-            part: torch.stack([stored.get(f"{e}.{one}", stored.get(f"{e}.{two}")) for e in range(E)])
+            part: torch.stack([there.get(f"{e}.{one}", there.get(f"{e}.{two}")) for e in range(E)])
             for part, (one, two) in parts.items()
         }
-    if "gate_proj" in stored:
-        return {"gate": stored["gate_proj"], "up": stored["up_proj"], "down": stored["down_proj"]}
-    both = stored.get("gate_up_proj", stored.get("input_linear"))
-    down = stored.get("down_proj", stored.get("output_linear"))
+    if "gate_proj" in there:
+        return {"gate": there["gate_proj"], "up": there["up_proj"], "down": there["down_proj"]}
+    both = there.get("gate_up_proj", there.get("input_linear"))
+    down = there.get("down_proj", there.get("output_linear"))
     assert both is not None
     assert down is not None
     if both.shape[1] == WIDE:
@@ -181,6 +182,47 @@ def test_older_prefixes_of_single_experts(prefix: str) -> None:
     at = "model.layers.1.mlp.experts"
     made = resolve([name], fused(at), config=MIXTRAL)
     assert made.places[name] == (Place(f"{at}.gate_up_proj", Region((2, 4), 4, ((0, 2, 1),)), at=2),)
+
+
+def test_an_expert_that_is_stored_by_itself_is_a_whole_tensor() -> None:
+    names = {f"model.layers.1.mlp.experts.2.{new}.weight": old for new, old in (("gate_proj", "w1"), ("up_proj", "w3"))}
+    made = found("mixtral", list(names))
+    assert made.keys == {name: f"{MIXTRAL_AT}.2.{old}.weight" for name, old in names.items()}
+
+
+def test_experts_are_in_the_order_of_their_numbers() -> None:
+    base = dict(sorted(apart(QWEN_AT, experts=12).items()))
+    places = resolve([f"{QWEN_AT}.down_proj"], base, config=QWEN).places[f"{QWEN_AT}.down_proj"]
+    assert places == tuple(Place(f"{QWEN_AT}.{e}.down_proj.weight", matrix=e) for e in range(12))
+
+
+def test_the_first_half_of_the_experts_reads_text_and_the_rest_images() -> None:
+    """Of five the first three, as transformers cuts them."""
+    said = config("Ernie4_5_VLMoeForConditionalGeneration", "ernie4_5_vl_moe")
+    base = apart("model.layers.1.mlp.experts", experts=5)
+    at = "model.language_model.layers.1.mlp"
+    names = [f"{at}.{part}_moe.experts.down_proj" for part in ("text", "vision")]
+    made = resolve(names, base, config=said).places
+    keys = [[(place.key.split(".")[-3], place.matrix) for place in made[name]] for name in names]
+    assert keys == [[("0", 0), ("1", 1), ("2", 2)], [("3", 0), ("4", 1)]]
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "shape"),
+    [
+        ("Concatenate", {"dim": 1}, (4, 3)),
+        ("Chunk", {"dim": 1}, (4, 3)),
+        ("Chunk", {"dim": 2}, (4, 3, 2)),
+        ("Interleave", {"dim": 1}, (4, 4)),
+        ("Transpose", {"dim0": 1, "dim1": 2}, (4, 3)),
+        ("Transpose", {}, (4, 3, 2)),
+        ("MergeModulelist", {"dim": 1}, (4, 3)),
+        ("Unheard", {}, (4, 3)),
+    ],
+)
+def test_columns_are_no_rows(name: str, arguments: Mapping[str, Any], shape: tuple[int, ...]) -> None:
+    with pytest.raises(NoPlaceError):
+        followed([(name, arguments)], {"a": [stored("a", shape)]}, ["b"], {})
 
 
 def test_gate_and_up_that_take_turns() -> None:
@@ -257,6 +299,9 @@ def test_a_square_that_no_shape_decides() -> None:
     assert resolve([f"{at}.down_proj"], square, config=SEEING).places[f"{at}.down_proj"][0].turned
     usual = {f"{at}.gate_up_proj": Shaped((E, 4, 4)), f"{at}.down_proj": Shaped((E, 4, 2))}
     assert resolve([*usual], usual, config=SEEING).keys == {key: key for key in usual}
+    compiled = {f"_orig_mod.{key}": shape for key, shape in square.items()}
+    for name in (f"{at}.gate_up_proj", f"_orig_mod.{at}.gate_up_proj"):
+        assert "which way round" in reason(SEEING, compiled, name)
     alone = {f"{at}.gate_up_proj": Shaped((E, 4, 5))}
     assert "which way round" in reason(SEEING, alone, f"{at}.gate_up_proj")
 

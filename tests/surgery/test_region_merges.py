@@ -19,6 +19,7 @@ from lora_cli.adapters.adapter import Scale
 from lora_cli.adapters.deltas import LowRank
 from lora_cli.adapters.region import Region
 from lora_cli.checkpoint.checkpoint import StoredTensor, open_checkpoint
+from lora_cli.surgery.changing import Change
 from lora_cli.surgery.edit import Contribution, Edit
 from lora_cli.surgery.engine import Workshop
 from lora_cli.surgery.merge import merge
@@ -108,6 +109,29 @@ def test_outputs_in_turn_are_rounded_as_those_side_by_side(tmp_path: Path) -> No
         made[name] = computed(stored[name], terms, tensors[name])
     assert torch.equal(torch.cat([made["in turn"][::2], made["in turn"][1::2]]), made["side by side"])
     assert not torch.equal(made["in turn"], weight)
+
+
+def test_which_rows_some_outputs_are() -> None:
+    delta = LowRank.__new__(LowRank)
+    plain = Contribution(0, "x", delta, 1.0, False, Region((2, 8), 9, ((5, 11, 1),)))
+    in_turn = Contribution(0, "x", delta, 1.0, False, Region((1, 8), 9, ((0, 4, 1),), 2))
+    assert [list(plain.changed(*part)) for part in ((0, 4), (3, 5), (8, 9))] == [[2, 3], [3, 4], []]
+    assert [list(in_turn.changed(*part)) for part in ((0, 4), (2, 6), (4, 5), (8, 9))] == [[1, 3], [3, 5], [], []]
+    assert list(plain.rows(range(3, 8, 2))) == [6, 8, 10]
+    assert list(in_turn.rows(range(3, 6, 2))) == [1, 2]
+    assert list(in_turn.rows(range(3, 8, 4))) == [1, 3]
+
+
+def test_what_is_alone_may_take_turns(tmp_path: Path) -> None:
+    """DoRA on every second output leaves the others to another one."""
+    tensors = {"a": gaussian(1, 2, 11), "b": gaussian(2, 6, 2), "m": gaussian(3, 6)}
+    stored = store(tmp_path, tensors)
+    delta = LowRank(stored["a"], stored["b"], Scale(0.3, None, rslora=False, source=""), magnitude=stored["m"])
+    rows = ((0, 6, 1),)
+    first, other, same = (Region(outputs, 12, rows, 2) for outputs in ((0, 11), (1, 12), (0, 11)))
+    change = Change()
+    assert [change.add(Contribution(0, "x", delta, 1.0, False, region)) for region in (first, other)] == [None, None]
+    assert change.add(Contribution(1, "x", delta, 1.0, False, same)) is not None
 
 
 # Both layouts

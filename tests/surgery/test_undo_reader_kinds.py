@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from special_worlds import WORLDS
+from special_worlds import WORLDS, World
 from undo_reader import restore
 from undo_world import Raw, read_raw, read_undo
 
@@ -25,11 +25,15 @@ def read_all(folder: Path) -> dict[str, Raw]:
 
 @pytest.mark.parametrize(("name", "dtype", "output"), CASES, ids=str)
 def test_another_reader_finds_the_base(tmp_path: Path, name: str, dtype: torch.dtype, output: str) -> None:
-    world = WORLDS[name](tmp_path, dtype, 2)
+    assert_read_again(WORLDS[name](tmp_path, dtype, 2), output, tmp_path)
+
+
+def assert_read_again(world: World, output: str, folder: Path) -> set[str]:
+    """Merge, and see that the other reader gets every byte; returns the kinds of what was merged."""
     options = PlanOptions(world.options.weights, output, read=world.options.read)
-    merge(world.base, world.adapters, tmp_path / "merged", options, embed_adapter=True, threads=1)
-    manifest, parts = read_undo(tmp_path / "merged" / "lora_merge.undo")
-    there, base = read_all(tmp_path / "merged"), read_all(world.base)
+    merge(world.base, world.adapters, folder / "merged", options, embed_adapter=True, threads=1)
+    manifest, parts = read_undo(folder / "merged" / "lora_merge.undo")
+    there, base = read_all(folder / "merged"), read_all(world.base)
 
     def find(number: int, factor: str) -> Raw:
         return parts[f"factor/{number}/{factor}"]
@@ -37,3 +41,4 @@ def test_another_reader_finds_the_base(tmp_path: Path, name: str, dtype: torch.d
     records = [said for file in manifest["files"] for said in file["tensors"]]
     found = {said["key"]: restore(said, parts, there, base[said["key"]][0], find) for said in records}
     assert found == {key: data for key, (_, _, data) in base.items()}
+    return {term["kind"] for said in records for term in said.get("terms", ())}

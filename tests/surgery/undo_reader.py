@@ -5,24 +5,19 @@ It takes minutes for a megabyte, and is there so that the page and the program c
 
 from __future__ import annotations
 
-import math
 import struct
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
-from itertools import pairwise
 from typing import Any
 
 import reference
 from blake3 import blake3
-from reference import FORMATS, Term, TooLargeError, cast_bits, decode, encode, rounded
-from undo_world import Document, Parts, Raw, unframe
+from reference import FORMATS, TooLargeError, cast_bits, decode, encode, rounded
+from undo_changes import NAMES, Find, deltas_of, patterns_in, stretches_of
+from undo_world import Document, Parts, unframe
 
-NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
-NAMES |= {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
 CODES = {"BF16": 1, "F16": 2, "F32": 3, "F64": 4, "F8_E4M3": 5, "F8_E5M2": 6}
-
-Find = Callable[[int, str], Raw]
 
 
 def restore(said: Document, parts: Parts, merged: Parts, dtype: str, find: Find) -> bytes:
@@ -52,35 +47,13 @@ def restore(said: Document, parts: Parts, merged: Parts, dtype: str, find: Find)
     gains: list[int] | None = None
     if said.get("terms"):
         deltas = deltas_of(said["terms"], find, work)
-        gains = gains_of(said, parts, len(patterns), work)
+        gains = gains_of(said, parts, len(patterns), work) or stretches_of(said["terms"], find, work)
     else:
         largest = FORMATS[NAMES[there]].largest_pattern
         sign = FORMATS[NAMES[there]].sign
         patterns = [pattern if pattern & (sign - 1) <= largest else 0 for pattern in patterns]
     block = Preimages if gains is None else Gained
     return block(NAMES[dtype], NAMES[there], work, patterns, deltas, gains or []).read(stream, dtype, there)
-
-
-def deltas_of(said: Sequence[Mapping[str, Any]], find: Find, work: str) -> list[Fraction]:
-    """What was added to each element: of a stack one matrix after the other, elsewhere band by band."""
-    transposed = said[0].get("transposed", False)
-    matrices = []
-    for terms in zip(*(terms_of(term, find) for term in said), strict=True):
-        places = [
-            term.get("outputs") or (0, len(found.b), len(found.b)) for term, found in zip(said, terms, strict=True)
-        ]
-        inputs = len(terms[0].a[0])
-        product = [[Fraction(0)] * inputs for _ in range(places[0][2])]
-        borders = sorted({border for begin, end, _ in places for border in (begin, end)})
-        for low, high in pairwise(borders):
-            band = [
-                Term(found.b[low - begin : high - begin], found.a, found.scale)
-                for found, (begin, end, _) in zip(terms, places, strict=True)
-                if begin <= low and high <= end
-            ]
-            product[low:high] = reference.product(band, 1 if work == "float32" else 2) if band else product[low:high]
-        matrices += turned(product) if transposed else product
-    return [rounded(value, work) for row in matrices for value in row]
 
 
 def gains_of(said: Document, parts: Parts, elements: int, work: str) -> list[int] | None:
@@ -117,12 +90,6 @@ def take_header(stream: bytes, form: str) -> tuple[Sequence[int], bytes]:
     return struct.unpack_from(form, stream), rest
 
 
-def patterns_in(data: bytes, dtype: str) -> list[int]:
-    """Patterns of a floating type."""
-    width = FORMATS[NAMES[dtype]].width // 8
-    return [int.from_bytes(data[at : at + width], "little") for at in range(0, len(data), width)]
-
-
 def place(pattern: int, sign: int) -> int:
     """The place on the line."""
     return pattern if pattern < sign else -1 - (pattern - sign)
@@ -149,52 +116,6 @@ def from_residual(stream: bytes, dtype: str, candidate: bytes | None) -> bytes:
         pattern = at_place(key if key < sign else key - everything, sign) if number else key
         found += pattern.to_bytes(width, "little")
     return found
-
-
-def terms_of(said: Mapping[str, Any], find: Find) -> list[Term]:
-    """One term, or of a stack one for each of its matrices."""
-    found = [find(said["adapter"], name) for name in said["tensors"]]
-    values = [[decode(pattern, NAMES[dtype]) for pattern in patterns_in(data, dtype)] for dtype, _, data in found]
-    shapes = [shape for _, shape, _ in found]
-    if said["kind"] == "lora-stack":
-        stacks = [rows_of(one, shape[2]) for one, shape in zip(values, shapes, strict=True)]
-        inner, rank = shapes[0][1:]
-        parts = range(shapes[0][0])
-        a, b = [
-            [stack[at * high : (at + 1) * high] for at in parts]
-            for stack, high in zip(stacks, (inner, rank), strict=True)
-        ]
-        return [Term(turned(right), turned(left), said["scale"]) for left, right in zip(a, b, strict=True)]
-    matrices = [rows_of(one, math.prod(shape[1:])) for one, shape in zip(values, shapes, strict=True)]
-    left, right = (matrices[0], [[Fraction(1)]]) if said["kind"] == "lora-bias" else (matrices[1], matrices[0])
-    if said["kind"] == "lora-blocks-a":
-        right = on_the_diagonal(right, said["blocks"])
-    if said["kind"] == "lora-blocks-b":
-        left = on_the_diagonal(left, said["blocks"])
-    if said.get("swapped"):
-        left, right = turned(left), right if said["kind"] == "lora-conv" else turned(right)
-    if said.get("outputs"):
-        left = [left[row] for run in said["rows"] for row in range(*run)]
-    return [Term(left, right, said["scale"])]
-
-
-def on_the_diagonal(stacked: list[list[Fraction]], blocks: int) -> list[list[Fraction]]:
-    """The matrix whose blocks were stored one below the other."""
-    high, wide = len(stacked) // blocks, len(stacked[0])
-    return [
-        [Fraction(0)] * (at // high * wide) + row + [Fraction(0)] * ((blocks - 1 - at // high) * wide)
-        for at, row in enumerate(stacked)
-    ]
-
-
-def rows_of(values: list[Fraction], columns: int) -> list[list[Fraction]]:
-    """A matrix, row by row."""
-    return [values[at : at + columns] for at in range(0, len(values), columns)]
-
-
-def turned(matrix: list[list[Fraction]]) -> list[list[Fraction]]:
-    """Its transpose."""
-    return [list(row) for row in zip(*matrix, strict=True)]
 
 
 class Preimages:

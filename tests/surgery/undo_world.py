@@ -42,6 +42,8 @@ INDEX = "model.safetensors.index.json"
 LORA = "base_model.model."
 NEWER = {"gains", "outputs", "rows", "blocks"}
 """Fields of a manifest that format 1 does not have."""
+NEWEST = {"matrix", "at", "count", "layout", "parts", "settings", "shape"}
+"""Those that format 2 does not have."""
 
 
 def numbers(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -276,16 +278,23 @@ def read_undo(path: Path) -> tuple[Document, Parts]:
 
 def format_of(manifest: Document) -> int:
     """The format that has all the fields of a manifest."""
-    tensors = [tensor for file in manifest["files"] for tensor in file["tensors"]]
-    fields = {name for tensor in tensors for said in (tensor, *tensor.get("terms", ())) for name in said}
+    terms = [term for said in _tensors(manifest) for term in said.get("terms", ())]
+    fields = {name for said in (*_tensors(manifest), *terms) for name in said}
+    if fields & NEWEST or any(len(term.get("outputs", ())) > 3 for term in terms):
+        return 3
     return 2 if fields & NEWER else 1
+
+
+def _tensors(manifest: Document) -> list[Document]:
+    return [tensor for file in manifest["files"] for tensor in file["tensors"]]
 
 
 def write_undo(path: Path, manifest: object, parts: Mapping[str, Raw], **metadata: str) -> None:
     """An undo file with this manifest, under its right digest; bytes are taken for the packed manifest as they are."""
     text = b"" if isinstance(manifest, bytes) else json.dumps(manifest).encode()
     packed = manifest if isinstance(manifest, bytes) else pack(text)
-    number = 2 if any(f'"{name}":'.encode() in text for name in NEWER) else 1
+    numbers = {3: NEWEST, 2: NEWER}
+    number = next((number for number, names in numbers.items() if any(f'"{n}":'.encode() in text for n in names)), 1)
     said = {"format": f"lora-cli/undo/{number}", "manifest": blake3(packed).hexdigest()} | metadata
     write_raw(path, said, {**parts, "manifest": as_part(packed)})
 

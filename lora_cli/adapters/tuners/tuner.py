@@ -22,9 +22,8 @@ class Module:
         tensors: Its tensors, by the tuner's names for them.
         config: The adapter's config, with its types checked.
         shared: Tensors that belong to the whole model, likewise; behind such a name may stand a further one.
-        weight: The user's `--scale` or `--alpha`, already in `scale`.
         scale: Makes the scale of a change: numerator, divisor (None for none), whether by its square root, and where
-            that is said.
+            that is said. It knows what the user said instead, by `--scale` or `--alpha`.
     """
 
     name: str

@@ -1,0 +1,212 @@
+"""A merge of every formula that an undo computes again, each on modules of its own, and stacks of experts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from round_trips import gaussian, write_base
+from safetensors.torch import save_file
+from special_worlds import World
+
+Tensors = dict[str, torch.Tensor]
+OUT: Final = 12
+IN: Final = 8
+
+
+def some(seed: int, **shapes: tuple[int, ...]) -> Tensors:
+    """Numbers of these shapes."""
+    return {name: gaussian(seed + at, *shape, std=0.3) for at, (name, shape) in enumerate(shapes.items())}
+
+
+def _frequent(part: str, count: int, seed: int) -> Tensors:
+    return some(seed, **{part: (count,)})
+
+
+_VB: Final = {"vblora_logits_A": (2, 2, 9), "vblora_logits_B": (3, 2, 9)}
+_VB_TOP: Final = {"vblora_logits_A_topk_weights": (2, 2, 2), "vblora_logits_B_topk_weights": (3, 2, 2)}
+_VB_PLACES: Final = {
+    "vblora_logits_A_topk_indices": torch.tensor([[[0, 8, 3], [2, 1, 7]], [[4, 5, 6], [8, 0, 1]]]),
+    "vblora_logits_B_topk_indices": torch.tensor([[[1, 2, 3], [0, 4, 8]]] * 3).to(torch.uint8),
+}
+_UNI_A: Final = torch.arange(3 * IN).view(3, IN) % 7
+_UNI_B: Final = (torch.arange(OUT * 3).view(OUT, 3) * 5 % 7).to(torch.int32)
+_BOTH: Final = {"inner": (OUT, IN), "outer": (IN, OUT)}
+
+# Name → PEFT's type and config, the tensors of each module, those of the model.
+Kind = tuple[dict[str, Any], dict[str, Tensors], Tensors]
+
+KINDS: Final[Mapping[str, Kind]] = {
+    "adalora": (
+        {"peft_type": "ADALORA", "init_r": 4, "lora_alpha": 7},
+        {"": some(10, lora_A=(2, IN), lora_B=(OUT, 2), lora_E=(2, 1))},
+        {},
+    ),
+    "beft": ({"peft_type": "BEFT"}, {"": some(20, beft_bias=(1, OUT))}, {}),
+    "c3a": ({"peft_type": "C3A"}, {"": some(30, c3a_kernel=(3, 2, 4))}, {}),
+    "delora": (
+        {"peft_type": "DELORA"},
+        {"": some(40, delora_A=(2, IN), delora_B=(OUT, 2), delora_lambda=(1,), delora_w_norm=(IN,))},
+        {},
+    ),
+    "fourierft": (
+        {"peft_type": "FOURIERFT", "scaling": 30.0, "random_loc_seed": 7},
+        {"": _frequent("fourierft_spectrum", 11, 50)},
+        {},
+    ),
+    "gralora": (
+        {"peft_type": "GRALORA", "alpha": 7},
+        {
+            "": some(60, gralora_A=(2, 4, 4), gralora_B=(2, 4, 6)),
+            ".hybrid": some(
+                65, gralora_A=(2, 4, 2), gralora_B=(2, 2, 6), gralora_A_general=(3, IN), gralora_B_general=(OUT, 3)
+            ),
+        },
+        {},
+    ),
+    "hira": ({"peft_type": "HIRA"}, {"": some(70, hira_A=(2, IN), hira_B=(OUT, 2))}, {}),
+    "ia3": (
+        {"peft_type": "IA3", "feedforward_modules": ["inputs"]},
+        {"": some(80, ia3_l=(OUT, 1)), ".inputs": some(85, ia3_l=(1, IN))},
+        {},
+    ),
+    "loha": (
+        {"peft_type": "LOHA", "r": 2, "alpha": 6},
+        {
+            "": some(90, hada_w1_a=(OUT, 2), hada_w1_b=(2, IN), hada_w2_a=(OUT, 2), hada_w2_b=(2, IN)),
+            ".kernel": some(
+                95,
+                hada_w1_a=(2, 6), hada_w1_b=(2, 4), hada_w2_a=(2, 6), hada_w2_b=(2, 4),
+                hada_t1=(2, 2, 3, 2), hada_t2=(2, 2, 3, 2),
+            ),
+        },
+        {},
+    ),
+    "lokr": (
+        {"peft_type": "LOKR", "r": 2, "alpha": 3},
+        {
+            "": some(110, lokr_w1=(3, 2), lokr_w2_a=(4, 2), lokr_w2_b=(2, 4)),
+            ".kernel": some(115, lokr_w1_a=(2, 2), lokr_w1_b=(2, 2), lokr_t2=(2, 2, 3, 2), lokr_w2_a=(2, 3),
+                            lokr_w2_b=(2, 2)),
+            ".row": some(120, lokr_w1=(3, 2), lokr_w2=(2, 2, 3)),
+        },
+        {},
+    ),
+    "miss": ({"peft_type": "MISS"}, {"": some(130, miss_block=(3, OUT))}, {}),
+    "miss-mini": ({"peft_type": "MISS", "init_weights": "mini"}, {"": some(135, miss_block=(4, 6))}, {}),
+    "pvera": (
+        {"peft_type": "PVERA", "r": 3},
+        {"": some(140, pvera_lambda_b=(OUT,), pvera_lambda_d=(6,))},
+        some(145, pvera_A=(6, IN + 1), pvera_B=(OUT + 1, 3)),
+    ),
+    "pvera-drawn": (
+        {"peft_type": "PVERA", "r": 3, "projection_prng_key": 5, "save_projection": False},
+        {"": some(150, pvera_lambda_b=(OUT,), pvera_lambda_d=(6,))},
+        {},
+    ),
+    "randlora": (
+        {"peft_type": "RANDLORA", "r": 3, "randlora_alpha": 7},
+        {
+            "": some(160, randlora_lambda=(3, 3), randlora_gamma=(3, IN)),
+            ".wide": some(165, randlora_lambda=(3, 3), randlora_gamma=(3, IN)),
+        },
+        some(168, randlora_A=(3, 1, IN + 1), randlora_B=(OUT + 1, 4, 3)),
+    ),
+    "shira": (
+        {"peft_type": "SHIRA"},
+        {"": some(170, shira_weight=(4,)) | {"shira_indices": torch.tensor([[0, 11, 5, 5], [7, 0, 3, 4]])}},
+        {},
+    ),
+    "supertuning": (
+        {"peft_type": "SUPERTUNING", "r": 2, "lora_alpha": 3},
+        {
+            "": some(180, supertuning_values=(3,), supertuning_lora_A=(2, IN), supertuning_lora_B=(OUT, 2))
+            | {"supertuning_indices": torch.tensor([0, 50, 17])}
+        },
+        {},
+    ),
+    "tinylora": (
+        {"peft_type": "TINYLORA", "weight_tying": 1.0},
+        {"": some(190, tinylora_A=(2, IN), tinylora_B=(OUT, 2), tinylora_P=(5, 2, 2))},
+        some(195, **{"tinylora_v.group_0": (5,)}),
+    ),
+    "unilora": (
+        {"peft_type": "UNILORA", "save_indices": True},
+        {
+            "": some(200, unilora_scales_A=(3, IN), unilora_scales_B=(OUT, 3))
+            | {"unilora_indices_A": _UNI_A, "unilora_indices_B": _UNI_B}
+        },
+        some(205, unilora_theta_d=(7,)),
+    ),
+    "vblora": ({"peft_type": "VBLORA", "topk": 3}, {"": some(210, **_VB)}, some(215, vblora_vector_bank=(9, 4))),
+    "vblora-top": (
+        {"peft_type": "VBLORA", "topk": 3, "save_only_topk_weights": True},
+        {"": some(220, **_VB_TOP) | _VB_PLACES},
+        some(225, vblora_vector_bank=(9, 4)),
+    ),
+    "vera": (
+        {"peft_type": "VERA", "r": 3},
+        {"": some(230, vera_lambda_b=(OUT,), vera_lambda_d=(3,))},
+        some(235, vera_A=(3, IN + 1), vera_B=(OUT + 1, 3)),
+    ),
+    "vera-drawn": (
+        {"peft_type": "VERA", "r": 3, "projection_prng_key": 11, "save_projection": False},
+        {"": some(240, vera_lambda_b=(OUT,), vera_lambda_d=(3,))},
+        {},
+    ),
+    "waveft": (
+        {"peft_type": "WAVEFT", "scaling": 3.0, "random_loc_seed": 7, "wavelet_family": "db2"},
+        {"": _frequent("waveft_spectrum", 11, 250)},
+        {},
+    ),
+    "waveft-plain": (
+        {"peft_type": "WAVEFT", "scaling": 3.0, "random_loc_seed": 8, "use_idwt": False},
+        {"": _frequent("waveft_spectrum", 11, 255)},
+        {},
+    ),
+}  # fmt: skip
+
+_SHAPES: Final = {
+    "loha.kernel": (6, 4, 3, 2), "lokr.kernel": (6, 4, 3, 2), "lokr.row": (6, 4, 3), "randlora.wide": (IN, OUT),
+}  # fmt: skip
+"""Of weights that are no (12, 8)."""
+BIASED: Final = ("beft", "ia3")
+
+
+def formulas(folder: Path, dtype: torch.dtype, shards: int = 1, kinds: tuple[str, ...] = tuple(KINDS)) -> World:
+    """Each kind on its modules; over `loha` lies a second adapter's product, and over `shira` two further sums."""
+    base: Tensors = {}
+    for at, name in enumerate(name + end for name in kinds for end in KINDS[name][1]):
+        base[f"{name}.weight"] = gaussian(1000 + at, *_SHAPES.get(name, (OUT, IN)), dtype=dtype)
+        if name in BIASED:
+            base[f"{name}.bias"] = gaussian(2000 + at, OUT, dtype=dtype)
+    adapters = [write_kind(folder / name, name) for name in kinds]
+    if "loha" in kinds:
+        factors = some(300, **{"loha.lora_A.weight": (2, IN), "loha.lora_B.weight": (OUT, 2)})
+        adapters.append(write_peft(folder / "over", {"peft_type": "LORA", "r": 2, "lora_alpha": 3}, factors, {}))
+    if "shira" in kinds:
+        blocks = {f"shira.{name}": tensor for name, tensor in KINDS["c3a"][1][""].items()}
+        adapters.append(write_peft(folder / "further", KINDS["c3a"][0], blocks, {}))
+        blocks = {f"shira.{name}": tensor for name, tensor in KINDS["miss"][1][""].items()}
+        adapters.append(write_peft(folder / "last", KINDS["miss"][0], blocks, {}))
+    return World(write_base(folder / "base", base, shards), adapters)
+
+
+def write_kind(folder: Path, name: str) -> Path:
+    """The adapter of a kind."""
+    config, modules, shared = KINDS[name]
+    tensors = {f"{name}{end}.{part}": tensor for end, parts in modules.items() for part, tensor in parts.items()}
+    return write_peft(folder, config, tensors, shared)
+
+
+def write_peft(folder: Path, config: Mapping[str, Any], tensors: Tensors, shared: Tensors) -> Path:
+    """A PEFT folder with tensors of modules and of the model."""
+    folder.mkdir(parents=True)
+    named = {f"base_model.model.{key}": tensor for key, tensor in tensors.items()}
+    named |= {f"base_model.{key}": tensor for key, tensor in shared.items()}
+    save_file(named, folder / "adapter_model.safetensors", {"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps(dict(config)))
+    return folder

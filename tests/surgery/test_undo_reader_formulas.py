@@ -1,0 +1,25 @@
+"""Undo files of formulas, for a second reader that was written from their page alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from formula_world import KINDS, formulas
+from test_undo_reader_kinds import assert_read_again
+
+from lora_cli.adapters.tuners import METHODS
+
+BF16, F32 = torch.bfloat16, torch.float32
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_another_reader_finds_the_base(tmp_path: Path, name: str) -> None:
+    assert_read_again(formulas(tmp_path, BF16, 1, (name,)), "keep", tmp_path)
+
+
+def test_another_reader_finds_all_of_them_at_once(tmp_path: Path) -> None:
+    """In the wider working type, and to another type."""
+    kinds = assert_read_again(formulas(tmp_path, F32, 2), "bf16", tmp_path)
+    assert kinds >= {kind for kind, method in METHODS.items() if method.preimages} - {"lora"}
