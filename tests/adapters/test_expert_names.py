@@ -111,11 +111,9 @@ def live(name: str) -> dict[str, torch.Tensor]:
     there = {key.rpartition("experts.")[2].removesuffix(".weight"): tensor for key, tensor in numbers(base).items()}
     there = {re.sub(r"^model\.layers\.\d+\.(moe|block_sparse_moe)\.", "", key): t for key, t in there.items()}
     if "0.w1" in there or "0.gate_proj" in there:
-        parts = {"gate": ("w1", "gate_proj"), "up": ("w3", "up_proj"), "down": ("w2", "down_proj")}
-        return {
-            part: torch.stack([there.get(f"{e}.{one}", there.get(f"{e}.{two}")) for e in range(E)])
-            for part, (one, two) in parts.items()
-        }
+        names = ("w1", "w3", "w2") if "0.w1" in there else ("gate_proj", "up_proj", "down_proj")
+        stacks = [torch.stack([there[f"{e}.{name}"] for e in range(E)]) for name in names]
+        return dict(zip(("gate", "up", "down"), stacks, strict=True))
     if "gate_proj" in there:
         return {"gate": there["gate_proj"], "up": there["up_proj"], "down": there["down_proj"]}
     both = there.get("gate_up_proj", there.get("input_linear"))

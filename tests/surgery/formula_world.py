@@ -210,3 +210,78 @@ def write_peft(folder: Path, config: Mapping[str, Any], tensors: Tensors, shared
     save_file(named, folder / "adapter_model.safetensors", {"format": "pt"})
     (folder / "adapter_config.json").write_text(json.dumps(dict(config)))
     return folder
+
+
+# Experts
+
+EXPERTS: Final = 3
+INSIDE: Final = 6
+RANK: Final = 2
+_WAYS: Final = ("packed", "packed-by-expert", "stacked", "stacked-last", "stacked-turned", "rows", "once", "apart")
+"""How the factors of each layer lie."""
+
+
+def experts(folder: Path, dtype: torch.dtype, shards: int = 1, stored: str = "apart") -> World:
+    """A layer of experts for each way in which adapters have their factors.
+
+    Args:
+        folder: Where.
+        dtype: Of the base.
+        shards: Of the base.
+        stored: How the base has them: `apart`, as `fused` tensors, or so with outputs of gate and up `in turn`.
+    """
+    base: Tensors = {}
+    for layer in range(len(_WAYS)):
+        name, seed = f"model.layers.{layer}.mlp.experts", 500 + 10 * layer
+        if stored == "apart":
+            shapes = {"gate_proj": (INSIDE, IN), "up_proj": (INSIDE, IN), "down_proj": (IN, INSIDE)}
+            for expert in range(EXPERTS):
+                base |= some(seed + expert, **{f"{name}.{expert}.{part}.weight": of for part, of in shapes.items()})
+        elif stored == "fused":
+            base |= some(seed, **{f"{name}.gate_up_proj": (EXPERTS, 2 * INSIDE, IN)})
+            base |= some(seed + 1, **{f"{name}.down_proj": (EXPERTS, IN, INSIDE)})
+        else:
+            base |= some(seed, **{f"{name}.gate_up_proj": (EXPERTS, IN, 2 * INSIDE)})
+            base |= some(seed + 1, **{f"{name}.down_proj": (EXPERTS, INSIDE, IN)})
+    words = ("GptOssForCausalLM", "gpt_oss") if stored == "in turn" else ("Qwen3MoeForCausalLM", "qwen3_moe")
+    config = {"architectures": [words[0]], "model_type": words[1], "num_experts": EXPERTS, "hidden_size": IN}
+    config |= {"moe_intermediate_size": INSIDE, "intermediate_size": INSIDE, "num_local_experts": EXPERTS}
+    tensors = {key: tensor.to(dtype) for key, tensor in base.items()}
+    made = write_base(folder / "base", tensors, shards, **config)
+    adapters = [_experts(folder / way, way, layer) for layer, way in enumerate(_WAYS)]
+    return World(made, adapters)
+
+
+def _experts(folder: Path, way: str, layer: int) -> Path:
+    """An adapter for the experts of one layer."""
+    a = gaussian(700 + layer, EXPERTS, RANK, IN, std=0.3)
+    b = gaussian(750 + layer, EXPERTS, 2 * INSIDE, RANK, std=0.3)
+    name = f"model.layers.{layer}.mlp.experts"
+    said = {"peft_type": "LORA", "r": RANK, "lora_alpha": 3, "peft_version": "0.21.2"}
+    parameter = {"target_parameters": [f"layers.{layer}.mlp.experts.gate_up_proj"]}
+    pairs: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    if way == "packed":
+        said |= parameter
+        pairs[name] = a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)
+    elif way == "packed-by-expert":
+        said |= parameter | {"lora_B_layout": "grouped_by_expert"}
+        pairs[name] = a.flatten(0, 1), b.permute(1, 0, 2).flatten(1)
+    elif way == "rows":
+        said |= parameter | {"peft_version": "0.18.0"}
+        pairs[name] = b.mT.flatten(0, 1), a.mT.permute(1, 2, 0).flatten(1)
+    elif way == "stacked":
+        pairs[f"{name}.w1"] = a, b[:, :INSIDE]
+        pairs[f"{name}.w3"] = a, b[:, INSIDE:]
+    elif way == "once":
+        pairs[f"{name}.w1"] = a[:1], b[:, :INSIDE]
+        pairs[f"{name}.w2"] = b[:, :INSIDE].mT, a[:1].mT
+    elif way == "stacked-last":
+        said |= parameter
+        pairs[name] = a, b.permute(1, 2, 0)
+    elif way == "apart":
+        for expert in range(EXPERTS):
+            pairs[f"{name}.{expert}.up_proj"] = a[expert], b[expert, INSIDE:]
+    tensors = {f"{key}.lora_{side}.weight": one.contiguous() for key, ab in pairs.items() for side, one in zip("AB", ab)}
+    if way == "stacked-turned":
+        tensors = {f"{name}.lora_gate_a": a.mT.contiguous(), f"{name}.lora_gate_b": b[:, :INSIDE].mT.contiguous()}
+    return write_peft(folder, said, {key: tensor.clone() for key, tensor in tensors.items()}, {})

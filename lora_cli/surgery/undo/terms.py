@@ -151,7 +151,7 @@ def _delta(said: TermRecord, tensors: list[StoredTensor], key: str) -> Delta:
 def _recalled(method: Method, said: TermRecord, tensors: Sequence[StoredTensor], scale: Scale) -> Delta | None:
     """The formula of a method, if tensors, settings and shape are such that it is one."""
     named = len({*said.parts}) == len(said.parts) == len(tensors) and {*said.parts} <= {*method.parts}
-    if not (named and said.shape and min(said.shape) > 0 and method.exact):
+    if not (named and said.shape and min(said.shape) > 0 and method.preimages):
         return None
     parts = dict(zip(said.parts, tensors, strict=True))
     shapes = {name: tensor.shape for name, tensor in parts.items()}
