@@ -128,8 +128,11 @@ class Delta(Protocol):
         ...
 
     @property
-    def exact(self) -> bool:
-        """Whether it has the same bits on every machine, so that an undo can make it again."""
+    def preimages(self) -> bool:
+        """Whether an undo can compute it again, element by element and with the same bits on every machine.
+
+        Then it only needs to know which of its preimages each element was.
+        """
         ...
 
     @property

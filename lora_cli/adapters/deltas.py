@@ -33,7 +33,7 @@ class Product:
         return "product"
 
     @property
-    def exact(self) -> bool:
+    def preimages(self) -> bool:
         """Products are exact."""
         return True
 

@@ -200,9 +200,9 @@ class Formula:
         return self.method.acts
 
     @property
-    def exact(self) -> bool:
-        """Whether the method has the same bits on every machine, and can be computed again when the merge is done."""
-        return self.method.exact and not self.method.reads
+    def preimages(self) -> bool:
+        """What the method says."""
+        return self.method.preimages
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -40,11 +40,6 @@ def may_be_factor(tensor: StoredTensor, delta: Delta) -> bool:
     return tensor.dtype.name in WHOLE_NUMBERS and any(part is tensor for part in places)
 
 
-def keeps_preimages(delta: Delta) -> bool:
-    """Whether an undo can compute a change again, and so only needs to know which preimage each element was."""
-    return delta.method.preimages if isinstance(delta, Formula) else delta.exact
-
-
 def is_alone(delta: Delta) -> bool:
     """Whether nothing can be added along with a delta on the same outputs, and no weight but 1 has a meaning."""
     return delta.magnitude is not None or delta.acts not in SUMMANDS
@@ -318,11 +313,6 @@ class Edit:
     def acts(self) -> frozenset[Acts]:
         """What its deltas do to a matrix."""
         return frozenset(term.delta.acts for term in self.terms)
-
-    @property
-    def exact(self) -> bool:
-        """Whether its deltas have the same bits on every machine."""
-        return all(term.delta.exact for term in self.terms)
 
     @property
     def matrix(self) -> tuple[int, int]:

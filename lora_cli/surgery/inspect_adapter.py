@@ -18,7 +18,6 @@ from lora_cli.checkpoint.checkpoint import StoredTensor
 from lora_cli.checkpoint.hub import Location
 from lora_cli.errors import LoraCliError, MissingScaleError, NamesError, ShapeError, UnsupportedError
 from lora_cli.progress import Progress
-from lora_cli.surgery.edit import keeps_preimages
 from lora_cli.surgery.effects import Effects, effects_of
 from lora_cli.surgery.inspection import InspectResult, LeftOut, ModuleInfo, PlaceInfo, TensorInfo
 from lora_cli.surgery.placing import PlanOptions
@@ -234,7 +233,7 @@ def _target_info(target: Target, found: _Found, *, scaled: bool) -> ModuleInfo:
         magnitude=delta.magnitude is not None,
         places=places,
         acts=delta.acts,
-        undo="preimages" if keeps_preimages(delta) else "residual",
+        undo="preimages" if delta.preimages else "residual",
         parts={name: tensor.shape for name, tensor in delta.parts.items()} if isinstance(delta, Formula) else {},
     )
 

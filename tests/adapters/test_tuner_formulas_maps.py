@@ -271,7 +271,7 @@ def test_what_is_not_exact_is_not_computed_again(one: Case, making: Callable[[Ca
         assert isinstance(target.delta, Formula)
         assert target.reads <= target.delta.method.reads
         if target.reads:
-            assert not target.delta.exact
+            assert not target.delta.preimages
 
 
 # What is damaged

@@ -12,7 +12,7 @@ from lora_cli.arithmetic.fragments import FragmentWriter
 from lora_cli.checkpoint.digests import file_digest
 from lora_cli.checkpoint.staged import Scratch, Span, StagedFile
 from lora_cli.checkpoint.undo_file import Part, undo_part
-from lora_cli.surgery.edit import Edit, keeps_preimages
+from lora_cli.surgery.edit import Edit
 from lora_cli.surgery.engine import Piece, Pieces
 from lora_cli.surgery.plan import Plan
 from lora_cli.surgery.readers import open_readers, raw_bytes, torch_dtype
@@ -134,5 +134,5 @@ def codec_of(edit: Edit) -> How:
     What is replaced is no map of what was there, new rows are none of single elements, and of what other machines would
     compute otherwise nothing must be computed again.
     """
-    by_element = edit.displaced is None and not edit.rows and all(keeps_preimages(t.delta) for t in edit.terms)
+    by_element = edit.displaced is None and not edit.rows and all(t.delta.preimages for t in edit.terms)
     return "preimages" if by_element else "residual"

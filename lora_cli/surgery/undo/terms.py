@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, get_args
 
 from lora_cli.adapters.adapter import Delta, Scale
@@ -31,6 +33,37 @@ from lora_cli.surgery.edit import MERGEABLE, Contribution, may_be_factor
 
 Find = Callable[[int, str], StoredTensor]
 """Finds a factor by the position of its adapter and its name."""
+
+
+_PARTS = 16
+"""More tensors than any parameter is stored in."""
+
+
+@dataclass(frozen=True, slots=True)
+class Most:
+    """What no parameter that lies in a checkpoint has more of; a forged manifest must not make anybody compute more.
+
+    Attributes:
+        elements: Numbers.
+        side: Outputs, or inputs.
+    """
+
+    elements: int
+    side: int
+
+    @staticmethod
+    def of(shapes: Iterable[tuple[int, ...]]) -> Most:
+        """Say it of a checkpoint whose tensors have these shapes."""
+        found = list(shapes)
+        return Most(sum(map(math.prod, found)), _PARTS * max((side for shape in found for side in shape), default=0))
+
+    def allows(self, method: Method, said: TermRecord) -> bool:
+        """Whether a parameter, and the largest beside it that the settings speak of, may lie there."""
+        largest = method.among({}, [(self.side, self.side)]) if method.together else {}
+        beside = (said.settings.get(name) for name in largest)
+        return math.prod(said.shape) <= self.elements and all(
+            isinstance(size, int) and size <= self.side for size in beside
+        )
 
 
 def record(term: Contribution) -> TermRecord:
@@ -77,7 +110,7 @@ def _more(delta: Delta) -> dict[str, Any]:
     }
 
 
-def recall(said: TermRecord, key: str, shape: tuple[int, ...], find: Find) -> Contribution:
+def recall(said: TermRecord, key: str, shape: tuple[int, ...], find: Find, most: Most | None = None) -> Contribution:
     """Return the term that was recorded.
 
     Args:
@@ -85,13 +118,14 @@ def recall(said: TermRecord, key: str, shape: tuple[int, ...], find: Find) -> Co
         key: The tensor that it changes, for messages.
         shape: That tensor's shape.
         find: Finds its factors.
+        most: What the checkpoint has; that tensor alone if missing.
 
     Raises:
         UnsupportedError: The kind is not known here.
         MalformedFileError: It has other factors than its kind.
     """
     tensors = [find(said.adapter, name) for name in said.tensors]
-    delta = _delta(said, tensors, key)
+    delta = _delta(said, tensors, key, most or Most.of([shape]))
     count = _count(said, delta, key)
     region = _region(said, delta, key, shape)
     return Contribution(said.adapter, key, delta, 1.0, said.transposed, region, said.matrix, said.at, count)
@@ -127,7 +161,7 @@ def _region(said: TermRecord, delta: Delta, key: str, shape: tuple[int, ...]) ->
     return region
 
 
-def _delta(said: TermRecord, tensors: list[StoredTensor], key: str) -> Delta:
+def _delta(said: TermRecord, tensors: list[StoredTensor], key: str, most: Most) -> Delta:
     scale = Scale(said.scale, None, rslora=False, source="undo file")
     method = METHODS.get(said.kind)
     if method is None and said.kind not in _KINDS:
@@ -137,7 +171,7 @@ def _delta(said: TermRecord, tensors: list[StoredTensor], key: str) -> Delta:
             found=said.kind,
             hint="update lora-cli",
         )
-    delta = _recalled(method, said, tensors, scale) if method else None
+    delta = _recalled(method, said, tensors, scale) if method and most.allows(method, said) else None
     if method is None and all(tensor.dtype.name in MERGEABLE for tensor in tensors):
         delta = _KINDS[said.kind](said, tensors, scale)
     if delta is None:

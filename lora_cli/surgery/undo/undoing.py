@@ -23,7 +23,7 @@ from lora_cli.surgery.identity import content_digest, contents
 from lora_cli.surgery.plan import AdapterUse, OutputFile, Plan, ScaleUse
 from lora_cli.surgery.receipt import OWN_FILES, receipt_path
 from lora_cli.surgery.undo.advice import only_last, with_all
-from lora_cli.surgery.undo.terms import recall
+from lora_cli.surgery.undo.terms import Most, recall
 
 _NAME_BYTES = 256
 """No usual file system takes a name of so many bytes."""
@@ -113,6 +113,7 @@ class _Undoing:
         self._whole = whole
         self._undo = undo
         self._given = adapters
+        self._most = Most.of(tensor.shape for tensor in merged.tensors.values())
         self._contents = [contents(source.tensors.values()) for source in adapters]
         self._check_given()
         self._factors = [self._factors_of(number, said) for number, said in enumerate(undo.manifest.adapters)]
@@ -247,7 +248,7 @@ class _Undoing:
 
     def _edit(self, info: TensorInfo, said: TensorRecord) -> Edit:
         key = info.name
-        terms = tuple(recall(term, key, info.shape, self._find) for term in said.terms)
+        terms = tuple(recall(term, key, info.shape, self._find, self._most) for term in said.terms)
         forgotten = None
         operation: Operation = "keep"
         if said.how == "stored":
