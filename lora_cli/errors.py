@@ -27,6 +27,9 @@ from typing import ClassVar
 DETAILS_SHOWN = 8
 """Details in the text of an error; `details` has all of them."""
 
+SAVE_AGAIN = "save or download the adapter again, tensors and config together"
+"""A hint where tensors of an adapter fit neither each other nor its config, whatever the base."""
+
 
 class LoraCliError(Exception):
     """A refusal that a person can act on.

@@ -7,22 +7,28 @@ Usage: python scripts/make_docs.py [--check]
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import inspect
 import io
 import json
 import os
 import sys
+import textwrap
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
 
 import lora_cli
+from lora_cli.adapters.formula import Method
 from lora_cli.adapters.tuners import REFUSED, TUNERS
 from lora_cli.adapters.tuners.tuner import Tuner
 from lora_cli.cli.app import run
 from lora_cli.cli.output import error_fields
 from lora_cli.errors import LoraCliError
+from lora_cli.surgery.edit import SUMMANDS
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 COMMANDS = ("inspect", "inject", "merge", "unmerge", "verify", "diff")
@@ -83,20 +89,57 @@ TUNERS_PAGE = """# The tuners of PEFT
 Made from the list of tuners by `python scripts/make_docs.py`.
 
 What PEFT calls a tuner is read from `adapter_config.json` (`peft_type`). All of these have the same merge, ledger,
-`verify` and `unmerge`, and every merge comes back bit for bit; they differ in what the undo file keeps for that.
+`verify` and `unmerge`, and every merge can be undone bit for bit.
 
-- **preimages**: the change is computed again from the adapter, and the file says which of its preimages each element
-  was. That is small, and `unmerge` needs the adapter (or a file with it, `merge --embed-adapter`).
-- **residual**: the change makes something of what is there, or cannot be computed from the merged weight or on every
-  machine. The file keeps what is between the two: more, at most as much as the tensors that change.
-- **whole**: what was replaced.
+| `peft_type` | name | for | does | strength | undone by | the same bytes everywhere |
+|---|---|---|---|---|---|---|
+"""
 
-In the last column is whether the merged bytes are the same on every machine. Where they need not be, a library's
-exponentials, random numbers or decompositions take part: then they are the same on one machine, whatever its threads
-and memory.
+KINDS_PAGE = """
+Where a row says `or`, it depends on the adapter's settings: Bone and MiSS transform rows if they were trained with
+`init_weights="bat"`, and the bytes of RandLoRA depend on the machine if its file lacks the projections
+(`save_projection=False`).
 
-| `peft_type` | name | for | undone by | the same bytes everywhere |
+## What can be done with them
+
+What a tuner does to a weight decides it. DoRA, which sets the lengths of rows, is LoRA's exception: it is merged alone
+and at weight 1, and no subtraction takes it out.
+
+| does | | `--weight` other than 1 | with others on the same tensor | `unmerge --approximate` |
 |---|---|---|---|---|
+"""
+
+KINDS_NOTES = """
+- **Alone** means that the merge is refused where another adapter changes the same tensor. Merge one after the other.
+  What multiplies or transforms works on what the first left there, so the other order gives another result; and
+  that result is what the adapter does on top of the first, not what it does on the base that it was trained on.
+- **`--scale` and `--alpha`** set the strength that the config would say. The column "strength" has those that a tuner
+  knows; of the others nothing but the weight can be said, where the table allows it.
+- **`inspect --spectrum`** and the deltas of `diff` are of LoRA alone. Of the other tuners `diff` compares the tensors
+  that the change is made of.
+- **VB-LoRA** takes the vectors with the largest logits. Of equal logits the first counts here; in PEFT it may be
+  another one, so a merge warns where that matters.
+
+## How a merge is undone
+
+The last column but one says what the undo file keeps. Sizes are of the tensors that change, in bf16: how much it is
+depends on how strong the change is.
+
+| undone by | what the undo file keeps | size |
+|---|---|---|
+| preimages | `unmerge` computes the change again from the adapter, and the file says which of the values \
+that may have been there each element was. It needs the adapter, or a file that holds it (`merge --embed-adapter`). | \
+little: under 0.05 for LoRA and most others, 0.01 for (IA)³; up to 0.3 for strong changes |
+| residual | The difference between base and merged weight, compressed; the adapter is not needed. This is for changes \
+that cannot be computed again: they depend on what the weight was, or another machine may compute other bits. | much: \
+0.2 to 0.8 for OFT, BOFT and HRA; at most about 1 |
+| whole | What was replaced, as it was. | the tensors or rows that the adapter replaces |
+
+## On which machine
+
+The last column says whether the merged bytes are the same on every machine. Where they need not be, exponentials,
+random numbers or decompositions of a library take part: then they are the same on one machine, whatever its threads
+and memory.
 """
 
 REFUSED_PAGE = """
@@ -117,26 +160,73 @@ LORA = (
     "`LORA`",
     "LoRA, with rsLoRA, DoRA, BD-LoRA, PiSSA and other inits",
     "linear layers, GPT-2's Conv1D, convolutions, embeddings, attention, experts",
+    "adds",
+    "`--scale`, `--alpha`",
     "preimages",
     "yes",
 )
 
+ADDS, ADDS_READ, MULTIPLIES, REMAKES, REPLACES = (
+    "adds",
+    "adds, by the base",
+    "multiplies",
+    "transforms rows",
+    "replaces",
+)
+DOES = {
+    ADDS: "a product of factors or what a formula gives, from the adapter alone",
+    ADDS_READ: "what is computed from the adapter and the weight of the base",
+    MULTIPLIES: "each element by a number of its own",
+    REMAKES: "rotates, mixes or rescales what is there",
+    REPLACES: "tensors or rows, which the adapter holds whole",
+}
+
 
 def tuners_page() -> str:
-    """The page of tuners: what each does, and why the others are refused."""
+    """The page of tuners: what each does, what that allows, and why the others are refused."""
     rows = [LORA, *(_tuner_row(tuner) for _, tuner in sorted(TUNERS.items()))]
-    merged = "".join(f"| {' | '.join(row)} |\n" for row in rows)
-    refused = "".join(f"| `{kind}` | {reason} |\n" for kind, reason in sorted(REFUSED.items()))
+    merged = _table(rows)
+    kinds = _table((f"**{does}**", words, *_allowed(does)) for does, words in DOES.items())
+    refused = _table((f"`{kind}`", reason) for kind, reason in sorted(REFUSED.items()))
     sources = "".join(f"- {tuner.name}: {tuner.source}\n" for _, tuner in sorted(TUNERS.items()))
-    return f"{TUNERS_PAGE}{merged}{REFUSED_PAGE}{refused}{SOURCES_PAGE}{sources}"
+    return f"{TUNERS_PAGE}{merged}{KINDS_PAGE}{kinds}{KINDS_NOTES}{REFUSED_PAGE}{refused}{SOURCES_PAGE}{sources}"
+
+
+def _table(rows: Iterable[tuple[str, ...]]) -> str:
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def _tuner_row(tuner: Tuner) -> tuple[str, ...]:
+    does = dict.fromkeys([*map(_does, tuner.methods), *([REPLACES] if tuner.whole else [])])
     kept = ["preimages" if method.preimages else "residual" for method in tuner.methods]
     exact = {method.exact for method in tuner.methods} or {True}
     undo = " or ".join(sorted({*kept, *(["whole"] if tuner.whole else [])}))
-    same = {(True,): "yes", (False,): "no", (False, True): "as the adapter is"}[tuple(sorted(exact))]
-    return f"`{tuner.type}`", tuner.name, tuner.modules, undo, same
+    same = {(True,): "yes", (False,): "no", (False, True): "yes or no"}[tuple(sorted(exact))]
+    return f"`{tuner.type}`", tuner.name, tuner.modules, " or ".join(does), _strength(tuner), undo, same
+
+
+def _does(method: Method) -> str:
+    if method.acts in SUMMANDS:
+        return ADDS_READ if method.reads else ADDS
+    return MULTIPLIES if method.acts == "gain" else REMAKES
+
+
+def _allowed(does: str) -> tuple[str, str, str]:
+    """Whether there are weights, whether others may be there, and whether it can be subtracted."""
+    adds = does in (ADDS, ADDS_READ)
+    rows = "only where they are the same" if does == REPLACES else "no: alone"
+    taken = "no: they stay" if does == REPLACES else "yes" if does == ADDS else "no"
+    return "yes" if adds else "no", "yes, their changes add up" if adds else rows, taken
+
+
+def _strength(tuner: Tuner) -> str:
+    """The options that a tuner's reader obeys: `scale` is called there with what divides alpha, or with None."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.getmodule(tuner.read) or tuner.read)))
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
+    divisors = [call.args[1] for call in calls if getattr(call.func, "attr", "") == "scale" and len(call.args) == 4]
+    if any(not (isinstance(by, ast.Constant) and by.value is None) for by in divisors):
+        return "`--scale`, `--alpha`"
+    return "`--scale`" if divisors else ""
 
 
 def schemas() -> dict[str, str]:

@@ -59,12 +59,14 @@ class Scale:
         rank: What alpha is divided by; None for a scale given directly.
         rslora: Divide by the square root of the rank instead.
         source: For people: the config field, tensor or option that said so.
+        said: The alpha that a person knows, where `alpha` is what was made of it.
     """
 
     alpha: float
     rank: int | None
     rslora: bool
     source: str
+    said: float | None = None
 
     @property
     def exists(self) -> bool:

@@ -5,13 +5,13 @@ Of a parameter (experts, d1, d2) `shape` is (d1, d2), whichever of them its modu
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lora_cli.adapters.adapter import Load, Parameter, Scale, Strided
 from lora_cli.adapters.deltas import LowRank, Product, SettledProduct, is_matrix_pair
-from lora_cli.adapters.expert_layout import FASTEST, PACKED, WORDS, Packing, Side, Sizes, experts_in, sizes
+from lora_cli.adapters.expert_layout import FASTEST, PACKED, WORDS, Packing, Side, Sizes, eras_words, experts_in, sizes
 from lora_cli.adapters.expert_sides import Told, settle_side
 from lora_cli.checkpoint.checkpoint import StoredTensor
 from lora_cli.errors import ShapeError, UnsupportedError
@@ -167,7 +167,12 @@ class OpenExperts(Product):
     @property
     def words(self) -> str:
         """How its factors may lie, for people."""
-        return f"{', or '.join(WORDS[packing] for packing in self.packings)}; a base tells which side A meets"
+        return f"{self.packed_words}; a base tells which side A meets"
+
+    @property
+    def packed_words(self) -> str:
+        """How they may be packed, for people."""
+        return ", or ".join(WORDS[packing] for packing in self.packings)
 
     @property
     def stored(self) -> Mapping[bool, tuple[int, ...]]:
@@ -229,6 +234,22 @@ class OpenExperts(Product):
         said = settle_side([one.side for one in found], found[0].packing, shape[0], self.told, parameter.base_config)
         chosen = next(one for one in found if one.side == said.side)
         return replace(chosen, transposed=parameter.transposed, reason=said.reason, surprise=said.surprise)
+
+    @property
+    def meets(self) -> str | None:
+        """What is known of the side that A meets of square matrices, for people; None where shapes say it."""
+        if self.shape[0] != self.shape[1] or self.told.layout.side is not None:
+            return self.told.layout.side
+        return f"as in PEFT {eras_words(self.told.version)}" if self.packings[0] in PACKED else "inputs"
+
+    def rule(self, base_config: Mapping[str, Any]) -> Hashable:
+        """What is equal for stacks of one adapter of which the same side is meant."""
+        return self.told.rule(self.packings[0], base_config)
+
+    def side_on(self, parameter: Parameter) -> Side | None:
+        """The side that A meets of a stack, if its shape alone says it."""
+        found = {one.side for one in self._readings(parameter.shape)} if len(parameter.shape) == 3 else set[Side]()
+        return found.pop() if len(found) == 1 and parameter.stack else None
 
     @property
     def _likeliest(self) -> LowRankExperts:

@@ -167,6 +167,11 @@ def is_new(version: str | None) -> bool:
     return set(_eras(version)) == {_NOW}
 
 
+def eras_words(version: str | None) -> str:
+    """The versions that do as one does, or may do so: equal for two of which the same is known."""
+    return " or ".join(_eras(version))
+
+
 def _side(era: str, transposed: bool) -> Side:
     if era == _OLD:
         return "rows"

@@ -5,13 +5,21 @@ Shapes say it; of squares the user, or who wrote the file and what the architect
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from lora_cli.adapters.conversions import architecture, conversions
 from lora_cli.adapters.expert_layout import PACKED, ExpertLayout, Packing, Side, is_new, side_of_peft
 from lora_cli.errors import ShapeError, UnsupportedError
+
+SQUARE = "the experts are square, so their shape does not say which side of them A meets"
+"""What is wrong where nothing decides."""
+SIDES = (
+    "--expert-layout rows (PEFT up to 0.18) or columns (PEFT from 0.19.1 on, except where the model stores its "
+    "experts in × out)"
+)
+"""What to do then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,12 +31,21 @@ class Told:
         layout: `--expert-layout`.
         version: The version of PEFT that wrote the file, if it says one.
         outputs_first: Whether the parameter is a part that has outputs first, whatever the module has.
+        others: What shapes say of stacks of the same adapter, of which the same side is meant, and one of these.
     """
 
     module: str
     layout: ExpertLayout = field(default_factory=ExpertLayout)
     version: str | None = None
     outputs_first: bool = False
+    others: tuple[Side, str] | None = None
+
+    def rule(self, packing: Packing, base_config: Mapping[str, Any]) -> Hashable:
+        """What is equal for stacks of one adapter of which whoever wrote it means the same side."""
+        if packing in PACKED:
+            return "PEFT", _is_transposed(self, base_config)
+        lying = _lying(self, base_config)
+        return self.outputs_first, None if lying is None else frozenset(lying)
 
     @property
     def writer(self) -> str:
@@ -73,13 +90,16 @@ def settle_side(
         return Said(side, "--expert-layout")
     if len(fits) == 1:
         return Said(fits[0], "by its shape", _surprise(fits[0], packing, told, base_config))
+    if told.others is not None:
+        found, name = told.others
+        return Said(found, f"as of {name}, by its shape")
     expected = _expected(packing, experts, told, base_config)
     if expected is None:
         kind = architecture(base_config) or "a base of no known architecture"
-        raise UnsupportedError(
-            "the experts are square: --expert-layout rows or columns must say which side of them A meets, "
-            f"which is not known for {told.writer} and {kind}"
+        version = (
+            f"PEFT {told.version} is not known to for {kind}" if told.version else "the config has no peft_version"
         )
+        raise UnsupportedError(f"{SQUARE}, and {version}", hint=SIDES)
     return expected
 
 

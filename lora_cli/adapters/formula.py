@@ -81,6 +81,7 @@ class Method(ABC):
         reads: Whether it computes from the base's weight besides, and not of single rows of it alone. So an undo, which
             has the merged weight, cannot compute it again.
         together: Whether it depends on the shapes of all parameters that its adapter changes.
+        doubted: Those of the parts of which `doubt` must see the numbers.
     """
 
     kind: ClassVar[str]
@@ -90,6 +91,7 @@ class Method(ABC):
     exact: ClassVar[bool] = True
     reads: ClassVar[bool] = False
     together: ClassVar[bool] = False
+    doubted: ClassVar[tuple[str, ...]] = ()
 
     def among(self, settings: Settings, parameters: Sequence[Shape]) -> Settings:
         """The settings with what it must know of all parameters that its adapter changes; see `together`."""
@@ -111,8 +113,12 @@ class Method(ABC):
         """Say in words why no weight does what the tuner does with such a parameter; None where one does."""
         return None
 
+    def doubt(self, tensors: Mapping[str, Tensor], settings: Settings) -> str | None:
+        """Say in words what makes these parts mean another thing elsewhere, and what to do; None if nothing does."""
+        return None
+
     def rank(self, shapes: Shapes, settings: Settings) -> int:
-        """A number that tells people how large the change is, if it has one: LoRA's rank, or what is most like it."""
+        """LoRA's rank, or what is like it; 0 where nothing is: the size of a block is no rank."""
         return 0
 
     def working_bytes(self, shapes: Shapes, settings: Settings, shape: Shape) -> int:

@@ -111,6 +111,9 @@ def check_fields(config: Mapping[str, Any], *, file: str, ignore: Collection[str
     return ignored
 
 
+_LISTED = "docs/tuners.md lists what is supported"
+
+
 def _check_type(tuner: object, file: str) -> None:
     """Refuse any PEFT type but LoRA's; the others that can be merged have a reader of their own."""
     if tuner == "LORA":
@@ -118,14 +121,19 @@ def _check_type(tuner: object, file: str) -> None:
     reason = NO_MERGE.get(str(tuner))
     if reason:
         raise UnsupportedError(
-            f"Adapters of PEFT type {tuner} cannot be merged: {reason}", file=file, tensor="peft_type", found=tuner
+            f"Adapters of this type cannot be merged: {reason}",
+            file=file,
+            tensor="peft_type",
+            found=tuner,
+            hint=_LISTED,
         )
     raise UnsupportedError(
-        f"Adapters of PEFT type {tuner} are not supported" if tuner else "The config names no peft_type",
+        "Adapters of this type are not supported" if tuner else "The config names no peft_type",
         file=file,
         tensor="peft_type",
         expected=", ".join(sorted({"LORA", *TUNERS})),
         found=tuner,
+        hint=_LISTED,
     )
 
 

@@ -10,7 +10,7 @@ import typer
 from lora_cli.cli import options as opt
 from lora_cli.cli.draw import facts, grid, line
 from lora_cli.cli.output import Output
-from lora_cli.cli.text import count, duration, number, size
+from lora_cli.cli.text import count, duration, few, number, size
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -45,7 +45,7 @@ def diff(
     threads: opt.ThreadsOption = None,
     memory: opt.MemoryOption = None,
 ) -> None:
-    """Compare two checkpoints tensor by tensor, or two adapters delta by delta.
+    """Compare two checkpoints tensor by tensor, or two adapters: LoRA by deltas, others by tensors.
 
     Exit code 0 if they are the same, 1 if they differ. Two adapters are the same when their deltas are, whatever their
     factors look like.
@@ -70,7 +70,7 @@ def diff(
 
 def view(result: DiffResult, *, ranked: bool) -> Iterator[RenderableType]:
     """What a comparison found, for people: a summary, then the changes by size."""
-    noun = "tensor" if result.kind == "checkpoints" else "module"
+    noun = result.names
     if result.same:
         yield line(("same ", "bold green"), f"{count(result.unchanged, noun)} compared")
     else:
@@ -83,6 +83,8 @@ def view(result: DiffResult, *, ranked: bool) -> Iterator[RenderableType]:
         yield grid(heads, [_row(change)[: len(heads)] for change in result.changed[:ROWS]], right=range(1, len(heads)))
         if len(result.changed) > ROWS:
             yield line(f"… and {len(result.changed) - ROWS} smaller ones (--json lists all)", style="dim")
+    if ranked and any(change.rank is None and change.what in ("values", "dtype") for change in result.changed):
+        yield facts([("rank", "only of matrices that hold floating numbers, and of changes by factors; else blank")])
     yield facts([*_only(result.a, result.only_in_a), *_only(result.b, result.only_in_b)])
     yield facts([("took", f"{duration(result.seconds)}, peak memory {size(result.peak_rss_bytes)}")])
 
@@ -106,5 +108,4 @@ def _number(value: float | None) -> str | None:
 
 def _only(label: str, names: tuple[str, ...]) -> Iterator[tuple[str, object]]:
     if names:
-        more = f" and {len(names) - ROWS} more" if len(names) > ROWS else ""
-        yield f"only in {label}", ", ".join(names[:ROWS]) + more
+        yield f"only in {label}", few(names)

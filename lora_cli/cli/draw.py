@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise, takewhile
 from math import ceil
@@ -103,6 +104,13 @@ def grid(
     return NameTable(heads, [list(row) for row in rows], frozenset(right), frozenset(named))
 
 
+_GAP = 3
+"""Columns between those of a table."""
+
+_WORDS = 16
+"""As wide a column of words stays beside names."""
+
+
 class NameTable:
     """A table that says what all names begin with only once where it would be too wide otherwise."""
 
@@ -123,13 +131,25 @@ class NameTable:
             return
         table = self._table({})
         if Measurement.get(console, options.update(max_width=10_000), table).maximum > options.max_width:
-            table = self._table({at: _shared_prefix(self._names(at)) for at in self._named if at < len(self._heads)})
+            prefixes = {at: _shared_prefix(self._names(at)) for at in self._named if at < len(self._heads)}
+            table = self._table(prefixes, self._room(options.max_width))
         yield table
+
+    def _room(self, width: int) -> int:
+        """How wide a column of names can be, beside whole numbers and words of some width."""
+        columns = zip(self._heads, *self._rows, strict=True)
+        widest = [max(len("" if cell is None else str(cell)) for cell in column) for column in columns]
+        others = [
+            most if at in self._right else min(most, _WORDS) for at, most in enumerate(widest) if at not in self._named
+        ]
+        # rich takes one more beside the first column.
+        return max(0, width - sum(others) - _GAP * len(others) - 1) // max(1, len(widest) - len(others))
 
     def _names(self, column: int) -> list[str]:
         return [str(row[column]) for row in self._rows if row[column] is not None]
 
-    def _table(self, prefixes: Mapping[int, str]) -> Table:
+    def _table(self, prefixes: Mapping[int, str], room: int = 0) -> Table:
+        """The table, where no name up to this width is broken."""
         from rich import box
         from rich.table import Table
 
@@ -137,11 +157,30 @@ class NameTable:
         for position, head in enumerate(self._heads):
             prefix = prefixes.get(position)
             title = f"{head} in {shown(prefix.rstrip('.'))}" if prefix else head
-            table.add_column(title, justify="right" if position in self._right else "left", overflow="fold")
+            names = self._names(position) if position in prefixes else ()
+            parts = (part for name in names for part in _cell(name.removeprefix(prefix or ""), room).split())
+            longest = min(max((part.cell_len for part in parts), default=0), room)
+            fixed = max(longest, len(head)) if longest else None
+            right = position in self._right
+            table.add_column(title, justify="right" if right else "left", overflow="fold", width=fixed)
         for row in self._rows:
             cells = ("" if cell is None else str(cell) for cell in row)
-            table.add_row(*(line(cell.removeprefix(prefixes.get(at, ""))) for at, cell in enumerate(cells)))
+            named = (cell.removeprefix(prefixes.get(at) or "") for at, cell in enumerate(cells))
+            table.add_row(*(_cell(cell, room if at in prefixes else 0) for at, cell in enumerate(named)))
         return table
+
+
+def _cell(words: str, room: int) -> Text:
+    """What stands in a cell: a dotted name that is wider than `room` goes on in the next line after a dot."""
+    if not room or len(words) <= room:
+        return line(words)
+    rows = [""]
+    for part in re.split(r"(?<=\.)", words):
+        fits = len(rows[-1]) + len(part) <= room
+        rows = [*rows[:-1], rows[-1] + part] if fits else [*filter(None, rows), part]
+    from rich.text import Text
+
+    return Text("\n").join(line(row) for row in rows)
 
 
 def _shared_prefix(names: Sequence[str]) -> str:

@@ -27,7 +27,7 @@ def rows(effects: Effects | None) -> Iterator[tuple[str, str]]:
     if effects.multiplied:
         yield "multiplied", f"{count(effects.multiplied, 'tensor')}, element by element"
     if effects.remade:
-        yield "made anew", f"{count(effects.remade, 'tensor')}, of what they were, row by row"
+        yield "transformed", f"the rows of {count(effects.remade, 'tensor')}"
     if effects.rows:
         yield "rows", few((f"{amount:,} of {key}" for key, amount in effects.rows.items()), NAMED)
     if effects.layers is not None:

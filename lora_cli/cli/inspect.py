@@ -39,7 +39,7 @@ def inspect(
         bool,
         typer.Option(
             "--spectrum",
-            help="Read the factors: the singular values of every change, and how much of the rank is used.",
+            help="Read LoRA's factors: the singular values of every change, and how much of the rank is used.",
         ),
     ] = False,
     alpha: opt.AlphaOption = None,
@@ -59,7 +59,8 @@ def inspect(
 
     With --spectrum the factors are read. For each module: the norm of the change, its largest singular value, how many
     hold 90% and 99% of the energy (of the squared norm), and all of them as bars as high as their share of the largest;
-    from 17 on a bar is the mean of neighbours.
+    from 17 on a bar is the mean of neighbours. Of a stack of experts the n-th value is the root mean square of the n-th
+    values of all its matrices. Other tuners than LoRA have no such factors and are refused.
     """
     from lora_cli.surgery import inspect as surgery
     from lora_cli.surgery.placing import PlanOptions

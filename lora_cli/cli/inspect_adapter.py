@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from lora_cli.cli.draw import grid, line
 from lora_cli.cli.effects import on_base, outputs_words
-from lora_cli.cli.text import count, few, number, shape, spans
+from lora_cli.cli.text import alike, count, few, number, shape, spans
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -19,6 +19,8 @@ SCALES = 6
 """Different scales that are listed for people."""
 ROWS = 12
 """Spans of trained rows that are listed for people."""
+FEW = 3
+"""Places of one module that are listed."""
 MOVED = 4
 """Modules at other places in the base that are told of below the table."""
 
@@ -30,13 +32,12 @@ _KINDS = {
     "lora-conv": ("convolution", ""),
     "lora-embedding": ("embedding", ""),
     "lora-stack": ("stack", " of matrices"),
-    "formula": ("parameter", ""),
-    "formula-gain": ("parameter", " multiplied, element by element"),
-    "formula-map": ("parameter", " made anew of what was there, row by row"),
-    "formula-product": ("parameter", " with a product added"),
-    "formula-sum": ("parameter", " with a formula's values added"),
+    "other": ("parameter", ""),
 }
 """What modules are called by the kind of their change."""
+
+_DOES = {"gain": "multiplies", "map": "transforms the rows of", "product": "adds to", "sum": "adds to"}
+"""What other tuners than LoRA do to parameters."""
 
 
 def rows(result: InspectResult) -> Iterator[tuple[str, object]]:
@@ -48,7 +49,7 @@ def rows(result: InspectResult) -> Iterator[tuple[str, object]]:
         yield "layers", f"{len(result.layers):,}: the stored {few(spans(result.layers).split(', '))}"
     if result.kind == "adapter" and result.tied:
         yield "tied", "of two tied tensors both get what one gets (ensure_weight_tying)"
-    yield "modules", _kinds(result.modules)
+    yield "modules", _kinds(result.modules, result.adapter_kind)
     for layout in result.layouts:
         yield "experts", f"{count(layout.modules, 'stack')}: {layout.layout}"
     yield "undo", _undo(result.modules)
@@ -67,20 +68,17 @@ def _init(result: InspectResult) -> str | None:
     return f"{result.initial} changed the base: a merge needs --initial, or that base"
 
 
-def _kinds(modules: Sequence[ModuleInfo]) -> str | None:
-    """How many modules of which kinds there are, where not all are linear layers."""
-    kinds = Counter(_kind(module) for module in modules if module.acts is not None)
+def _kinds(modules: Sequence[ModuleInfo], tuner: str | None) -> str | None:
+    """How many modules of which kinds there are, where not all are linear layers; of other tuners what they do."""
+    does = Counter(_DOES[module.acts] for module in modules if module.parts and module.acts is not None)
+    kinds = Counter(module.kind for module in modules if module.acts is not None and not module.parts)
     lengths = sum(module.magnitude for module in modules)
-    named = ((amount, *_KINDS.get(kind, _KINDS["formula"])) for kind, amount in kinds.items())
-    said = [f"{count(amount, noun)}{more}" for amount, noun, more in named]
+    named = ((amount, *_KINDS.get(kind, _KINDS["other"])) for kind, amount in kinds.items())
+    said = [f"{tuner} {verb} {count(amount, 'parameter')}" for verb, amount in does.items()]
+    said += [f"{count(amount, noun)}{more}" for amount, noun, more in named]
     if 0 < lengths < kinds.total():
         said.append(f"{lengths:,} of them with lengths (DoRA)")
     return None if len(said) == 1 and "lora" in kinds else ", ".join(said)
-
-
-def _kind(module: ModuleInfo) -> str:
-    """What `_KINDS` has words for: of formulas, what they do."""
-    return f"formula-{module.acts}" if module.parts else module.kind
 
 
 def _undo(modules: Sequence[ModuleInfo]) -> str | None:
@@ -129,7 +127,9 @@ def modules(modules: Sequence[ModuleInfo], most: int) -> Iterator[RenderableType
     """A line for each module, and its place in the base where that is not plain: in a column, or below for a few."""
     moved = [module for module in modules[:most] if _is_moved(module)]
     column = len(moved) > max(MOVED, len(modules[:most]) // 2)
-    heads = ["module", "rank", "alpha", "scale", "shape", "type", *(["base key"] if column else [])]
+    # Without a base the shape of a change may be open; then there are those of what it is made of.
+    shapes = "tensors" if any(_is_open(module) for module in modules[:most]) else "shape"
+    heads = ["module", "rank", "alpha", "scale", shapes, "type", *(["base key"] if column else [])]
     yield grid(heads, [_row(module)[: len(heads)] for module in modules[:most]], right=(1, 2, 3), named=(0, 6))
     if moved and not column:
         yield line()
@@ -142,6 +142,18 @@ def _is_moved(module: ModuleInfo) -> bool:
     return module.key not in (None, module.module, f"{module.module}.weight")
 
 
+def _is_open(module: ModuleInfo) -> bool:
+    return module.shape is None and bool(module.parts)
+
+
+def _shape(module: ModuleInfo) -> str | None:
+    """Of an open change the shapes of its tensors, and how many have each: 16×4 (2), 4×8 (2)."""
+    if module.shape is not None:
+        return shape(module.shape)
+    sizes = Counter(map(shape, module.parts.values()))
+    return few((each if amount == 1 else f"{each} ({amount})" for each, amount in sizes.items()), 3) or None
+
+
 def _row(module: ModuleInfo) -> list[object]:
     whole = module.acts is None and module.rows is None
     said = "whole" if whole else None if module.rows is None else count(len(module.rows), "row")
@@ -150,7 +162,7 @@ def _row(module: ModuleInfo) -> list[object]:
         module.rank,
         None if module.alpha is None else number(module.alpha),
         None if module.scale is None else number(module.scale),
-        None if module.shape is None else shape(module.shape),
+        _shape(module),
         module.dtype,
         _places(module),
     ]
@@ -159,7 +171,9 @@ def _row(module: ModuleInfo) -> list[object]:
 def _places(module: ModuleInfo) -> str | None:
     if not _is_moved(module):
         return None  # its own name
+    if len(module.places) > FEW and not any(place.outputs for place in module.places):
+        return f"{count(len(module.places), 'tensor')}, {alike([place.key for place in module.places])}"
     said = [
         " ".join([place.key, *([outputs_words([place.outputs])] if place.outputs else [])]) for place in module.places
     ]
-    return few(said, 3) or module.key
+    return few(said, FEW) or module.key

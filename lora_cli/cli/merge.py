@@ -64,7 +64,8 @@ def merge(
     """Apply adapters to a checkpoint.
 
     Every adapter tensor is applied or the merge is refused; tensors that no adapter changes keep their bytes. The
-    result is the same on every machine. BASE may be a wrapped checkpoint that carries its own factors (see inject).
+    result is the same on every machine; docs/tuners.md names the few tuners for which it need not be. BASE may be a
+    wrapped checkpoint that carries its own factors (see inject).
     """
     from lora_cli.cli.planned import DryRun, Undo, dry_run, summary
     from lora_cli.surgery import merge as surgery

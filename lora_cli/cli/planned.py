@@ -12,7 +12,7 @@ from lora_cli.cli import effects
 from lora_cli.cli.draw import facts, grid, line
 from lora_cli.cli.text import count, few, number, size
 from lora_cli.surgery.budget import settle_budget
-from lora_cli.surgery.edit import Edit
+from lora_cli.surgery.edit import Contribution, Edit
 from lora_cli.surgery.effects import effects_of
 from lora_cli.surgery.plan import AdapterUse, Plan
 from lora_cli.surgery.survival import WEAK, Survival
@@ -151,12 +151,13 @@ def _drawn(planned: DryRun) -> Iterator[RenderableType]:
         needs.append(("free disk", f"{size(planned.free)}: {verdict}"))
     yield facts(needs)
     rows = [
-        (edit.key, _edit_words(edit), "×".join(map(str, edit.shape)), edit.dtype.name, _scale_words(edit))
+        (edit.key, _edit_words(edit), "×".join(map(str, edit.shape)), edit.dtype.name, _scales_words(edit, plan))
         for edit in plan.edits
         if edit.operation not in _COPIES
     ]
     yield line()
-    yield grid(("tensor", "edit", "shape", "type", "scale"), rows[:ROWS])
+    scales = "scale" if len(plan.adapters) == 1 else "scales, by adapter"
+    yield grid(("tensor", "edit", "shape", "type", scales), rows[:ROWS])
     if len(rows) > ROWS:
         yield line(f"… and {len(rows) - ROWS:,} more (--json lists all)", style="dim")
 
@@ -169,24 +170,32 @@ def _edit_words(edit: Edit) -> str:
     if edit.rows:
         changed = count(sum(len(rows.at) for rows in edit.rows), "row")
         words = changed if edit.operation == "replace" and not edit.displaced else f"{words}, {changed}"
-    if any(term.region for term in edit.terms):
+    if any(term.part for term in edit.terms):
         words += " to parts"
     return words + (" (DoRA)" if any(term.delta.magnitude for term in edit.terms) else "")
 
 
-_DOES = {"gain": "multiply", "map": "make anew"}
+_DOES = {"gain": "multiply", "map": "transform"}
 """What deltas do that are no summands."""
 
 
-def _scale_words(edit: Edit) -> str:
-    """Scale and rank of each delta, as far as it has them; for what has neither its kind."""
+def _scales_words(edit: Edit, plan: Plan) -> str:
+    """What `_scale_words` says of each adapter, in their order."""
+    by_adapter = [[term for term in edit.terms if term.adapter == at] for at in range(len(plan.adapters))]
+    if len(by_adapter) == 1 or not edit.terms:
+        return _scale_words(edit.terms)
+    return " / ".join((_scale_words(terms) or "yes") if terms else "–" for terms in by_adapter)
+
+
+def _scale_words(terms: Sequence[Contribution]) -> str:
+    """Scale and rank of each delta of one adapter, as far as it has them."""
     said: Counter[str] = Counter()
-    for term in edit.terms:
+    for term in terms:
         scale, rank = term.delta.scale, term.delta.rank
         words = [number(scale.times(term.weight))] if scale.exists else []
         words += [f"(rank {rank})"] if rank else []
-        said[" ".join(words) or term.delta.kind] += 1
-    return ", ".join(words if times == 1 else f"{words}, {times} times" for words, times in said.items())
+        said[" ".join(words)] += 1
+    return ", ".join(words if times == 1 else f"{words} {times} times" for words, times in said.items() if words)
 
 
 def use_words(use: AdapterUse) -> str:

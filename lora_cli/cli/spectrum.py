@@ -55,6 +55,8 @@ def _summary(spectrum: AdapterSpectrum) -> Iterator[tuple[str, object]]:
         yield "spectrum", f"with what {spectrum.initial} took off the base; --initial takes that off again"
     if any(module.magnitude for module in spectrum.modules):
         yield "DoRA", "spectrum of the change of direction alone, before outputs get their lengths"
+    if any(module.stack is not None for module in spectrum.modules):
+        yield "stacks", "the n-th bar is the root mean square of the n-th values of all matrices; ranks are of that"
     zero = len(spectrum.modules) - len(changing)
     of_them = f", {zero:,} of them zero" if zero else ""
     yield "norm", f"{_short(spectrum.norm)}, of {count(len(spectrum.modules), 'module')}{of_them}"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 LONGEST = 300
 """Characters of one name that are shown; JSON has the whole."""
@@ -110,3 +111,17 @@ def parse_size(text: str) -> int:
     if not 0 < amount < 1e15:
         raise ValueError("must be more than 0")
     return int(amount * factors[unit])
+
+
+def alike(names: Sequence[str], most: int = 3) -> str:
+    """Names that are alike as one, and else a few: x.experts.0-7.up_proj/gate_proj."""
+    columns = [list(dict.fromkeys(parts)) for parts in zip(*(name.split(".") for name in names), strict=False)]
+    if len({name.count(".") for name in names}) > 1 or math.prod(map(len, columns)) != len({*names}):
+        return few(names, most)
+    return ".".join(map(_alternatives, columns))
+
+
+def _alternatives(parts: Sequence[str]) -> str:
+    if len(parts) > 1 and all(part.isdecimal() for part in parts):
+        return spans(sorted(map(int, parts))).replace(", ", "/")
+    return "/".join(parts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -16,7 +16,6 @@ from lora_cli.cli.text import count, duration, size, ulps
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from lora_cli.surgery.survival import Survival
     from lora_cli.surgery.verify import Difference, VerifyResult
 
 ROWS = 30
@@ -133,7 +132,7 @@ def view(result: VerifyResult) -> Iterator[RenderableType]:
             ("round trip", _trip_words(result)),
             *(("adapter", use_words(use)) for use in result.adapters),
             *(layout_rows(result.adapters)),
-            ("strength", _strength_words(result.survival)),
+            ("strength", _strength_words(result)),
             ("took", f"{duration(result.seconds)}, peak memory {size(result.peak_rss_bytes)}"),
         ]
     )
@@ -160,11 +159,16 @@ def _trip_words(result: VerifyResult) -> str | None:
     return f"unmerged in memory, {count(trip.different, 'tensor or file')} not as {against}"
 
 
-def _strength_words(survival: Sequence[Survival]) -> str:
-    """What of the deltas is in the checkpoint: the least of all tensors, and what is usual."""
+def _strength_words(result: VerifyResult) -> str:
+    """What of the deltas is in the tensors that are as they should be: the least of all, and what is usual.
+
+    A tensor that differs may have much of a change in it that is not the adapter's: the table has its strength.
+    """
     from statistics import median
 
-    strengths = [one.strength for one in survival if one.strength is not None and math.isfinite(one.strength)]
+    wrong = {difference.key for difference in result.different}
+    right = (one.strength for one in result.survival if one.key not in wrong)
+    strengths = [strength for strength in right if strength is not None and math.isfinite(strength)]
     if not strengths:
         return ""
     least, usual = f"{min(strengths):.2f}", f"{median(strengths):.2f}"

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from lora_cli.adapters.adapter import Adapter
+from lora_cli.adapters.expert_sides import SIDES, SQUARE
 from lora_cli.checkpoint.checkpoint import StoredTensor
 from lora_cli.errors import LoraCliError, NamesError, ShapeError, UnsupportedError
 from lora_cli.surgery.plan import LedgerEntry, Outcome
@@ -31,6 +32,7 @@ class Accounts:
         self._adapters = adapters
         self._ledgers: list[list[LedgerEntry]] = [[] for _ in adapters]
         self._problems: list[tuple[type[LoraCliError], str]] = []
+        self._weighted: dict[str, None] = {}
 
     @property
     def ledger(self) -> tuple[LedgerEntry, ...]:
@@ -44,9 +46,11 @@ class Accounts:
         label = self._adapters[position].label
         self._ledgers[position].append(LedgerEntry(label, tensor.key, outcome, key, reason))
 
-    def problem(self, kind: type[LoraCliError], words: str) -> None:
-        """Say that something is wrong."""
+    def problem(self, kind: type[LoraCliError], words: str, weighted: int | None = None) -> None:
+        """Say that something is wrong; `weighted` is the adapter's position where that is its weight."""
         self._problems.append((kind, words))
+        if weighted is not None:
+            self._weighted.setdefault(self._adapters[weighted].label)
 
     def settle(self) -> None:
         """Raise one error with every problem of the gravest kind; check that nothing was left out.
@@ -58,7 +62,8 @@ class Accounts:
             details = [words for found, words in self._problems if found is kind]
             if details:
                 said, named = _once(f"{message} ({len(details)})", details)
-                raise kind(said, file=self._subject(details), details=named, hint=_hint(details))
+                hint = _hint(details, " and ".join(self._weighted))
+                raise kind(said, file=self._subject(details), details=named, hint=hint)
         for adapter, ledger in zip(self._adapters, self._ledgers, strict=True):
             if len(ledger) != adapter.stored:
                 found = f"{len(ledger)} of {adapter.stored} tensors"
@@ -100,15 +105,21 @@ def _once(message: str, details: Sequence[str]) -> tuple[str, Sequence[str]]:
     return message, details
 
 
-def _hint(details: Sequence[str]) -> str | None:
-    if any("quantised" in words for words in details):
-        return "merge into the 16-bit checkpoint that the quantised one was made from"
-    if any("--orientation" in words for words in details):
-        return "--orientation ba for torch.nn.Linear (out × in), ab for (in × out)"
-    if any("--expert-layout rows" in words for words in details):
-        return "find out what wrote the adapter; PEFT has A meet the columns since 0.19.1, and the rows before"
-    if any(_AT_WEIGHT in words for words in details):
-        return "give them --weight 1, or 0 to leave them out"
-    if any("merge one after the other" in words for words in details):
-        return "merge one, then the other into what comes out; verify each against what it was merged into"
-    return None
+_WEIGHTED = "ADAPTERS"
+_HINTS = {
+    "quantised": "merge into the 16-bit checkpoint that the quantised one was made from",
+    "--orientation": "--orientation ba for torch.nn.Linear (out × in), ab for (in × out)",
+    SQUARE: SIDES,
+    "--expert-layout says": "leave out --expert-layout: shapes say which side A meets",
+    _AT_WEIGHT: f"give {_WEIGHTED} --weight 1, or 0 to leave it out",
+    "merge one after the other": (
+        "merge one, then the other into what comes out; verify each against what it was merged into"
+    ),
+}
+"""What to do, by what is in the words of a problem; the first that is found."""
+
+
+def _hint(details: Sequence[str], weighted: str) -> str | None:
+    """What to do; `weighted` are the adapters that a weight is wrong for."""
+    found = next((hint for part, hint in _HINTS.items() if any(part in words for words in details)), None)
+    return found and found.replace(_WEIGHTED, weighted or "them")

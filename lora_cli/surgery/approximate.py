@@ -9,18 +9,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from lora_cli.checkpoint.checkpoint import Checkpoint
-from lora_cli.errors import UnsupportedError, UsageError, WrongInputError
-from lora_cli.progress import Progress
+from lora_cli.checkpoint.undo_file import UNDO_FILE
+from lora_cli.errors import LoraCliError, UnsupportedError, UsageError, WrongInputError
+from lora_cli.progress import SILENT, Progress
 from lora_cli.surgery.budget import Budget
 from lora_cli.surgery.changing import kind_words
 from lora_cli.surgery.effects import lasting, recalled
 from lora_cli.surgery.placing import PlanOptions
 from lora_cli.surgery.plan import Plan
 from lora_cli.surgery.planning import KEPT, plan
-from lora_cli.surgery.receipt import find_receipt
+from lora_cli.surgery.receipt import beside, find_receipt
 from lora_cli.surgery.results import Reference, open_adapters
 
 
@@ -72,19 +73,59 @@ def plan_subtraction(
     return replace(made, warnings=(*made.warnings, *([warning] if stays else [])))
 
 
-def _refuse_lost(merged: Checkpoint, made: Plan) -> None:
-    """Refuse what no subtraction comes near: lengths that were replaced, layers that were repeated."""
+class Beyond(NamedTuple):
+    """What a merge does that no subtraction comes near.
+
+    Attributes:
+        words: A sentence without its period.
+        where: The tensors, or the adapters.
+    """
+
+    words: str
+    where: tuple[str, ...]
+
+
+def beyond_subtraction(made: Plan) -> Beyond | None:
+    """Say what a merge does that no subtraction comes near: lengths that are replaced, layers that are repeated."""
     alone = {edit.key: kind_words(term.delta) for edit in made.edits for term in edit.terms if term.alone or term.seen}
-    repeats = [adapter.label for adapter in made.opened if adapter.layers]
-    if alone or repeats:
+    if alone:
         kinds = sorted({*alone.values()})
         does = "replaced the lengths of" if kinds == ["DoRA"] else "made something else of"
-        raise UnsupportedError(
-            f"{', '.join(kinds)} {does} these weights" if alone else "The adapter repeated layers of the base",
-            file=merged.label,
-            details=[*alone] or repeats,
-            hint="only the undo file of the merge has what they were: name it with --undo",
-        )
+        return Beyond(f"{', '.join(kinds)} {does} these weights", tuple(alone))
+    repeats = tuple(adapter.label for adapter in made.opened if adapter.layers)
+    return Beyond("The adapter repeated layers of the base", repeats) if repeats else None
+
+
+def can_subtract(merged: Checkpoint, adapters: Sequence[Reference]) -> bool:
+    """Whether subtracting may come near to the base, as far as the receipt and the adapters, if any, tell."""
+    receipt = find_receipt(merged.path) or {}
+    effects = recalled(receipt.get("effects")) if receipt.get("operation") == "merge" else None
+    if effects and (effects.lengths or effects.multiplied or effects.remade or effects.layers is not None):
+        return False
+    try:
+        if adapters:
+            plan_subtraction(merged, adapters, PlanOptions(), SILENT)
+    except UnsupportedError:
+        return False
+    except LoraCliError:
+        return True  # with options that are not known here it may be planned
+    return True
+
+
+def _refuse_lost(merged: Checkpoint, made: Plan) -> None:
+    """Refuse what no subtraction comes near."""
+    beyond = beyond_subtraction(made)
+    if beyond is None:
+        return
+    there = beside(merged.path, UNDO_FILE).is_file()
+    raise UnsupportedError(
+        beyond.words,
+        file=merged.label,
+        details=beyond.where,
+        hint="leave out --approximate: the undo file is there and has what they were"
+        if there
+        else "only the undo file of the merge has what they were: name it with --undo, without --approximate",
+    )
 
 
 def kept(made: Plan) -> tuple[str, ...]:

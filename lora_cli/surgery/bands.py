@@ -42,7 +42,8 @@ def bands_of(terms: Sequence[Contribution], number: int = 0) -> list[Band]:
     """Return the bands of the outputs of matrix `number` that any of these deltas changes, in order."""
     terms = [term for term in terms if term.changes(number)]
     step = lcm(*(term.step for term in terms))
-    bands = [band for turn in range(step) for band in _in_turn(terms, turn, step)]
+    outputs = max((term.outputs[1] for term in terms), default=0)
+    bands = [band for turn in range(min(step, outputs)) for band in _in_turn(terms, turn, step)]
     return sorted(bands, key=lambda band: band.begin)
 
 
@@ -53,11 +54,12 @@ def _in_turn(terms: Sequence[Contribution], turn: int, step: int) -> Iterator[Ba
     for begin, end in pairwise(borders):
         over = tuple(term for term, outputs in turns if outputs[0] <= begin and end <= outputs[-1] + step)
         if over:
-            yield Band(begin, end - step + 1, over, step)
+            yield Band(begin, end - step + 1, over, step if end - begin > step else 1)
 
 
 def _at(term: Contribution, turn: int, step: int) -> range:
     """Those outputs of a delta of which `step` leaves `turn`."""
     begin, end = term.outputs
-    first = (at for at in range(begin, min(begin + step, end), term.step) if at % step == turn)
-    return range(next(first, end), end, step)
+    # `step` is a multiple of the delta's own: of each turn it has all outputs, or none.
+    first = begin + (turn - begin) % step if (turn - begin) % term.step == 0 else end
+    return range(min(first, end), end, step)

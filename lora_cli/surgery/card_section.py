@@ -82,6 +82,8 @@ def _entry(label: str, adapter: Adapter, use: AdapterUse) -> str:
     elif scales:
         words.append(f"scale {' and '.join(f'{scale:g}' for scale in scales)}")
     said = f"- {code(label)}: {use.kind}, {', '.join(words)}"
+    layouts = [f"{layout.layout} ({layout.modules})" for layout in use.layouts]
+    said += f"; factors of stacks of experts, how they lie and of how many: {'; '.join(layouts)}" if layouts else ""
     if adapter.before is None:
         return said
     command = "`lora-cli merge BASE ADAPTER --initial INITIAL`"
@@ -93,7 +95,7 @@ def _besides(effects: Effects) -> Iterator[str]:
     if effects.multiplied:
         yield f"the elements of {effects.multiplied} tensors are multiplied, each by its own number"
     if effects.remade:
-        yield f"{effects.remade} tensors are made of what they were, row by row"
+        yield f"the rows of {effects.remade} tensors are transformed: rotated, mixed or rescaled"
     for key, rows in islice(effects.rows.items(), _NAMED):
         yield f"{rows} {'row' if rows == 1 else 'rows'} of {code(key)} {'is' if rows == 1 else 'are'} the adapter's"
     for key, (before, after) in islice(effects.resized.items(), _NAMED):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lora_cli.adapters.adapter import Delta, Replacement, Target
+from lora_cli.adapters.tuners import NAMES
 from lora_cli.checkpoint.checkpoint import StoredTensor
 from lora_cli.errors import LoraCliError, ShapeError, UnsupportedError
 from lora_cli.surgery.edit import Contribution, Rows
@@ -99,7 +100,7 @@ class Change:
 
 def kind_words(delta: Delta) -> str:
     """What people call a change that is not added to others."""
-    return "DoRA" if delta.magnitude is not None else delta.kind
+    return "DoRA" if delta.magnitude is not None else NAMES.get(delta.kind, delta.kind)
 
 
 def _meet(rows: Rows, term: Contribution) -> bool:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from lora_cli.adapters.adapter import Adapter, Delta, Target
+from lora_cli.adapters.expert_deltas import OpenExperts
 from lora_cli.adapters.formats import open_adapter
 from lora_cli.adapters.formula import Formula
 from lora_cli.adapters.patterns import compile_user_pattern
@@ -42,6 +43,8 @@ class DiffResult:
         tolerance: What was allowed.
         seconds: Wall time.
         peak_rss_bytes: Most memory that one process had: this one, or any that it has waited for.
+        names: What was compared by name: tensors, also of an adapter of another tuner than LoRA, or modules with their
+            deltas.
     """
 
     kind: Kind
@@ -55,6 +58,7 @@ class DiffResult:
     tolerance: float
     seconds: float
     peak_rss_bytes: int
+    names: Literal["tensor", "module"] = "tensor"
 
 
 def diff(
@@ -69,13 +73,14 @@ def diff(
     options: ReadOptions | None = None,
     progress: Progress = SILENT,
 ) -> DiffResult:
-    """Compare two checkpoints tensor by tensor, or two adapters delta by delta.
+    """Compare two checkpoints tensor by tensor, or two adapters: LoRA by its deltas, other tuners by their tensors.
 
     Tensors are matched by name, however they are spread over files, and are the same when their bits are: -0.0 is
     not +0.0 (a change of size 0), and NaN is itself. Deltas are the same when `scale·B·A` is, whatever the factors
     are, up to the rounding of float64; what other tuners than LoRA make their changes of is compared tensor by tensor,
     as `MODULE.PART`, and so are tensors that an adapter holds whole; trained rows of a table one by one, as
-    `TABLE[ROW]`. Adapters also differ where they say other things of layers, ties and inits, or of single modules.
+    `TABLE[ROW]`. Of square experts the side that A meets must be known to be the same in both, or that is what differs,
+    as `NAME.side`. Adapters also differ where they say other things of layers, ties and inits, or of single modules.
 
     Args:
         a: A checkpoint or an adapter: a file, a folder or a Hub id.
@@ -109,7 +114,7 @@ def diff(
         comparison = Comparison(tolerance, rank, threads or default_threads(), memory or DEFAULT_MEMORY, progress)
         pattern = re.compile("") if only is None else compile_user_pattern(only)
         comparison.tensors(*(_chosen(_tensors(side), pattern) for side in (one, other)))
-        comparison.deltas(*(_chosen(_deltas(side), pattern) for side in (one, other)))
+        comparison.deltas(*_met_alike(*(_chosen(_deltas(side), pattern) for side in (one, other))))
         comparison.settings(*(_chosen(_settings(side), pattern) for side in (one, other)))
         if only is not None and not comparison.names:
             raise UsageError("The pattern of --only finds nothing in either", found=only)
@@ -126,7 +131,12 @@ def diff(
         tolerance=tolerance,
         seconds=run.seconds,
         peak_rss_bytes=run.peak_rss_bytes,
+        names="module" if all(_has_deltas(side) for side in (one, other)) else "tensor",
     )
+
+
+def _has_deltas(side: Checkpoint | Adapter) -> bool:
+    return isinstance(side, Adapter) and not any(_formulas(side))
 
 
 def _open(reference: Reference, options: ReadOptions | None, progress: Progress) -> Checkpoint | Adapter:
@@ -185,6 +195,17 @@ def _deltas(side: Checkpoint | Adapter) -> Mapping[str, Delta]:
     return {target.name: target.delta for target in side.targets if not isinstance(target.delta, Formula)}
 
 
+def _met_alike(a: Mapping[str, Delta], b: Mapping[str, Delta]) -> tuple[Mapping[str, Delta], ...]:
+    """Those of both whose B·A is of the same sides of a matrix; what has others differs in its settings."""
+    apart = {name for name in a.keys() & b.keys() if _side(a[name]) != _side(b[name])}
+    return tuple({name: delta for name, delta in side.items() if name not in apart} for side in (a, b))
+
+
+def _side(delta: Delta) -> str | None:
+    """What is known of the side that A meets of square experts, of which shapes do not say it."""
+    return delta.meets if isinstance(delta, OpenExperts) else None
+
+
 def _settings(side: Checkpoint | Adapter) -> Mapping[str, object]:
     """What an adapter says besides, by the names that PEFT has for it."""
     if isinstance(side, Checkpoint):
@@ -196,6 +217,7 @@ def _settings(side: Checkpoint | Adapter) -> Mapping[str, object]:
         "ensure_weight_tying": side.tied,
         "init_lora_weights": side.initial,
     }
+    said |= {f"{name}.side": met for name, delta in _deltas(side).items() if (met := _side(delta))}
     for target, formula in _formulas(side):
         said[f"{target.name}.scale"] = formula.scale.times()
         said |= {f"{target.name}.{name}": value for name, value in formula.settings.items()}

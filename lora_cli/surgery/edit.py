@@ -76,6 +76,7 @@ class Contribution:
         count: How many matrices the stored tensor is a stack of; None where it is none.
         seen: Where the base has the module's weight, for a change that is computed from that.
         parameter: The module's parameter that it is for.
+        label: What the adapter is called, for messages.
     """
 
     adapter: int
@@ -89,6 +90,7 @@ class Contribution:
     count: int | None = None
     seen: tuple[Seen, ...] = ()
     parameter: str = "weight"
+    label: str = ""
 
     @property
     def matrices(self) -> tuple[int, int, int]:
@@ -127,12 +129,17 @@ class Contribution:
         if self.region is None or not outputs:
             return outputs
         first = self.region.stored.index(outputs[0])
-        return self.region.indices()[first :: outputs.step // self.step][: len(outputs)]
+        return self.region.indices()[first :: max(1, outputs.step // self.step)][: len(outputs)]
 
     @property
     def outputs(self) -> tuple[int, int]:
         """First output of the stored tensor that it changes, and one past the last."""
         return self.region.outputs if self.region else (0, self.delta.shape[0])
+
+    @property
+    def part(self) -> tuple[int, int] | None:
+        """These outputs, where the stored tensor has others besides; None where all are changed, in whatever order."""
+        return self.outputs if self.region and len(self.region.stored) < self.region.of else None
 
     @property
     def step(self) -> int:

@@ -69,8 +69,8 @@ def effects_of(plan: Plan) -> Effects:
     parts: defaultdict[str, set[tuple[int, int]]] = defaultdict(set)
     for edit in plan.edits:
         for term in edit.terms:
-            if term.region and term.outputs != (0, term.region.of):
-                parts[edit.key].add(term.outputs)
+            if term.part:
+                parts[edit.key].add(term.part)
     added = {entry.key for entry in plan.ledger if entry.outcome == "added"} | plan.untied.keys()
     rows = {edit.key: sum(len(rows.at) for rows in edit.rows) for edit in plan.edits if edit.rows}
     displaced = ((edit, edit.displaced) for edit in plan.edits if edit.displaced)

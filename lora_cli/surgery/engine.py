@@ -16,7 +16,8 @@ from lora_cli.adapters.inits import FreshTensor
 from lora_cli.arithmetic.fragments import read_fragment
 from lora_cli.arithmetic.rounding import TileKernel, cast, check_flush_to_zero, work_dtype
 from lora_cli.checkpoint.digests import rows_per_cut
-from lora_cli.errors import LoraCliError, MalformedFileError
+from lora_cli.errors import LoraCliError, MalformedFileError, NumericError
+from lora_cli.surgery.broken import broken_tensor
 from lora_cli.surgery.budget import BLOCK_ELEMENTS, TILE_ELEMENTS
 from lora_cli.surgery.edit import MERGEABLE, Edit
 from lora_cli.surgery.gains import Gains
@@ -86,7 +87,7 @@ class Workshop:
         if edit.fresh is not None:
             yield from _made(edit, edit.fresh, begin, end)
             return
-        with _named(edit.key), open_readers() as readers:
+        with _named(edit.key), open_readers() as readers, _explained(edit, readers):
             if edit.copies:
                 yield from self._copied(edit, begin, end, readers)
             elif edit.forgotten and edit.dtype.name not in MERGEABLE:
@@ -238,3 +239,15 @@ def _named(key: str) -> Iterator[None]:
         if error.tensor is None:
             error.tensor = key
         raise
+
+
+@contextmanager
+def _explained(edit: Edit, readers: Readers) -> Iterator[None]:
+    """Let errors of the arithmetic name the tensor of an adapter whose numbers are none."""
+    try:
+        yield
+    except NumericError as error:
+        broken = broken_tensor(edit, readers)
+        if broken is None:
+            raise
+        raise broken from error

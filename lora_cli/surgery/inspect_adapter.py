@@ -12,20 +12,26 @@ from lora_cli.adapters.expert_deltas import OpenExperts
 from lora_cli.adapters.formats import read_adapter
 from lora_cli.adapters.formula import Formula
 from lora_cli.adapters.peft_config import COMMON, refusals
+from lora_cli.adapters.resolve import parse_maps, resolve
 from lora_cli.adapters.source import CONFIG_FILE, AdapterSource, ReadOptions, look_at_adapter
 from lora_cli.adapters.tuners import TUNERS
-from lora_cli.checkpoint.checkpoint import StoredTensor
+from lora_cli.checkpoint.checkpoint import Checkpoint, StoredTensor
 from lora_cli.checkpoint.hub import Location
 from lora_cli.errors import LoraCliError, MissingScaleError, NamesError, ShapeError, UnsupportedError
 from lora_cli.progress import Progress
 from lora_cli.surgery.effects import Effects, effects_of
 from lora_cli.surgery.inspection import InspectResult, LeftOut, ModuleInfo, PlaceInfo, TensorInfo
+from lora_cli.surgery.matching import unused_layout
+from lora_cli.surgery.passed_over import passed_over
 from lora_cli.surgery.placing import PlanOptions
 from lora_cli.surgery.plan import LayoutUse, Plan
 from lora_cli.surgery.planning import plan
 from lora_cli.surgery.receipt import find_receipt
 from lora_cli.surgery.results import Reference, open_base, with_beginnings
 from lora_cli.surgery.spectrum import adapter_spectrum, module_name
+
+_NAMED = 4
+"""Details of a refusal that are told."""
 
 NO_SCALE = "nothing says how strong this adapter is; merge will need --alpha A or --scale S"
 
@@ -59,11 +65,11 @@ def inspect_adapter(
         base=str(named) if named else None,
         refused=(*refused.values(), *found.refused),
         modules=(
-            *(_target_info(target, found, scaled=scaled) for target in adapter.targets if found.may_have(target)),
+            *(_target_info(target, found, scaled=scaled) for target in adapter.targets if found.has(target)),
             *(_whole_info(replacement, found) for replacement in adapter.replacements),
             *(_rows_info(rows, found) for rows in adapter.rows),
         ),
-        layouts=found.layouts or _layouts(adapter),
+        layouts=found.layouts or _layouts(adapter, alone=base is None),
         left_out=tuple(LeftOut(tensor.key, reason) for tensor, reason in adapter.skipped),
         layers=adapter.layers,
         initial=adapter.initial,
@@ -72,13 +78,20 @@ def inspect_adapter(
         receipt=find_receipt(place.path),
         effects=found.effects,
         spectrum=adapter_spectrum(adapter, progress, scaled=scaled) if spectrum else None,
-        warnings=(*adapter.warnings, *_unread_warning(adapter), *(() if scaled else (NO_SCALE,))),
+        warnings=(
+            *adapter.warnings,
+            *_unread_warning(adapter),
+            *unused_layout(options.read.expert_layout, [adapter]),
+            *found.warnings,
+            *(() if scaled else (NO_SCALE,)),
+        ),
     )
 
 
-def _layouts(adapter: Adapter) -> tuple[LayoutUse, ...]:
-    """How factors of stacks may lie, as far as the adapter alone says it."""
-    words = Counter(target.delta.words for target in adapter.targets if isinstance(target.delta, OpenExperts))
+def _layouts(adapter: Adapter, *, alone: bool) -> tuple[LayoutUse, ...]:
+    """How factors of stacks may lie, as far as the adapter says it; of what is open a base tells, if none was given."""
+    deltas = (target.delta for target in adapter.targets)
+    words = Counter(d.words if alone else d.packed_words for d in deltas if isinstance(d, OpenExperts))
     return tuple(LayoutUse(layout, modules) for layout, modules in words.items())
 
 
@@ -113,7 +126,8 @@ def _read(source: AdapterSource, options: ReadOptions) -> tuple[Adapter, bool]:
 
 
 def _words(error: LoraCliError) -> str:
-    return ": ".join([error.message, *([", ".join(error.details)] if error.details else [])])
+    more = [f"{len(error.details) - _NAMED:,} more"] if len(error.details) > _NAMED else []
+    return ": ".join([error.message, *([", ".join([*error.details[:_NAMED], *more])] if error.details else [])])
 
 
 def _not_understood(source: AdapterSource, refused: tuple[str, ...]) -> InspectResult:
@@ -164,7 +178,8 @@ class _Found:
         keys: Name of a tensor in the adapter's file → the key that it is for.
         effects: What a merge would do besides.
         layouts: How factors of stacks are read.
-        refused: Why no merge into the base can be planned; then nothing else is known.
+        refused: Why no merge into the base can be planned; then it is only known where names are.
+        warnings: What a merge into the base would warn of, besides what the adapter alone tells.
     """
 
     places: Mapping[_Part, tuple[PlaceInfo, ...]] | None = None
@@ -173,10 +188,11 @@ class _Found:
     effects: Effects | None = None
     layouts: tuple[LayoutUse, ...] = ()
     refused: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
-    def may_have(self, target: Target) -> bool:
-        """Whether the base has the parameter, or must have it, or is not known."""
-        return not target.may_lack or self.places is None or _part(target.parameter, target.delta) in self.places
+    def has(self, target: Target) -> bool:
+        """Whether the base has the parameter, or must have it; of a base that is not known nobody can tell."""
+        return not target.may_lack or _part(target.parameter, target.delta) in (self.places or {})
 
     def of(self, part: _Part, tensor: StoredTensor) -> tuple[str | None, tuple[PlaceInfo, ...]]:
         """The key of a delta or whole tensor, and all of its places; `tensor` is the first that it is made of."""
@@ -190,21 +206,45 @@ def _find(adapter: Adapter, base: Reference, options: PlanOptions, progress: Pro
     """Find the names in a base; what resolves is shown, and what does not as well."""
     known = adapter if adapter.before else replace(adapter, initial=None)
     opened = open_base(base, progress)
-    try:
-        made = plan(opened, [known], replace(options, allow_unmapped=True))
-    except (NamesError, ShapeError, UnsupportedError) as error:
-        return _Found(refused=(f"into {opened.label}: {_words(error)}",))
+    refused: dict[str, None] = {}  # once each
+    made: Plan | None = None
+    # What a merge refuses for a few names is shown as far as the others go.
+    for unmapped in dict.fromkeys((options.allow_unmapped, True)):
+        try:
+            made = plan(opened, [known], replace(options, allow_unmapped=unmapped))
+        except (NamesError, ShapeError, UnsupportedError) as error:
+            refused[f"into {opened.label}: {_words(error)}" + (f"; try: {error.hint}" if error.hint else "")] = None
+            if not isinstance(error, NamesError):
+                break
+        else:
+            break
+    if made is None:
+        return _Found(_resolved(known, opened, options), refused=tuple(refused))
     keys = {entry.tensor: entry.key for entry in made.ledger if entry.key}
     shapes = {_part(term.parameter, term.delta): term.delta.shape for edit in made.edits for term in edit.terms}
     layouts = tuple(layout for use in made.adapters for layout in use.layouts)
-    return _Found(_places(made), shapes, keys, effects_of(made), layouts)
+    return _Found(
+        _places(made), shapes, keys, effects_of(made), layouts, tuple(refused), warnings=tuple(passed_over(made))
+    )
+
+
+def _resolved(adapter: Adapter, base: Checkpoint, options: PlanOptions) -> Mapping[_Part, tuple[PlaceInfo, ...]]:
+    """Where names are, of what no merge can be planned for; not of a wrapped base."""
+    try:
+        found = resolve(adapter.names, base.tensors, config=base.config, maps=parse_maps(options.maps)).places
+    except NamesError:
+        return {}
+    parts: list[tuple[_Part, str]] = [(_part(t.parameter, t.delta), t.name) for t in adapter.targets]
+    parts += [(id(replacement.tensor), replacement.name) for replacement in adapter.replacements]
+    parts += [(id(rows.tensor), rows.name) for rows in adapter.rows]
+    return {part: tuple(PlaceInfo(place.key) for place in found[name]) for part, name in parts if name in found}
 
 
 def _places(made: Plan) -> Mapping[_Part, tuple[PlaceInfo, ...]]:
     found: defaultdict[_Part, list[PlaceInfo]] = defaultdict(list)
     for edit in made.edits:
         for term in edit.terms:
-            found[_part(term.parameter, term.delta)].append(PlaceInfo(edit.key, term.outputs if term.region else None))
+            found[_part(term.parameter, term.delta)].append(PlaceInfo(edit.key, term.part))
         for rows in edit.rows:
             found[id(rows.tensor)].append(PlaceInfo(edit.key))
         if edit.displaced or edit.operation == "append":
@@ -224,7 +264,7 @@ def _target_info(target: Target, found: _Found, *, scaled: bool) -> ModuleInfo:
         module=module_name(target),
         key=key,
         rank=delta.rank or None,
-        alpha=delta.scale.alpha if delta.scale.rank else None,
+        alpha=delta.scale.alpha if delta.scale.rank else delta.scale.said,
         scale=delta.scale.times() if scaled and delta.scale.exists else None,
         scale_source=delta.scale.source if scaled else None,
         kind=delta.kind,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from lora_cli.adapters.adapter import Adapter
+from lora_cli.adapters.expert_deltas import OpenExperts
+from lora_cli.adapters.expert_layout import ExpertLayout
 from lora_cli.adapters.resolve import Resolution, parse_maps
 from lora_cli.checkpoint.checkpoint import StoredTensor
 from lora_cli.errors import NamesError
@@ -57,6 +59,13 @@ def unused_maps(maps: Sequence[str], adapters: Sequence[Adapter]) -> list[str]:
         for leaf in parse_maps(maps)
         if all(leaf(name) is None for name in names)
     ]
+
+
+def unused_layout(layout: ExpertLayout, adapters: Sequence[Adapter]) -> list[str]:
+    """A warning of an `--expert-layout` that concerns nothing."""
+    if not str(layout) or any(isinstance(t.delta, OpenExperts) for adapter in adapters for t in adapter.targets):
+        return []
+    return [f"--expert-layout {layout} concerns nothing: there are no factors of experts whose layout is open"]
 
 
 def _unmapped(message: str, adapter: Adapter, found: Resolution, new: set[str] | None = None) -> NamesError:

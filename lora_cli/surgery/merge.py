@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from operator import contains
@@ -15,6 +15,7 @@ from lora_cli.checkpoint.staging import check_apart, check_target
 from lora_cli.checkpoint.undo_file import UNDO_FILE
 from lora_cli.errors import UsageError
 from lora_cli.progress import SILENT, Progress
+from lora_cli.surgery.approximate import beyond_subtraction
 from lora_cli.surgery.budget import settle_budget
 from lora_cli.surgery.card import CARD, model_card
 from lora_cli.surgery.effects import Effects, effects_of
@@ -104,7 +105,8 @@ def plan_merge(
     receipt = find_receipt(opened.path)
     if not again and (receipt or len(made.opened) > 1):
         refuse_again(made, adapter_records(made, embed=False), receipt)
-    made = replace(made, warnings=(*made.warnings, *_other_tokenizers(made, options)))
+    final = [] if undo else list(_never_undone(made))
+    made = replace(made, warnings=(*made.warnings, *_other_tokenizers(made, options), *final))
     made = _with_card(_alone(made, Path(out)), undo=undo)
     for warning in made.warnings:
         progress.warn(warning)
@@ -159,9 +161,10 @@ def merge(
         # torch is loaded only here, after the plan is on the screen.
         from lora_cli.surgery.execute import execute
         from lora_cli.surgery.finishing import Finishing
+        from lora_cli.surgery.looks.meanings import meanings_doubted
         from lora_cli.surgery.looks.packing import doubts
 
-        doubtful = [] if options.read.expert_layout.order else list(doubts(made))
+        doubtful = [*([] if options.read.expert_layout.order else doubts(made)), *meanings_doubted(made)]
         for words in doubtful:
             progress.warn(words)
 
@@ -196,6 +199,15 @@ def merge(
         seconds=run.seconds,
         peak_rss_bytes=run.peak_rss_bytes,
     )
+
+
+def _never_undone(made: Plan) -> Iterator[str]:
+    """What a person should know who wants no undo file."""
+    beyond = beyond_subtraction(made)
+    if beyond is not None:
+        count = len(beyond.where)
+        where = beyond.where[0] if count == 1 else f"{count:,}, {beyond.where[0]} first"
+        yield f"{beyond.words} ({where}): only an undo file could bring the base back, and --no-undo leaves it out"
 
 
 def _other_tokenizers(made: Plan, options: PlanOptions) -> list[str]:

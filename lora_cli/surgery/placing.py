@@ -208,7 +208,7 @@ class Placement:
             words = (
                 f"{replacement.name}: a whole tensor ({replacement.reason}) cannot be taken at weight {one.weight:g}"
             )
-            self.accounts.problem(UnsupportedError, words)
+            self.accounts.problem(UnsupportedError, words, weighted=one.position)
         elif not places:
             self._append(one, replacement)
         elif key is None:
@@ -279,7 +279,7 @@ class Placement:
             return
         if one.weight != 1:
             words = f"{change.name}: trained rows ({change.reason}) cannot be taken at weight {one.weight:g}"
-            self.accounts.problem(UnsupportedError, words)
+            self.accounts.problem(UnsupportedError, words, weighted=one.position)
             return
         if place.region or place.turned or tensor.shape[1:] != shape[1:]:
             words = (
@@ -366,6 +366,7 @@ class Placement:
             matrices_in(self.tensors[key].shape, target.delta, place),
             seen(target, one.found.places, self.tensors, transposed=transposed),
             target.parameter,
+            one.adapter.label,
         )
         for name in self._names(key, shared=shared):
             problem = self._change(name).add(added)
@@ -385,7 +386,7 @@ class Placement:
         if is_alone(target.delta) and one.weight != 1:
             does = "makes something of what is there" if target.delta.magnitude is None else "sets the lengths of rows"
             words = f"{key}: {kind_words(target.delta)} {does}, and has no meaning at weight {one.weight:g}"
-            self.accounts.problem(UnsupportedError, words)
+            self.accounts.problem(UnsupportedError, words, weighted=one.position)
         self._check_plain(key)
 
     def _check_plain(self, key: str) -> None:

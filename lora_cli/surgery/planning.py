@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Literal, NamedTuple
 
 from lora_cli.adapters.adapter import Adapter, Replacement
@@ -14,6 +15,8 @@ from lora_cli.checkpoint.sidefiles import SideFile, side_files, tokenizer_files
 from lora_cli.surgery.changing import Change
 from lora_cli.surgery.edit import Edit, Operation
 from lora_cli.surgery.fitting import check_base
+from lora_cli.surgery.matching import unused_layout
+from lora_cli.surgery.passed_over import passed_over
 from lora_cli.surgery.placing import Placement, PlanOptions
 from lora_cli.surgery.plan import OutputFile, Plan
 
@@ -48,7 +51,9 @@ def plan(
     if operation == "merge":
         # What an adapter is taken out of is not the base that it fits, but that with the adapter in it.
         placement.warnings += check_base(placement)
-    return _Layout(placement, operation).plan()
+    placement.warnings += unused_layout(options.read.expert_layout, placement.adapters)
+    made = _Layout(placement, operation).plan()
+    return replace(made, warnings=(*made.warnings, *passed_over(made))) if operation == "merge" else made
 
 
 class _Layout:

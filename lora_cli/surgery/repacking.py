@@ -64,8 +64,9 @@ def _write(path: Path, strided: list[Strided]) -> Copies:
     finally:
         file.abandon()  # nothing of it must last
     shard = open_shard(path, name=_NAME)
-    found = {info.name: StoredTensor(shard, info) for info in shard.header.tensors}
-    return {one.place: found[str(number)] for number, one in enumerate(strided)}
+    found = {info.name: info for info in shard.header.tensors}
+    named = (replace(found[str(number)], name=one.tensor.key) for number, one in enumerate(strided))
+    return {one.place: StoredTensor(shard, info) for one, info in zip(strided, named, strict=True)}
 
 
 def _copy(one: Strided, file: StagedFile, at: int) -> None:

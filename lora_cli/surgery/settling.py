@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lora_cli.adapters.adapter import Adapter, Delta, Parameter, Target
 from lora_cli.adapters.expert_deltas import LowRankExperts, OpenExperts
+from lora_cli.adapters.expert_layout import Side
 from lora_cli.adapters.formula import Formula
 from lora_cli.adapters.layout import by_architecture
 from lora_cli.adapters.region import Place
@@ -60,11 +61,13 @@ def settle(
         base_config: The base's `config.json`.
     """
     settled = Settled()
+    sides = _sides(adapter, places, shapes, base_config)
     for target in _together(adapter, places, shapes, base_config, settled):
         found = places.get(target.name, ())
         delta: Delta | None = target.delta
         if found and not target.delta.stored:
-            delta = _settled(adapter, target, found, shapes, base_config, settled)
+            told = _as_others(target, sides, base_config)
+            delta = _settled(adapter, told, found, shapes, base_config, settled)
         if delta is not None:
             now = target if delta is target.delta else replace(target, delta=delta)
             if found:
@@ -94,6 +97,35 @@ def _together(
     return [replace(target, delta=told.get(target.name, target.delta)) for target in adapter.targets]
 
 
+_Sides = Mapping[Hashable, dict[Side, str]]
+"""By the rule of their writer, the sides that A meets of stacks whose shapes say it, each with the name of one."""
+
+
+def _sides(
+    adapter: Adapter,
+    places: Mapping[str, Sequence[Place]],
+    shapes: Mapping[str, tuple[int, ...]],
+    base_config: Mapping[str, Any],
+) -> _Sides:
+    found: defaultdict[Hashable, dict[Side, str]] = defaultdict(dict)
+    for target in adapter.targets:
+        delta = target.delta
+        if isinstance(delta, OpenExperts) and places.get(target.name):
+            side = delta.side_on(_parameter(adapter, target, places[target.name], shapes, base_config))
+            if side is not None:
+                found[delta.rule(base_config)].setdefault(side, target.name)
+    return found
+
+
+def _as_others(target: Target, sides: _Sides, base_config: Mapping[str, Any]) -> Target:
+    """The target, told of the side that is met of others, where shapes say the same of all of them."""
+    delta = target.delta
+    known = list(sides.get(delta.rule(base_config), {}).items()) if isinstance(delta, OpenExperts) else []
+    if not isinstance(delta, OpenExperts) or len(known) != 1:
+        return target
+    return replace(target, delta=replace(delta, told=replace(delta.told, others=known[0])))
+
+
 def _settled(
     adapter: Adapter,
     target: Target,
@@ -109,9 +141,10 @@ def _settled(
         if isinstance(error, UnsupportedError):  # shapes have nothing to do with it
             settled.problems.append((type(error), f"{key}: {error.message}"))
             return None
-        there = f"{list(shapes[key])} in the base"
+        # The reason first: what a long line loses is its end.
         factors = ", ".join(f"{tensor.key} {list(tensor.shape)}" for tensor in target.delta.tensors)
-        settled.problems.append((type(error), f"{key}: {there}, from {factors}: {error.message}"))
+        words = f"{key}: {error.message}; base {list(shapes[key])}, adapter {factors}"
+        settled.problems.append((type(error), words))
         return None
 
 

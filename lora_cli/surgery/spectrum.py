@@ -145,7 +145,7 @@ def _refuse_formulas(adapter: Adapter) -> None:
         raise UnsupportedError(
             f"Singular values are computed of LoRA's factors, and {adapter.kind} has others",
             file=adapter.label,
-            details=formulas,
+            found=f"{len(formulas)} modules",
             hint="merge the adapter, and compare with the base: lora-cli diff BASE MERGED --rank",
         )
 

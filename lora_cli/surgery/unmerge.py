@@ -16,7 +16,7 @@ from lora_cli.checkpoint.hub import locate
 from lora_cli.checkpoint.undo_file import UNDO_FILE, open_undo_file
 from lora_cli.errors import UsageError, WrongInputError
 from lora_cli.progress import SILENT, Progress
-from lora_cli.surgery.approximate import Undecided, kept, left_behind, plan_subtraction, prove_subtraction
+from lora_cli.surgery.approximate import Undecided, can_subtract, kept, left_behind, plan_subtraction, prove_subtraction
 from lora_cli.surgery.budget import Budget, settle_budget
 from lora_cli.surgery.identity import adapter_records, merged_before
 from lora_cli.surgery.merge import check_output, output_names, output_path, output_sizes, receipt_content
@@ -130,7 +130,9 @@ def open_undoing(
             "There is no undo file, so the base cannot be recovered bit for bit",
             file=merged.label,
             expected=place.name,
-            hint="name it with --undo; or unmerge --approximate subtracts, proves most weights, and counts the rest",
+            hint="name it with --undo; or unmerge --approximate subtracts, proves most weights, and counts the rest"
+            if can_subtract(merged, adapters)
+            else "name it with --undo: the merge did more than add to weights, and no subtraction takes that back",
         )
     located = [locate(str(adapter), role="adapter", progress=progress) for adapter in listed(adapters)]
     sources = [look_at_adapter(adapter.path, label=adapter.label) for adapter in located]

@@ -81,7 +81,8 @@ class VerifyResult:
         max_ulp: What was allowed.
         tensors: How many were checked, and how many differ.
         different: Those that differ.
-        looks_like: What all of them look like, in one sentence; None where they do not look alike, or none differs.
+        looks_like: What all of them look like, in one sentence, or that the base is another one; None where they do not
+            look alike, or none differs.
         edited: Names of the tensors that the adapters change or add, in the order of the files.
         survival: What of each delta is in the checkpoint.
         roundtrip: What unmerging in memory showed; None where it was not asked for.
@@ -210,9 +211,15 @@ class _Work:
             different.sort(key=lambda difference: difference.key)
             _warn(different, survival, progress)
             different, looks_like = _look(ready, comparable, different, budget, progress)
+            looks_like = self._another_base(ready, different) or looks_like
         different += _compare_config(made, candidate)
         edited = tuple(edit.key for edit in made.edits if edit.terms or edit.operation in ("replace", "append"))
         return _Found(made.base, made.adapters, len(checked), different, looks_like, edited, survival)
+
+    def _another_base(self, made: Plan, different: Sequence[Difference]) -> str | None:
+        from lora_cli.surgery.looks.bases import another_base
+
+        return another_base(made, self.candidate, different) if different else None
 
     def roundtrip(self, found: _Found, undo: Reference | None, initial: Sequence[Reference]) -> RoundTrip:
         """Unmerge in memory; what is wrong is added to what was found. What adapters were at first is needed, too."""

@@ -44,8 +44,9 @@ def test_squares(tmp_path: Path, version: str | None, base: dict[str, Any], side
     tensors = {key.replace(M, module): value for key, value in tensors.items()}
     (target,) = read(tmp_path, tensors, **config).targets
     if side is None:
-        with pytest.raises(UnsupportedError, match="--expert-layout rows or columns"):
+        with pytest.raises(UnsupportedError, match="the experts are square") as caught:
             on(target, 5, 6, 6, **base)
+        assert (caught.value.hint or "").startswith("--expert-layout rows (PEFT up to 0.18) or columns")
     else:
         delta = on(target, 5, 6, 6, **base)
         assert (delta.side, delta.reason, delta.surprise) == (side, words, None)

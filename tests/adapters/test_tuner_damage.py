@@ -18,7 +18,7 @@ from lora_cli.adapters.adapter import Parameter
 from lora_cli.adapters.formats import open_adapter
 from lora_cli.adapters.formula import Formula, Method, ProductMethod
 from lora_cli.adapters.source import ReadOptions
-from lora_cli.adapters.tuners import METHODS
+from lora_cli.adapters.tuners import METHODS, TUNERS
 from lora_cli.adapters.tuners.draws import Uniform
 from lora_cli.errors import (
     LoraCliError,
@@ -263,6 +263,56 @@ def test_files_that_lack_what_all_modules_share_are_refused(
 ) -> None:
     with pytest.raises(error, match=words):
         _ = _open(made(name), tmp_path / "damaged", change).adapter
+
+
+OPTIONAL: Final = {"lokr_t2", "deft_R", "gralora_A_general", "supertuning_lora_A"}
+"""Parts that some modules have and others not; `problem` looks at the rest of them."""
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_module_that_lacks_a_part_is_named(name: str, made: Tuners, tmp_path: Path) -> None:
+    one, layer = made(name), ALL[name][1][0]
+    formula = one.formula(layer)
+    own = {part: tensor.key for part, tensor in formula.parts.items() if f"{layer}." in tensor.key}
+    assert own
+    for part, key in own.items():
+        lost = _open(one, tmp_path / part, _without(key))
+        if len(own) == 1:  # then the module is not there at all
+            assert layer not in {target.module for target in lost.adapter.targets}
+        elif part not in OPTIONAL:
+            with pytest.raises((NamesError, UnsupportedError)) as caught:
+                _ = lost.adapter
+            said = [*caught.value.details, caught.value.message]
+            assert any(part in words for words in said), said
+
+
+@pytest.mark.parametrize(
+    ("kind", "parts", "words"),
+    [
+        ("LOKR", ["lokr_w2"], "lokr_w1, or lokr_w1_a and lokr_w1_b"),
+        ("LOKR", ["lokr_w1_b", "lokr_w2"], "lokr_w1_a"),
+        ("LOKR", ["lokr_w1", "lokr_w2_a", "lokr_w2_b", "lokr_t2"], None),
+        ("GLORA", ["glora_A.Xd"], "glora_A.Xu"),
+        ("GLORA", ["glora_B.X"], None),
+        ("GRALORA", ["gralora_A", "gralora_B", "gralora_A_general"], "gralora_B_general"),
+        ("IA3", [], "ia3_l"),
+    ],
+)
+def test_what_a_module_needs(kind: str, parts: list[str], words: str | None) -> None:
+    assert TUNERS[kind].lacks(parts) == words
+
+
+def test_a_tie_at_the_end_of_the_largest_is_doubted(made: Tuners) -> None:
+    formula = made("vblora").formula("up")
+    count = int(str(formula.settings["topk"]))
+
+    def doubt(*logits: float) -> str | None:
+        return formula.method.doubt({"vblora_logits_A": torch.tensor([[logits]])}, {"topk": count})
+
+    assert count == 3
+    assert "save_only_topk_weights" in str(doubt(1, 5, 4, 1, 0))
+    assert doubt(1, 5, 5, 0, 0) is None
+    assert doubt(1, 1, 1) is None
 
 
 def test_copies_of_what_is_shared_are_accounted_for(made: Tuners, tmp_path: Path) -> None:

@@ -33,7 +33,8 @@ def test_what_no_merge_can_do_is_refused_with_the_reason(kind: str) -> None:
     with pytest.raises(UnsupportedError) as caught:
         check_fields({"peft_type": kind}, file="adapter_config.json")
     assert REFUSED[kind] in caught.value.message
-    assert kind in caught.value.message
+    assert (caught.value.found, str(caught.value).count(kind)) == (kind, 1)
+    assert "docs/tuners.md" in caught.value.hint
     assert not REFUSED[kind].endswith(".")
 
 

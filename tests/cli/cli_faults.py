@@ -187,7 +187,7 @@ TABLE: dict[tuple[int, str], dict[str, tuple[Arguments, str]]] = {
         "DoRA": (files(use_dora=True), "adapter_config.json|DoRA|magnitudes"),
         "QA-LoRA": (files(use_qalora=True), "use_qalora = True|QA-LoRA|--ignore-field"),
         "unknown field": (files(new_trick=3), "new_trick = 3|unknown|--ignore-field"),
-        "another tuner": (files(peft_type="IA3"), "IA3|LORA"),
+        "another tuner": (files(peft_type="PREFIX_TUNING"), "PREFIX_TUNING"),
         "quantised": (files(base_config=FP8), "quantised|fp8|16-bit"),
         "integers": (files(base=BASE | {f"{Q}.weight": np.ones((12, 8), np.int32)}), f"I32|{Q}.weight"),
         "several adapters": (

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from cli_world import ROOT, Call, call_fixture  # noqa: F401 (fixture)
 from safetensors.numpy import load_file, save_file
-from tiny import Array, numbers, write_json
+from tiny import Array, numbers, write_adapter, write_base, write_json
 
 NAME = "layers.0.experts"
 A, B = numbers(8, 6, seed=1), numbers(6, 8, seed=2)
@@ -68,8 +69,64 @@ def test_squares_that_nothing_decides(call: Call, square: Square, tmp_path: Path
     base, adapter = square
     ran = call("merge", base, adapter, "-o", tmp_path / "out.safetensors")
     assert ran.code == 12
-    assert "--expert-layout rows or columns" in " ".join(ran.err.split())
+    said = "try: --expert-layout rows (PEFT up to 0.18) or columns (PEFT from 0.19.1 on, except"
+    assert said in " ".join(ran.err.split())
     assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_a_look_at_squares_that_nothing_decides(call: Call, square: Square) -> None:
+    base, adapter = square
+    shown = " ".join(call("inspect", adapter, "--base", base).out.split())
+    assert "try: --expert-layout rows (PEFT up to 0.18)" in shown
+    assert "base 1 of 1 name found" in shown
+    assert "a base tells" not in shown
+
+
+def test_other_stacks_of_the_adapter_decide_of_squares(call: Call, square: Square, tmp_path: Path) -> None:
+    """What their shapes say; not where they say two things."""
+    base, adapter = square
+    tensors, factors = load_file(base), load_file(adapter / "adapter_model.safetensors")
+
+    def said(*sides: str) -> str:
+        for number, side in enumerate(sides):
+            name = f"layers.{number}.more"
+            tensors[f"{name}.down_proj"] = numbers(4, 6, 9)
+            met, given = (9, 6) if side == "columns" else (6, 9)
+            named = f"base_model.model.{name}"
+            factors[f"{named}.lora_A.weight"] = numbers(8, met, seed=3)
+            factors[f"{named}.lora_B.weight"] = numbers(given, 8, seed=4)
+        save_file(tensors, base)
+        save_file(factors, adapter / "adapter_model.safetensors")
+        config = json.loads((adapter / "adapter_config.json").read_text())
+        both = ["more.down_proj", "experts.up_proj"]
+        write_json(adapter / "adapter_config.json", config | {"target_parameters": both})
+        ran = call("inspect", adapter, "--base", base)
+        return " ".join((ran.out + ran.err).split())
+
+    assert "A meets columns (as of layers.0.more.down_proj, by its shape)" in said("columns")
+    assert "A meets rows (as of layers.0.more.down_proj, by its shape)" in said("rows")
+    assert "the experts are square" in said("rows", "columns")
+
+
+def test_a_layout_that_concerns_nothing(call: Call, tmp_path: Path) -> None:
+    adapter, base = write_adapter(tmp_path / "a"), write_base(tmp_path / "base")
+    words = "--expert-layout rows concerns nothing"
+    for command in (("inspect", adapter), ("merge", base, adapter, "-o", tmp_path / "out", "--dry-run")):
+        assert words in " ".join(call(*command, "--expert-layout", "rows").err.split())
+        assert "concerns nothing" not in call(*command).err
+
+
+def test_squares_of_two_versions_are_not_compared(call: Call, square: Square, tmp_path: Path) -> None:
+    _, adapter = square
+    other = tmp_path / "other"
+    shutil.copytree(adapter, other)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    for folder, version in ((adapter, "0.18.0"), (other, "0.21.2")):
+        write_json(folder / "adapter_config.json", config | {"peft_version": version})
+    (change,) = call("diff", adapter, other, "--json").document["changed"]
+    assert (change["key"], change["what"]) == (f"{NAME}.up_proj.side", "setting")
+    assert (change["before"], change["after"]) == ("as in PEFT up to 0.18", "as in PEFT from 0.19.1 on")
+    assert call("diff", adapter, other, "--expert-layout", "rows").code == 0
 
 
 def test_words_that_are_none(call: Call, square: Square, tmp_path: Path) -> None:
@@ -104,3 +161,23 @@ def test_adapters_of_experts_are_compared(call: Call, square: Square, tmp_path: 
     assert call("diff", adapter, other).code == 1
     write_json(other / "adapter_config.json", config | {"lora_B_layout": "grouped_by_expert"})
     assert call("diff", adapter, other).code == 0
+
+
+def test_experts_that_lie_apart_are_told_in_one_line(call: Call, tmp_path: Path) -> None:
+    """Each is changed whole; and the card says how the factors were read."""
+    experts = "model.layers.0.mlp.experts"
+    names = [f"{experts}.{number}.{part}_proj.weight" for number in range(4) for part in ("gate", "up", "down")]
+    config = {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "num_experts": 4}
+    base = write_base(tmp_path / "apart", {name: numbers(6, 6) for name in names}, config=config)
+    made = {"A": numbers(8, 6), "B": numbers(12, 8)}
+    factors = {f"base_model.model.{experts}.lora_{side}.weight": factor for side, factor in made.items()}
+    adapter = write_adapter(tmp_path / "a", factors, r=2, target_parameters=["mlp.experts.gate_up_proj"])
+    ran = call("inspect", adapter, "--base", base)
+    shown = " ".join(ran.out.split())
+    assert f"8 tensors, {experts}.0-3.gate_proj/up_proj.weight" in shown, ran.out
+    assert "[0:" not in ran.out
+    ran = call("merge", base, adapter, "-o", tmp_path / "out")
+    assert ran.code == 0, ran.err
+    assert "parts" not in ran.out
+    card = (tmp_path / "out" / "README.md").read_text("utf-8")
+    assert "in B the expert is fastest; A meets columns (by its shape) (1)" in card

@@ -120,7 +120,7 @@ def test_an_adapter_that_is_not_understood_is_a_list_of_tensors(tmp_path: Path, 
     out = call("inspect", adapter).out
     assert "kind POLY" in rows_of(out)
     (said,) = (row for row in rows_of(out) if row.startswith("no merge "))
-    assert said.startswith("no merge Adapters of PEFT type POLY cannot be merged: Poly mixes factors by the task")
+    assert said.startswith("no merge Adapters of this type cannot be merged: it mixes factors by the task")
     assert re.search(r"^base_model\.model\.x\.poly_lora_A +F32 +2×3 *$", out, re.MULTILINE)
 
 

@@ -176,13 +176,15 @@ _SHAPES: Final = {
 BIASED: Final = ("beft", "ia3")
 
 
-def formulas(folder: Path, dtype: torch.dtype, shards: int = 1, kinds: tuple[str, ...] = tuple(KINDS)) -> World:
-    """Each kind on its modules; over `loha` lies a second adapter's product, and over `shira` two further sums."""
+def formulas(
+    folder: Path, dtype: torch.dtype, shards: int = 1, kinds: tuple[str, ...] = tuple(KINDS), std: float = 1.0
+) -> World:
+    """Each kind on its modules; over `loha` lies a second adapter's product, and over `shira` three further sums."""
     base: Tensors = {}
-    for at, name in enumerate(name + end for name in kinds for end in KINDS[name][1]):
-        base[f"{name}.weight"] = gaussian(1000 + at, *_SHAPES.get(name, (OUT, IN)), dtype=dtype)
+    for at, name in enumerate(kind + end for kind in kinds for end in KINDS[kind][1]):
+        base[f"{name}.weight"] = gaussian(1000 + at, *_SHAPES.get(name, (OUT, IN)), std=std, dtype=dtype)
         if name in BIASED:
-            base[f"{name}.bias"] = gaussian(2000 + at, OUT, dtype=dtype)
+            base[f"{name}.bias"] = gaussian(2000 + at, OUT, std=std, dtype=dtype)
     adapters = [write_kind(folder / name, name) for name in kinds]
     if "loha" in kinds:
         factors = some(300, **{"loha.lora_A.weight": (2, IN), "loha.lora_B.weight": (OUT, 2)})
@@ -192,6 +194,8 @@ def formulas(folder: Path, dtype: torch.dtype, shards: int = 1, kinds: tuple[str
         adapters.append(write_peft(folder / "further", KINDS["c3a"][0], blocks, {}))
         blocks = {f"shira.{name}": tensor for name, tensor in KINDS["miss"][1][""].items()}
         adapters.append(write_peft(folder / "last", KINDS["miss"][0], blocks, {}))
+        blocks = {f"shira.{name}": tensor for name, tensor in KINDS["lokr"][1][""].items()}
+        adapters.append(write_peft(folder / "very-last", KINDS["lokr"][0], blocks, {}))
     return World(write_base(folder / "base", base, shards), adapters)
 
 
@@ -281,7 +285,9 @@ def _experts(folder: Path, way: str, layer: int) -> Path:
     elif way == "apart":
         for expert in range(EXPERTS):
             pairs[f"{name}.{expert}.up_proj"] = a[expert], b[expert, INSIDE:]
-    tensors = {f"{key}.lora_{side}.weight": one.contiguous() for key, ab in pairs.items() for side, one in zip("AB", ab)}
+    tensors = {f"{key}.lora_A.weight": of_a for key, (of_a, _) in pairs.items()}
+    tensors |= {f"{key}.lora_B.weight": of_b for key, (_, of_b) in pairs.items()}
     if way == "stacked-turned":
-        tensors = {f"{name}.lora_gate_a": a.mT.contiguous(), f"{name}.lora_gate_b": b[:, :INSIDE].mT.contiguous()}
-    return write_peft(folder, said, {key: tensor.clone() for key, tensor in tensors.items()}, {})
+        tensors = {f"{name}.lora_gate_a": a.mT, f"{name}.lora_gate_b": b[:, :INSIDE].mT}
+    copies = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
+    return write_peft(folder, said, copies, {})

@@ -149,7 +149,7 @@ ROWS: list[tuple[str, str, str, Spoil]] = [
     ("memory", "Usage", "MiB or more", lambda world: world.how.update(memory=1 << 20)),
     ("no adapter", "Usage", "No adapter", harm(lambda world: world.adapters.clear())),
     ("NaN in A", "Numeric", f"{UP}.weight", adds(NAN)),
-    ("infinity in B", "Numeric", "factor B holds", adds(lora(UP, 16, 8, torch.inf))),
+    ("infinity in B", "Numeric", f"{UP}.lora_B.weight", adds(lora(UP, 16, 8, torch.inf))),
     ("NaN in the base", "Numeric", Q, base({f"{Q}.weight": torch.full((12, 8), torch.nan)})),
     ("factors of integers", "Unsupported", "I32 of a factor", adds({f"{Q}.lora_A.weight": torch.ones(2, 8).int()})),
     ("complex factors", "Unsupported", "C64 of a factor", adds({f"{Q}.lora_A.weight": torch.ones(2, 8) * 1j})),

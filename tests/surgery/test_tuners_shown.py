@@ -10,7 +10,7 @@ import pytest
 from tiny import MODULES, PREFIX, WIDTH, out_of, write_adapter, write_base
 from tuner_worlds import PARTS, tensors_of, write_norms, write_tuner
 
-from lora_cli.errors import UnsupportedError
+from lora_cli.errors import NamesError, UnsupportedError
 from lora_cli.surgery.diff import diff
 from lora_cli.surgery.effects import effects_of
 from lora_cli.surgery.inspect import inspect
@@ -19,23 +19,20 @@ from lora_cli.surgery.merge import merge, plan_merge
 from lora_cli.surgery.verify import verify
 
 ACTS = {"ADALORA": "product", "FOURIERFT": "sum", "IA3": "gain", "LOHA": "sum", "OFT": "map"}
-RANKS = {"ADALORA": 2, "FOURIERFT": None, "IA3": None, "LOHA": 2, "OFT": 4}
+RANKS = {"ADALORA": 2, "FOURIERFT": None, "IA3": None, "LOHA": 2, "OFT": None}
 SCALES = {"ADALORA": 8 / (4 + 1e-5), "FOURIERFT": 30.0, "IA3": None, "LOHA": 3.0, "OFT": None}
 NAMES = sorted(MODULES)  # as safetensors writes them
 ONE = NAMES[0]
 
 
-def weights(kind: str) -> list[str]:
-    return [each for name in NAMES for each in ([name, f"{name}.bias"] if kind == "IA3" else [name])]
-
-
 @pytest.mark.parametrize("kind", PARTS)
 def test_an_adapter_is_told_by_what_it_does(kind: str, tmp_path: Path) -> None:
     alone = inspect(write_tuner(tmp_path / "a", kind))
-    assert [one.module for one in alone.modules] == weights(kind)
+    assert [one.module for one in alone.modules] == NAMES  # nothing tells of biases
     one = alone.modules[0]
     assert (one.acts, one.rank, one.shape) == (ACTS[kind], RANKS[kind], None)
     assert one.undo == ("residual" if kind == "OFT" else "preimages")
+    assert one.alpha == {"ADALORA": 8, "LOHA": 6}.get(kind)
     assert one.parts == {name.removesuffix(".weight"): found.shape for name, found in PARTS[kind](ONE).items()}
     assert one.scale == (None if SCALES[kind] is None else pytest.approx(SCALES[kind], rel=1e-7))
     assert (alone.refused, alone.effects) == ((), None)
@@ -62,21 +59,18 @@ def test_fields_that_no_merge_does_are_told_and_the_rest_is_shown(tmp_path: Path
     assert said.startswith("not_known = 3: ")
 
 
-def test_a_part_that_is_missing_does_not_stop_the_look(tmp_path: Path) -> None:
+def test_a_part_that_is_missing_is_found_when_the_file_is_read(tmp_path: Path) -> None:
     made = {key: tensor for key, tensor in tensors_of("LOHA").items() if key != f"{PREFIX}{ONE}.hada_w1_b"}
-    found = inspect(write_tuner(tmp_path / "a", "LOHA", made))
-    assert [one.rank for one in found.modules] == [None, 2, 2, 2]
-    assert "hada_w1_b" not in found.modules[0].parts
-    with_base = inspect(tmp_path / "a", base=write_base(tmp_path / "base"))
-    (said,) = with_base.refused
-    assert "no pair of factors" in said
+    with pytest.raises(NamesError, match="A module lacks a tensor") as caught:
+        inspect(write_tuner(tmp_path / "a", "LOHA", made))
+    assert caught.value.details == (f"{ONE} has no hada_w1_b",)
 
 
 @pytest.mark.parametrize("kind", PARTS)
 def test_singular_values_are_of_factors(kind: str, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="LoRA's factors") as caught:
         inspect(write_tuner(tmp_path / "a", kind), spectrum=True)
-    assert ONE in caught.value.details
+    assert (caught.value.details, (caught.value.found or "").endswith(" modules")) == ((), True)
 
 
 # Differences

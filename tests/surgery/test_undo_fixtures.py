@@ -1,4 +1,4 @@
-"""Undo files that lora-cli 0.1.0 wrote, in formats 1 and 2, with arithmetic 1: these are read forever.
+"""Undo files that lora-cli 0.1.0 wrote, in formats 1 to 3, with arithmetic 1: these are read forever.
 
 Never regenerate them: whoever has a merged checkpoint from then has such a file beside it, and nothing else. A new
 format or arithmetic gets fixtures of its own, beside these. `make` shows how they came about; it refuses to write over
@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from formula_world import experts, formulas
 from safetensors.torch import save_file
 from special_worlds import WORLDS
 from undo_reader import restore
@@ -40,6 +41,13 @@ FROZEN = {
     "undo-2/repeated": "4e24d4226606def4e84fa86bca5a08a28921f6e02726260d3e16dbfe7299a8d4",
     "undo-2/rotary": "6da675e75acc47c1d0a8940d20be6b31354d99c7debb8ad0dc14f9bc29caa47e",
     "undo-2/rows": "1596408d7e993701dc9e5bbf6f61d3333f5a6d7ba87ea6e8dc0a01d742e4736a",
+    "undo-3/drawn": "dad9f12105bdf1e5e2a650367d2f4ebcc36ef00873b75d71e259d64abd2b4bff",
+    "undo-3/experts-apart": "bf19294e5bc646f81bfbfb8de4968bdb9dd9a44cd03faf9b315c64f6409d8f86",
+    "undo-3/experts-fused": "99fbffff35b776399edfbccfe44a70ff4447ef52a6c1cef7f158bb7da3b81fe9",
+    "undo-3/experts-in-turn": "254fc6087403ed5698c0f4557ab6837c04bd8de38116252d800347803f228614",
+    "undo-3/gains": "1f0011c0b0acbac866a1a00d78b4b83aca9966c66ca9bdcac08b1616e278558f",
+    "undo-3/products": "c37aa560bba1ff035b5f17f47d40b87a389c51222614f85482177299b1964e3c",
+    "undo-3/sums": "723976d5c039f2bf4d9e47842361c34c2fe2f896bd55e6806b2318bd8cf91345",
 }
 """SHA-256 of all that belongs to a case."""
 
@@ -64,7 +72,7 @@ def merged_in(case: Path) -> Path:
 def test_none_of_them_changed_or_went(case: Path) -> None:
     text = "".join(f"{digest} {name}\n" for name, digest in sums(case).items())
     assert hashlib.sha256(text.encode()).hexdigest() == FROZEN[f"{case.parent.name}/{case.name}"]
-    assert sum(path.stat().st_size for path in FIXTURES.rglob("*") if path.is_file()) < 300_000
+    assert sum(path.stat().st_size for path in FIXTURES.rglob("*") if path.is_file()) < 450_000
     assert {path.relative_to(FIXTURES).as_posix() for path in FIXTURES.glob("*/*")} == set(FROZEN)
 
 
@@ -169,6 +177,30 @@ def make_newer() -> None:
         world = WORLDS[name](case, dtype, 1)
         weights = list(world.options.weights)
         _merge(case, "", [adapter.name for adapter in world.adapters], {"weights": weights} if weights else {}, False)
+
+
+def make_newest() -> None:
+    """Write those of format 3, once: experts in each way to store them, and other tuners' formulas."""
+    for stored, dtype in {"apart": BF16, "fused": F16, "in turn": BF16}.items():
+        case = _case(f"experts-{stored.replace(' ', '-')}")
+        _merge(case, "", [adapter.name for adapter in experts(case, dtype, 1, stored).adapters], {}, True)
+    for name, kinds in FORMULAS.items():
+        case = _case(name)
+        _merge(case, "", [adapter.name for adapter in formulas(case, BF16, 1, kinds).adapters], {}, False)
+
+
+FORMULAS = {
+    "products": ("adalora", "beft", "delora", "gralora", "randlora", "unilora", "vblora", "vera"),
+    "sums": ("c3a", "loha", "lokr", "miss", "shira", "supertuning"),
+    "gains": ("hira", "ia3"),
+    "drawn": ("fourierft", "pvera-drawn", "vera-drawn", "waveft", "waveft-plain"),
+}
+
+
+def _case(name: str) -> Path:
+    case = FIXTURES / "undo-3" / name
+    case.mkdir(parents=True)  # an error if it is there
+    return case
 
 
 def _kinds(dtype: torch.dtype) -> Tensors:

@@ -11,7 +11,7 @@ import sys
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import numpy as np
@@ -20,7 +20,10 @@ import torch
 from blake3 import blake3
 from safetensors.numpy import save as save_numpy
 from safetensors.torch import save
+from undo_world import NEWER, NEWEST
 
+from lora_cli.adapters.expert_layout import Packing
+from lora_cli.adapters.tuners import METHODS
 from lora_cli.checkpoint import manifest as records
 from lora_cli.surgery.unmerge import unmerge
 
@@ -212,22 +215,39 @@ def test_the_page_has_every_field_of_the_manifest() -> None:
             assert f"`{field.name}`" in text, f"{kind.__name__}.{field.name}"
 
 
-def test_only_what_needs_format_2_says_so() -> None:
-    """Older readers know no other number than 1."""
+def test_only_what_needs_a_newer_format_says_so() -> None:
+    """Older readers know no other number than theirs."""
     term = records.TermRecord("lora", 0, ("a", "b"), 1.0, swapped=True, transposed=True)
     newer: list[dict[str, Any]] = [{"outputs": (0, 2, 3)}, {"rows": ((0, 2, 1),)}, {"blocks": 2}]
     tensor = records.TensorRecord("w", "preimages", ("0" * 64,), "v", ("0" * 64,), (7,), (term,))
     tensors = [msgspec.structs.replace(tensor, terms=(term, msgspec.structs.replace(term, **said))) for said in newer]
     tensors.append(msgspec.structs.replace(tensor, gains="0" * 64))
-    for number, said in [(1, tensor), *((2, other) for other in tensors)]:
+    newest: list[dict[str, Any]] = [{"matrix": 0}, {"at": 0, "count": 2}, {"layout": "packed"}, {"shape": (3, 2)}]
+    newest.append({"outputs": (0, 3, 3, 2)})
+    new = [msgspec.structs.replace(tensor, terms=(msgspec.structs.replace(term, **said),)) for said in newest]
+    for number, said in [(1, tensor), *((2, other) for other in tensors), *((3, other) for other in new)]:
         file = records.FileRecord("f", 1, "0" * 64, (said,), own_header=True, appended={"x": ("0" * 64,)})
         assert records.Manifest(1, "t", "b", (file,), (), ()).format == number
 
 
-def test_the_page_marks_what_format_2_has() -> None:
-    lines = [line for line in PAGE.read_text("utf-8").splitlines() if line.startswith("| `") and "| (2)" in line]
-    marked = {line.split("`")[1] for line in lines}
-    assert marked == {"gains/KEY", "gains", "outputs", "rows", "blocks"}
+@pytest.mark.parametrize(("number", "expected"), [(2, NEWER | {"gains/KEY"}), (3, NEWEST)])
+def test_the_page_marks_what_newer_formats_have(number: int, expected: set[str]) -> None:
+    lines = PAGE.read_text("utf-8").splitlines()
+    marked = {line.split("`")[1] for line in lines if line.startswith("| `") and f"| ({number})" in line}
+    assert marked == expected
+
+
+def test_the_page_has_every_layout_and_every_formula_with_its_tensors() -> None:
+    """And no formula of which nothing is computed again."""
+    lines = PAGE.read_text("utf-8").splitlines()
+    rows = {line.split("`")[1]: line for line in lines if line.startswith("| `")}
+    assert set(get_args(Packing)) <= rows.keys()
+    together = " ".join(rows[kind] for kind in ("pvera", "vblora", "lokr"))
+    for kind, method in METHODS.items():
+        said = rows.get(kind, together if f"`{kind}`" in together else "")
+        assert bool(said) == method.preimages, kind
+        first = method.parts[0]
+        assert not said or "pvera" in kind or f"`{first}`" in said or "the first two" in said, kind
 
 
 def test_the_page_has_every_part() -> None:

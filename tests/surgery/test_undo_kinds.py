@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from kinds import gaussian
 from safetensors.torch import save_file
 
 from lora_cli.adapters.adapter import Delta, Scale
 from lora_cli.adapters.deltas import LowRank, LowRankBias, LowRankBlocks, LowRankKernel, LowRankStack
+from lora_cli.adapters.formula import Formula, Setting
 from lora_cli.adapters.region import Region
+from lora_cli.adapters.tuners import METHODS
 from lora_cli.checkpoint.checkpoint import StoredTensor, open_checkpoint
 from lora_cli.checkpoint.manifest import TermRecord
 from lora_cli.errors import MalformedFileError, UnsupportedError
@@ -25,14 +28,18 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "ka": (2, 4, 3), "kb": (9, 2, 1), "kc": (9, 2, 3), "kt": (1, 2, 9),
     "sa": (3, 12, 2), "sb": (3, 2, 9), "sc": (4, 2, 9),
     "a0": (0, 12), "b0": (1 << 40, 0), "at0": (12, 0), "bt0": (0, 1 << 40), "bias0": (0,),
-    "da": (6, 4), "db": (9, 6), "ea": (6, 12), "eb": (9, 2),
+    "gain": (9, 1), "few": (4,), "da": (6, 4), "db": (9, 6), "ea": (6, 12), "eb": (9, 2),
 }  # fmt: skip
+
+
+VERA: dict[str, Setting] = {"rank": 4, "inputs": 12, "outputs": 9}
 
 
 @pytest.fixture(name="stored")
 def stored_fixture(tmp_path: Path) -> Mapping[str, StoredTensor]:
     tensors = {name: gaussian(at, *shape) for at, (name, shape) in enumerate(SHAPES.items())}
-    save_file(tensors | {"ids": gaussian(1, 2, 12).int()}, tmp_path / "f.safetensors")
+    places = {"ids": gaussian(1, 2, 12).int(), "places": torch.zeros(2, 4, dtype=torch.int64)}
+    save_file(tensors | places, tmp_path / "f.safetensors")
     return open_checkpoint(tmp_path / "f.safetensors").tensors
 
 
@@ -54,7 +61,37 @@ def test_what_is_recorded_is_recalled(stored: Mapping[str, StoredTensor]) -> Non
     ]
     for delta, transposed in deltas:
         found = recall(record(Contribution(3, "m", delta, 1.0, transposed)), "key", (9,), lambda number, name: s[name])
-        assert found == Contribution(3, "key", delta, 1.0, transposed)
+        assert found == Contribution(3, "key", delta, 1.0, transposed, count=delta.stack)
+
+
+FORMULAS: list[tuple[str, dict[str, str], dict[str, Setting], tuple[int, ...]]] = [
+    ("loha", {"hada_w1_a": "b", "hada_w1_b": "a", "hada_w2_a": "eb", "hada_w2_b": "a"}, {}, (9, 12)),
+    ("ia3", {"ia3_l": "gain"}, {"inputs": False}, (9, 4, 3)),
+    ("shira", {"shira_weight": "few", "shira_indices": "places"}, {}, (9, 12)),
+    ("vera-drawn", {"vera_lambda_b": "bias", "vera_lambda_d": "few"}, {**VERA, "seed": -3}, (9, 12)),
+]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("kind", "parts", "settings", "shape"), FORMULAS, ids=lambda one: str(one)[:9])
+def test_formulas_are_recalled(
+    stored: Mapping[str, StoredTensor],
+    kind: str,
+    parts: dict[str, str],
+    settings: dict[str, Setting],
+    shape: tuple[int, ...],
+    transposed: bool,
+) -> None:
+    scale = Scale(0.5, None, rslora=False, source="undo file")
+    tensors = {part: stored[name] for part, name in parts.items()}
+    formula = Formula(METHODS[kind], tensors, scale, settings, shape, transposed)
+    for term in (
+        Contribution(1, "key", formula, 1.0, transposed),
+        Contribution(1, "key", formula, 1.0, transposed, Region((0, 9), 20, ((0, 5, 1),), 2), None, 2, 3),
+    ):
+        said = record(term)
+        assert (said.parts, said.settings, said.shape) == (tuple(parts), settings, shape)
+        assert recall(said, "key", (3, 20, 20), lambda number, name: stored[name]) == term
 
 
 def test_parts_of_outputs_are_recalled(stored: Mapping[str, StoredTensor]) -> None:
@@ -103,6 +140,9 @@ BROKEN = [
     said("lora-bias", "b"),
     said("lora-bias", "bias", "bias"),
     said("lora-bias", "bias0"),
+    said("deft", "b", "a", parts=("deft_P", "deft_R"), settings={"by": "relu"}, shape=(9, 12)),
+    said("hra", "at", parts=("hra_u",), shape=(9, 12)),
+    said("ia3", "gain", parts=("ia3_l",), shape=(9, 1 << 40), outputs=(0, 9, 9), rows=((0, 9, 1),)),
 ]
 
 
@@ -158,6 +198,7 @@ def test_a_kind_that_is_not_known_is_refused(stored: Mapping[str, StoredTensor])
 def test_a_delta_covers_tensors_of_its_shape(
     stored: Mapping[str, StoredTensor], delta: Any, transposed: bool, fits: list[Any], fails: list[Any]
 ) -> None:
-    term = Contribution(0, "m", delta(stored, Scale(1.0, None, False, "")), 1.0, transposed)
+    made = delta(stored, Scale(1.0, None, False, ""))
+    term = Contribution(0, "m", made, 1.0, transposed, count=made.stack)
     assert all(term.covers(shape) for shape in fits)
     assert not any(term.covers(shape) for shape in fails)

@@ -101,7 +101,12 @@ CASES: dict[str, tuple[int, str, Change]] = {
     "rows and no outputs": (10, PART, of_term(outputs=[])),
     "neither": (10, SUMS, of_term(rows=[], outputs=[])),
     "two numbers for outputs": (10, PART, of_term(outputs=[0, 12])),
-    "four numbers for outputs": (10, PART, of_term(outputs=[0, 12, 36, 1])),
+    "five numbers for outputs": (10, PART, of_term(outputs=[0, 12, 36, 1, 1])),
+    "no step between outputs": (10, PART, of_term(outputs=[0, 12, 36, 0])),
+    "a step back between outputs": (10, PART, of_term(outputs=[11, -1, 36, -1])),
+    "a step over outputs": (10, PART, of_term(outputs=[0, 12, 36, 2])),
+    "a step beyond all": (10, PART, of_term(outputs=[0, 12, 36, 1 << 62])),
+    "other outputs by a step": (10, NOT_THE_BASE, of_term(outputs=[0, 24, 36, 2])),
     "outputs below zero": (10, PART, of_term(outputs=[-12, 0, 36])),
     "outputs beyond the last": (10, PART, of_term(outputs=[30, 42, 36])),
     "outputs the other way round": (10, PART, of_term(outputs=[12, 0, 36])),
@@ -162,6 +167,7 @@ def test_nothing_wrong(world: World, repeated: World) -> None:
 FINE: dict[str, Change] = {
     "all outputs": lambda m, _: record(m, SUMS)["terms"][-1].update(outputs=[0, 36, 36], rows=[[0, 36, 1]]),
     "rows one by one": of_term(rows=[[row, row + 1, 1] for row in range(12)]),
+    "a step between outputs": of_term(outputs=[0, 12, 36, 1]),
     "long steps": of_term(rows=[[row, 12, 12] for row in range(12)]),
     "terms in another order": lambda manifest, _: record(manifest, SUMS)["terms"].reverse(),
 }

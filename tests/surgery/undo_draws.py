@@ -16,7 +16,7 @@ def twister(seed: int) -> Callable[[], int]:
     words = [seed & 0xFFFFFFFF]
     for at in range(1, 624):
         words.append((1812433253 * (words[-1] ^ words[-1] >> 30) + at) & 0xFFFFFFFF)
-    state = random.Random()  # noqa: S311 (it is to be foreseen)
+    state = random.Random()
     state.setstate((3, (*words, 624), None))
     return lambda: state.getrandbits(32)
 
@@ -36,6 +36,8 @@ def shared(seed: int, *shapes: tuple[int, int]) -> list[Floats]:
     draw, made = twister(seed), []
     for rows, columns in shapes:
         high = float(np.float32(math.sqrt(3.0) * (math.sqrt(2.0) / math.sqrt(columns))))
-        numbers = [float(np.float32((draw() % (1 << 24)) * 2.0**-24 * (2 * high) - high)) for _ in range(rows * columns)]
+        numbers = [
+            float(np.float32((draw() % (1 << 24)) * 2.0**-24 * (2 * high) - high)) for _ in range(rows * columns)
+        ]
         made.append([numbers[at * columns : (at + 1) * columns] for at in range(rows)])
     return made

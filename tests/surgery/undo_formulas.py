@@ -50,8 +50,8 @@ def turned(matrix: Floats) -> Floats:
 
 
 def term(b: Floats, a: Floats, scale: float) -> Term:
-    exact = ([[Fraction(value) for value in row] for row in matrix] for matrix in (b, a))
-    return Term(*exact, scale)
+    left, right = ([[Fraction(value) for value in row] for row in matrix] for matrix in (b, a))
+    return Term(left, right, scale)
 
 
 def exact(b: Floats, a: Floats, scale: float = 1.0) -> Floats:
@@ -146,9 +146,7 @@ def tinylora(t: Tensors, said: Said) -> Term:
     b, rank = t["tinylora_B"].rows, len(t["tinylora_A"].rows)
     middle = [[0.0] * rank for _ in range(rank)]
     for share, matrix in zip(t["tinylora_v"].floats, t["tinylora_P"].blocks, strict=True):
-        middle = [
-            [m + p * share for m, p in zip(*rows, strict=True)] for rows in zip(middle, matrix, strict=True)
-        ]
+        middle = [[m + p * share for m, p in zip(*rows, strict=True)] for rows in zip(middle, matrix, strict=True)]
     left = [[0.0] * rank for _ in b]
     for r, row in enumerate(middle):
         left = [[v + values[r] * m for v, m in zip(old, row, strict=True)] for old, values in zip(left, b, strict=True)]
@@ -270,13 +268,14 @@ def tucker(core: Tensor, b: Floats) -> Floats:
 def lokr(t: Tensors, said: Said) -> Floats:
     first, second = _lokr_side(t, "lokr_w1"), _lokr_side(t, "lokr_w2")
     if "lokr_w2" in t and len(t["lokr_w2"].shape) == 3:
-        taps, l, m = said["shape"][2], len(first), len(first[0])
-        return elementwise(
-            said,
-            lambda i, j: (
-                first[i % l][j // taps % m] * second[i // l][j // taps // m * taps + j % taps] * said["scale"]
-            ),
-        )
+        taps, scale = int(said["shape"][2]), float(said["scale"])
+        high, wide = len(first), len(first[0])
+
+        def dealt(i: int, j: int) -> float:
+            right = second[i // high][j // taps // wide * taps + j % taps]
+            return first[i % high][j // taps % wide] * right * scale
+
+        return elementwise(said, dealt)
     k, n = len(second), len(second[0])
     return elementwise(said, lambda i, j: first[i // k][j // n] * second[i % k][j % n] * said["scale"])
 

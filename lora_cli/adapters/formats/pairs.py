@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from lora_cli.checkpoint.checkpoint import StoredTensor
 from lora_cli.errors import NamesError
 
+INCOMPLETE = "the adapter file is incomplete"
+"""What can be said to a person whose file lacks a tensor."""
+
 
 @dataclass(slots=True)
 class Pair:
@@ -56,8 +59,8 @@ def check_pairs(pairs: Mapping[str, Pair], file: str) -> None:
     ]
     if orphans:
         raise NamesError(
-            f"{len(orphans)} factors have no partner",
+            f"{len(orphans)} factors have no partner" if len(orphans) > 1 else "A factor has no partner",
             file=file,
             details=orphans,
-            hint="the adapter file is incomplete",
+            hint=INCOMPLETE,
         )

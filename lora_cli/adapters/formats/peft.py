@@ -30,7 +30,7 @@ from lora_cli.adapters.peft_config import check_fields, initial_of, layers_of
 from lora_cli.adapters.source import CONFIG_FILE, AdapterSource, ReadOptions
 from lora_cli.adapters.tuners import TUNERS
 from lora_cli.checkpoint.checkpoint import StoredTensor
-from lora_cli.errors import ShapeError, UnsupportedError
+from lora_cli.errors import SAVE_AGAIN, ShapeError, UnsupportedError
 
 NAME = "peft"
 
@@ -112,7 +112,9 @@ class _Reader:
         held = [(b, pairs[module].both[1].shape[0]) for module, b in biases.items() if module in pairs]
         wrong = [f"{b.key}: {list(b.shape)} for {out} outputs" for b, out in held if b.shape != (out,)]
         if wrong:
-            raise ShapeError("The bias of a factor is not one number for each output", file=file, details=wrong)
+            raise ShapeError(
+                "The bias of a factor is not one number for each output", file=file, details=wrong, hint=SAVE_AGAIN
+            )
 
     def weights(self) -> list[Target]:
         """The changes that pairs of factors make."""
@@ -189,7 +191,7 @@ def _check_magnitudes(targets: Iterable[Target], config: Mapping[str, Any]) -> N
         and {math.prod(magnitude.shape), max(magnitude.shape, default=0)} != {target.delta.shape[0]}
     ]
     if wrong:
-        raise ShapeError("There is not one magnitude for each output", file=CONFIG_FILE, details=wrong)
+        raise ShapeError("There is not one magnitude for each output", file=CONFIG_FILE, details=wrong, hint=SAVE_AGAIN)
     untold = [target.module for target, magnitude in found if magnitude is not None and not config.get("use_dora")]
     if untold:
         raise UnsupportedError(

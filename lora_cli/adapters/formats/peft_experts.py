@@ -18,7 +18,7 @@ from lora_cli.adapters.formats.pairs import Pair
 from lora_cli.adapters.formats.peft_keys import Found
 from lora_cli.adapters.formats.peft_scales import Scales
 from lora_cli.adapters.source import CONFIG_FILE, ReadOptions
-from lora_cli.errors import ShapeError, UnsupportedError
+from lora_cli.errors import SAVE_AGAIN, ShapeError, UnsupportedError
 
 LAYOUT_FIELD = "lora_B_layout"
 
@@ -90,7 +90,7 @@ class Experts:
                 rank, source = self._rank(name)
                 wrong.append(f"{name}: A is {a}, B is {b}, {source} says {rank}")
         if wrong:
-            raise ShapeError("Ranks do not agree", file=CONFIG_FILE, details=wrong)
+            raise ShapeError("Ranks do not agree", file=CONFIG_FILE, details=wrong, hint=SAVE_AGAIN)
 
     def warnings(self) -> Iterator[str]:
         """What a person should know."""

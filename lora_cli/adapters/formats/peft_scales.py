@@ -18,7 +18,7 @@ from lora_cli.adapters.formats.peft_blocks import Blocks
 from lora_cli.adapters.formats.peft_keys import Found
 from lora_cli.adapters.patterns import PeftPatterns
 from lora_cli.adapters.source import CONFIG_FILE, ReadOptions
-from lora_cli.errors import NumericError, ShapeError
+from lora_cli.errors import SAVE_AGAIN, NumericError, ShapeError
 
 
 class Scales:
@@ -92,7 +92,7 @@ def check_ranks(found: Found, modules: Iterable[str], scales: Scales, blocks: Bl
     pairs = ((module, found.pairs[module]) for module in modules)
     wrong = [words for module, pair in pairs if (words := _problem(module, pair, found, scales, blocks))]
     if wrong:
-        raise ShapeError("Ranks do not agree", file=CONFIG_FILE, details=wrong)
+        raise ShapeError("Ranks do not agree", file=CONFIG_FILE, details=wrong, hint=SAVE_AGAIN)
 
 
 def _problem(module: str, pair: Pair, found: Found, scales: Scales, blocks: Blocks) -> str | None:

@@ -12,7 +12,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from lora_cli.adapters.adapter import Adapter, Replacement, Scale, Target
+from lora_cli.adapters.adapter import HAS_NONE, Adapter, Replacement, Scale, Target
+from lora_cli.adapters.formats.pairs import INCOMPLETE
 from lora_cli.adapters.formats.peft_keys import PREFIX, Found, sort_wholes
 from lora_cli.adapters.formats.peft_wholes import content_of, replacements, trained_rows
 from lora_cli.adapters.peft_config import COMMON, refuse_set_fields
@@ -28,7 +29,7 @@ def read_tuner(source: AdapterSource, options: ReadOptions, tuner: Tuner, eviden
     Raises:
         UnsupportedError: The config asks for what is not supported, or the file lacks what cannot be made again.
         MalformedFileError: A field has the wrong type.
-        NamesError: Two tensors are one part of a module, or copies of one tensor differ.
+        NamesError: Two tensors are one part of a module, copies of one tensor differ, or a part is missing.
     """
     config, file = source.config or {}, source.shard.name
     refused = {**tuner.refused}
@@ -46,6 +47,7 @@ def read_tuner(source: AdapterSource, options: ReadOptions, tuner: Tuner, eviden
     reason = tuner.unmergeable(config, names)
     if reason:
         raise UnsupportedError(reason, file=file)
+    _check_whole(sorted_.modules, tuner, file)
     whole, copies = replacements(sorted_.found, config, file)
     rows, empty = trained_rows(sorted_.found, config, file)
     targets: list[Target] = []
@@ -154,6 +156,8 @@ def _scaler(options: ReadOptions, tuner: Tuner) -> Any:
     def scale(alpha: float, rank: int | None, rslora: bool, source: str) -> Scale:
         if options.scale is not None:
             return Scale(options.scale, None, False, "--scale")
+        if options.alpha is not None and source == HAS_NONE:
+            raise UsageError(f"{tuner.name} has no scale", hint="leave out --alpha")
         if options.alpha is not None and rank is None:
             raise UsageError(f"{tuner.name} divides no alpha by a rank", hint="say --scale, or leave out --alpha")
         if options.alpha is not None:
@@ -161,6 +165,18 @@ def _scaler(options: ReadOptions, tuner: Tuner) -> Any:
         return Scale(float(alpha), rank, rslora, source)
 
     return scale
+
+
+def _check_whole(modules: Mapping[str, Mapping[str, StoredTensor]], tuner: Tuner, file: str) -> None:
+    """Refuse modules that lack a part."""
+    lost = [f"{name} has no {words}" for name, parts in modules.items() if (words := tuner.lacks(parts))]
+    if lost:
+        raise NamesError(
+            f"{len(lost)} modules lack a tensor" if len(lost) > 1 else "A module lacks a tensor",
+            file=file,
+            details=lost,
+            hint=INCOMPLETE,
+        )
 
 
 def _check_types(config: Mapping[str, Any], tuner: Tuner) -> None:

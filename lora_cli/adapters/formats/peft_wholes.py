@@ -16,7 +16,7 @@ from lora_cli.adapters.formats.peft_keys import Found
 from lora_cli.checkpoint.checkpoint import StoredTensor
 from lora_cli.checkpoint.digests import tensor_content
 from lora_cli.checkpoint.tied import EMBEDDINGS, TABLES
-from lora_cli.errors import MalformedFileError, NamesError, ShapeError
+from lora_cli.errors import SAVE_AGAIN, MalformedFileError, NamesError, ShapeError
 
 HEADS = {
     "SEQ_CLS": ("classifier", "score"),
@@ -128,6 +128,7 @@ def trained_rows(found: Found, config: Mapping[str, Any], file: str) -> tuple[li
                 tensor=tensor.key,
                 expected=f"{len(tokens)} rows, as {_TOKENS} says",
                 found=list(tensor.shape),
+                hint=SAVE_AGAIN,
             )
         if tokens:
             rows.append(RowReplacement(f"{module}.weight", tuple(tokens), tensor, _TOKENS))

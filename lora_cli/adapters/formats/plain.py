@@ -26,7 +26,7 @@ from lora_cli.adapters.formats.pairs import Pair, check_pairs
 from lora_cli.adapters.formats.peft_experts import PARTS, is_stack
 from lora_cli.adapters.peft_config import refuse_set_fields
 from lora_cli.adapters.source import CONFIG_FILE, AdapterSource, ReadOptions
-from lora_cli.errors import MalformedFileError, MissingScaleError, ShapeError
+from lora_cli.errors import SAVE_AGAIN, MalformedFileError, MissingScaleError, ShapeError
 
 NAME = "plain"
 
@@ -82,7 +82,7 @@ def read(source: AdapterSource, options: ReadOptions) -> Adapter:
         owner, _, parameter = module.rpartition(".")
         targets.append(Target(owner, parameter, delta) if stack else Target(module, "weight", delta))
     if wrong:
-        raise ShapeError("Factors share no rank", file=source.shard.name, details=wrong)
+        raise ShapeError("Factors share no rank", file=source.shard.name, details=wrong, hint=SAVE_AGAIN)
     return Adapter(
         label=source.label,
         path=source.path,
@@ -208,4 +208,5 @@ def _check_rank(rank: int, said: Mapping[str, Any], where: str) -> None:
             tensor=found[0],
             expected=f"{rank}, the rank of the factors",
             found=found[1],
+            hint=SAVE_AGAIN,
         )

@@ -83,27 +83,31 @@ TUNERS: Mapping[str, Tuner] = {tuner.type: tuner for tuner in _TUNERS}
 METHODS: Mapping[str, Method] = {method.kind: method for tuner in _TUNERS for method in tuner.methods}
 """Kind → what is computed."""
 
-_PROMPT = "prompts are trained, which go before what the model is given; no weight does that"
+NAMES: Mapping[str, str] = {method.kind: tuner.name for tuner in _TUNERS for method in tuner.methods}
+"""Kind → what people call the tuner."""
+
+_PROMPT = "it trains prompts that are put before the input, which no weight can hold"
+_KEYS = "it trains extra keys and values for attention, which no weight can hold"
 
 REFUSED: Mapping[str, str] = {
     "ADAMSS": (
-        "AdaMSS finds by clusters of singular vectors of the base which outputs its factors are for, and its file does "
-        "not say it; merge it by PEFT"
+        "which outputs its factors are for is found by clustering singular vectors of the base, and its file does not "
+        "say it; merge it with PEFT"
     ),
-    "ADAPTION_PROMPT": "prompts are trained that layers of attention see besides; no weight does that",
-    "CARTRIDGE": "keys and values are trained that layers of attention see besides; no weight does that",
+    "ADAPTION_PROMPT": "it trains extra prompts for attention layers, which no weight can hold",
+    "CARTRIDGE": _KEYS,
     "CPT": _PROMPT,
-    "LILY": "Lily mixes shared factors by what comes in, which no weight does; PEFT does not merge it either",
+    "LILY": "it mixes shared factors differently for each input, which no weight can do; PEFT does not merge it either",
     "MULTITASK_PROMPT_TUNING": _PROMPT,
-    "POLY": "Poly mixes factors by the task that is given along with each input, which no weight does",
-    "PREFIX_TUNING": "keys and values are trained that layers of attention see besides; no weight does that",
+    "POLY": "it mixes factors by the task that each input names, which no weight can do",
+    "PREFIX_TUNING": _KEYS,
     "PROMPT_TUNING": _PROMPT,
     "PSOFT": (
-        "PSOFT turns the base's first singular vectors, which its file lacks, and what comes out depends on their "
-        "signs, which no rule fixes; merge it by PEFT"
+        "it rotates the first singular vectors of the base, which its file does not hold, and the result depends on "
+        "their signs, which no rule fixes; merge it with PEFT"
     ),
     "P_TUNING": _PROMPT,
-    "SHADOW": "ShadowPEFT corrects what goes through layers by a small model beside them, which no weight does",
-    "XLORA": "X-LoRA mixes adapters anew for each token, which no weight does; merge one of its adapters",
+    "SHADOW": "it runs a small model beside the layers that corrects what they pass on, which no weight can do",
+    "XLORA": "it mixes its adapters differently for each token, which no weight can do; merge one of its adapters",
 }
 """PEFT type → why no merge into weights can do what it does."""

@@ -7,6 +7,7 @@ a lora_alpha that is not above zero counts as init_r.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lora_cli.adapters.adapter import Target
@@ -52,6 +53,8 @@ def _read(module: Module) -> Changes:
     rank, alpha = int(module.said("init_r", 12)), module.said("lora_alpha", 8)
     source = "lora_alpha / (init_r + 1e-5)"
     scale = module.scale((alpha if alpha > 0 else rank) / (rank + _MORE), None, False, source)
+    if scale.source == source:
+        scale = replace(scale, said=float(alpha))
     yield Target(module.name, "weight", Formula(METHOD, module.tensors, scale))
 
 

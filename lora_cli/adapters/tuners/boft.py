@@ -41,10 +41,6 @@ class Butterfly(MapMethod):
             return f"boft_s {list(lengths)} for {shape[0]} outputs"
         return None
 
-    def rank(self, shapes: Shapes, settings: Settings) -> int:
-        """The size of a block."""
-        return shapes["boft_R"][-1]
-
     def working_bytes(self, shapes: Shapes, settings: Settings, shape: Shape) -> int:
         """Some matrices for each block, and the orders."""
         return 80 * prod(shapes["boft_R"]) + 32 * shapes["boft_R"][0] * prod(shape[1:])

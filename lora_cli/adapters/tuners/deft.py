@@ -104,6 +104,7 @@ TUNER = Tuner(
     source="PEFT 0.21, peft.tuners.deft",
     modules="linear layers and GPT-2's Conv1D",
     parts=METHOD.parts,
+    needs=((("deft_P",),),),
     read=_read,
     methods=(METHOD,),
     understood={

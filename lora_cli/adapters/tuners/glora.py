@@ -154,6 +154,7 @@ TUNER = Tuner(
     modules="linear layers with their biases",
     parts=(*WEIGHT.parts, *BIAS.parts, *_parts(_PATHS, "zeros")),
     read=_read,
+    needs=tuple((_parts(path, "X"), _parts(path, "Xd", "Xu"), ()) for path in "ABC"),
     methods=(WEIGHT, BIAS),
     idle=dict.fromkeys(_parts(_PATHS, "zeros"), _ZEROS),
     neutral={

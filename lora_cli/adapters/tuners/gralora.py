@@ -87,6 +87,7 @@ TUNER = Tuner(
     source="Jung et al. 2025, arXiv:2505.20355",
     modules="linear layers and GPT-2's Conv1D",
     parts=METHOD.parts,
+    needs=((METHOD.parts[:2],), (_GENERAL, ())),
     read=_read,
     methods=(METHOD,),
     understood={

@@ -77,6 +77,7 @@ TUNER = Tuner(
     source="Huang et al. 2025, openreview.net/forum?id=TwJrTz9cRS",
     modules="linear layers and GPT-2's Conv1D, convolutions, embeddings",
     parts=METHOD.parts,
+    needs=((METHOD.parts[:2], _TABLE),),
     read=_read,
     methods=(METHOD,),
     understood={"fan_in_fan_out": flag("layout of the base; shapes and architecture decide, this settles squares")},

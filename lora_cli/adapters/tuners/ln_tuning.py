@@ -23,5 +23,6 @@ TUNER = Tuner(
     modules="norms, whole",
     parts=(f"{_LAYERS}weight", f"{_LAYERS}bias"),
     read=_read,
+    needs=(),
     whole=True,
 )

@@ -87,6 +87,7 @@ TUNER = Tuner(
     source="Hyeon-Woo, Ye-Bin and Oh 2021, arXiv:2108.06098",
     modules="linear layers, convolutions",
     parts=METHOD.parts,
+    needs=tuple(((name,),) for side in _SIDES for name in side[:2]),
     read=_read,
     methods=(METHOD,),
     understood={

@@ -125,6 +125,7 @@ TUNER = Tuner(
     source="Yeh et al. 2023, arXiv:2309.14859",
     modules="linear layers, convolutions",
     parts=METHOD.parts,
+    needs=tuple(((name,), (f"{name}_a", f"{name}_b")) for name in ("lokr_w1", "lokr_w2")),
     read=_read,
     methods=(METHOD,),
     understood={

@@ -83,10 +83,6 @@ class Transformed(MapMethod):
             return f"blocks {list(block)} fill no {list(shape)}"
         return None
 
-    def rank(self, shapes: Shapes, settings: Settings) -> int:
-        """Side of a block."""
-        return shapes[_PART][1] if len(shapes.get(_PART, ())) == 3 else 0
-
     def rows(self, given: Given) -> Rows:
         """See `MapMethod.rows`."""
         from lora_cli.arithmetic.rowwise import multiply

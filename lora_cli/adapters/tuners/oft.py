@@ -53,13 +53,9 @@ class BlockRotation(MapMethod):
             return None
         return "of a kernel larger than one point OFT turns overlapping patches of the input, which no weight does"
 
-    def rank(self, shapes: Shapes, settings: Settings) -> int:
-        """The size of a block."""
-        return max((_side(found[1]) or 0 for found in shapes.values() if len(found) == 2), default=0)
-
     def working_bytes(self, shapes: Shapes, settings: Settings, shape: Shape) -> int:
         """Some matrices for each block."""
-        return sum(80 * found[0] * self.rank(shapes, settings) ** 2 for found in shapes.values())
+        return sum(80 * found[0] * (_side(found[1]) or 0) ** 2 for found in shapes.values())
 
     def rows(self, given: Given) -> Rows:
         """See `MapMethod.rows`."""
@@ -136,6 +132,7 @@ TUNER = Tuner(
     source="Qiu et al. 2023, arXiv:2306.07280; Qiu et al. 2025, arXiv:2506.19847",
     modules="linear layers, convolutions of one point, embeddings",
     parts=METHOD.parts,
+    needs=(tuple((name,) for name in METHOD.parts),),
     read=_read,
     methods=(METHOD,),
     understood={

@@ -112,6 +112,7 @@ TUNER = Tuner(
     source="Zhong et al. 2024, arXiv:2410.01870",
     parts=METHOD.parts,
     read=_read,
+    needs=((METHOD.parts[:2],),),
     methods=(METHOD,),
     understood={
         "scaling": number("what multiplies the change"),

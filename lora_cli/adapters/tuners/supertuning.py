@@ -136,6 +136,7 @@ TUNER = Tuner(
     source="arXiv:2607.09287",
     parts=METHOD.parts,
     read=_read,
+    needs=((("supertuning_values",),), ((_A, _B), ())),
     methods=(METHOD, OUTERMOST),
     understood={
         "r": whole_number("rank of the product; the factors show it"),

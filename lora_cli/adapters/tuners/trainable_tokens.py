@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from lora_cli.adapters.adapter import RowReplacement
 from lora_cli.adapters.tuners.tuner import Changes, Field, Module, Tuner
-from lora_cli.errors import MalformedFileError, ShapeError
+from lora_cli.errors import SAVE_AGAIN, MalformedFileError, ShapeError
 
 _ROWS, _TOKENS = "trainable_tokens_delta", "token_indices"
 
@@ -23,6 +23,7 @@ def _read(module: Module) -> Changes:
             tensor=tensor.key,
             expected=f"{len(tokens)} rows, as {_TOKENS} says",
             found=list(tensor.shape),
+            hint=SAVE_AGAIN,
         )
     yield RowReplacement(f"{module.name}.weight", tokens, tensor, _TOKENS)
 

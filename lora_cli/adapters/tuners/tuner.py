@@ -10,7 +10,7 @@ from lora_cli.adapters.adapter import HAS_NONE, Replacement, RowReplacement, Sca
 from lora_cli.adapters.formula import Method
 from lora_cli.adapters.patterns import PeftPatterns
 from lora_cli.checkpoint.checkpoint import StoredTensor
-from lora_cli.errors import ShapeError, UsageError
+from lora_cli.errors import SAVE_AGAIN, ShapeError, UsageError
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,11 @@ class Module:
         rank = int(self.said("r", 8, "rank_pattern"))
         if factors not in (None, rank) or rank < 1:
             raise ShapeError(
-                "The factors have another rank than the config says", tensor=self.name, expected=rank, found=factors
+                "The factors have another rank than the config says",
+                tensor=self.name,
+                expected=rank,
+                found=factors,
+                hint=SAVE_AGAIN,
             )
         return rank
 
@@ -66,6 +70,9 @@ class Module:
 
 
 Changes = Iterator[Target | Replacement | RowReplacement]
+
+Need = tuple[tuple[str, ...], ...]
+"""Sets of parts of a module, one of which must be there whole; the empty one where there may be none of them."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +94,7 @@ class Tuner:
         refused: Fields that change what cannot be done: name → why.
         unmergeable: Says why a file with this config and tensors of these names cannot be merged; None where it can.
         whole: Whether it holds parameters whole, instead of or beside changes.
+        needs: Which of the parts a module must have; unless it is given, each that is not idle.
     """
 
     type: str
@@ -103,6 +111,18 @@ class Tuner:
     refused: Mapping[str, str] = field(default_factory=dict)
     unmergeable: Callable[[Mapping[str, Any], Collection[str]], str | None] = lambda config, names: None
     whole: bool = False
+    needs: tuple[Need, ...] | None = None
+
+    def lacks(self, found: Collection[str]) -> str | None:
+        """Say in words which parts a module lacks that has these; None where it has what it needs."""
+        every: tuple[Need, ...] = tuple(((part,),) for part in self.parts if part not in self.idle)
+        for sets in every if self.needs is None else self.needs:
+            begun = [parts for parts in sets if not set(found).isdisjoint(parts)]
+            if not begun and () not in sets:
+                return ", or ".join(map(" and ".join, sets))
+            if begun and not any(set(found).issuperset(parts) for parts in begun):
+                return " and ".join(part for part in begun[0] if part not in found)
+        return None
 
 
 @dataclass(frozen=True)

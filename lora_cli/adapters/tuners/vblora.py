@@ -4,7 +4,8 @@ In PEFT (`peft.tuners.vblora`) the model has `vblora_vector_bank` (vectors × le
 (rank × in/length × vectors) and `vblora_logits_B` (out/length × rank × vectors): each piece of a row of A, and of a
 column of B, is the sum of the vectors with the largest logits, as many as `topk` says, weighted by the softmax of
 these. Or only that is in the file: `…_topk_indices`, and `…_topk_weights` without the last, which is the rest to 1.
-There is no scale. Of equal logits the first counts.
+There is no scale. Of equal logits the first counts; PEFT takes what `torch.topk` takes on its device, and no file says
+which that was. So a merge warns where the last vector that counts and the next one have the same logit.
 """
 
 from __future__ import annotations
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
 
 _BANK = "vblora_vector_bank"
 _SIDES = ("vblora_logits_A", "vblora_logits_B")
+_TIED = (
+    "logits are equal at the end of the topk largest, of which the first count here and any in PEFT, by its device; "
+    "let PEFT save the adapter again with save_only_topk_weights = true, where it was trained"
+)
 
 
 class Mixed(ProductMethod):
@@ -33,6 +38,7 @@ class Mixed(ProductMethod):
     kind = "vblora"
     indices = tuple(f"{side}_topk_indices" for side in _SIDES)
     parts = (*_SIDES, *indices, *(f"{side}_topk_weights" for side in _SIDES), _BANK)
+    doubted = _SIDES
 
     def problem(self, shapes: Shapes, settings: Settings, shape: Shape) -> str | None:
         """See `Method.problem`."""
@@ -54,6 +60,12 @@ class Mixed(ProductMethod):
     def working_bytes(self, shapes: Shapes, settings: Settings, shape: Shape) -> int:
         """All tensors in float64 with their order, and the factors."""
         return super().working_bytes(shapes, settings, shape) * 2 + 48 * self.rank(shapes, settings) * sum(shape)
+
+    def doubt(self, tensors: Mapping[str, Tensor], settings: Settings) -> str | None:
+        """See `Method.doubt`: the last logit that counts, and the next one."""
+        count = int(settings.get("topk", 0))  # type: ignore[arg-type]  # `problem` has looked
+        largest = [of.topk(count + 1, dim=-1).values for of in tensors.values() if of.shape[-1] > count]
+        return _TIED if any(bool((of[..., -1] == of[..., -2]).any()) for of in largest) else None
 
     def term(self, given: Given) -> Term:
         """See `ProductMethod.term`."""
@@ -136,6 +148,7 @@ TUNER = Tuner(
     modules="linear layers and GPT-2's Conv1D",
     parts=METHOD.parts[:-1],
     shared=(_BANK,),
+    needs=tuple(((side,), (f"{side}_topk_indices", f"{side}_topk_weights")) for side in _SIDES),
     read=_read,
     methods=(METHOD,),
     understood={

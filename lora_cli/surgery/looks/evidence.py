@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -54,12 +54,21 @@ class Mistake(NamedTuple):
     unstretched: bool = False
 
 
+def as_one(edit: Edit) -> bool:
+    """Whether the change of a tensor is looked for as a whole, and not that of each adapter.
+
+    Only products of all matrices of a tensor are made one by one; where deltas set lengths, multiply or make something
+    else of what is there, there is none alone.
+    """
+    return edit.stretched or edit.acts != {"product"} or any(term.at is not None for term in edit.terms)
+
+
 def asked_of(edit: Edit) -> tuple[float, ...]:
     """The strength that is asked for along each delta of a tensor: 1, and 0 where the user's weight is 0.
 
-    Where deltas set lengths there is no strength but that of the change as a whole.
+    Of a change that is looked for as a whole there is but one.
     """
-    return (1.0,) if edit.stretched else tuple(1.0 if term.weight else 0.0 for term in edit.terms)
+    return (1.0,) if as_one(edit) else tuple(1.0 if term.weight else 0.0 for term in edit.terms)
 
 
 def mistakes(asked: tuple[float, ...], *, stretched: bool = False) -> list[Mistake]:
@@ -188,22 +197,24 @@ class _Bench:
             enough=math.prod(edit.shape) // AGREES,
         )
         with open_readers() as readers:
-            products = _Products(edit, readers)
+            products = None if as_one(edit) else _Products(edit, readers)
+            matrices = (1, *edit.matrix) if products is None else edit.terms[0].matrices
+            others = mistakes(asked, stretched=edit.stretched)
             reader = readers.of(candidate)
             for piece in self._workshop.pieces(edit, part.begin, part.end):
                 found = self._found[: piece.result.nbytes].view(piece.result.dtype)
                 reader.read_into(candidate.offset + piece.offset * found.itemsize, raw_bytes(found))
-                for run in runs(piece.offset, found.numel(), edit.terms[0].matrices, longest):
+                for run in runs(piece.offset, found.numel(), matrices, longest):
                     here = rows[:, : run.place.stop - run.place.start]
                     at = run.place
                     delta, gains = (None if part is None else part[at] for part in (piece.delta, piece.gains))
                     seen = Piece(0, piece.source[at], piece.result[at], delta, gains)
-                    if seen.gains is None:
+                    if products is not None:
                         products.write(here, run)
                     elif seen.wanted is not None:
                         here[0] = seen.wanted
                     whole = _held_whole(edit, piece.offset + at.start, at.stop - at.start)
-                    _see(evidence, here, asked, seen, found[at], whole)
+                    _see(evidence, here, asked, others, seen, found[at], whole)
         return evidence
 
 
@@ -246,7 +257,13 @@ def _held_whole(edit: Edit, first: int, count: int) -> Tensor | None:
 
 
 def _see(
-    evidence: Evidence, rows: Tensor, asked: tuple[float, ...], piece: Piece, found: Tensor, whole: Tensor | None
+    evidence: Evidence,
+    rows: Tensor,
+    asked: tuple[float, ...],
+    others: Sequence[Mistake],
+    piece: Piece,
+    found: Tensor,
+    whole: Tensor | None,
 ) -> None:
     """Take in one run; the deltas are in the first rows, and the others are filled here."""
     deltas, moves, off = rows[:-2], rows[-2], rows[-1]
@@ -274,14 +291,20 @@ def _see(
     evidence.unlike_merge += _count(off)
     evidence.moved += _count(stored_base != merged)
     evidence.against += _count((there - base).mul_(_sum(deltas, asked)) < 0)
-    for number, mistake in enumerate(mistakes(asked, stretched=piece.gains is not None)):
+    for number, mistake in enumerate(others):
         # Only one that hardly an element speaks against can be meant; of the others a part is enough to see.
         if evidence.unlike[number] <= evidence.enough:
             change = piece.delta if mistake.unstretched and piece.delta is not None else _sum(deltas, mistake.strengths)
-            made = _sum(deltas, asked) + merged if mistake.again else base + change
+            made = _again(piece, merged, _sum(deltas, asked)) if mistake.again else base + change
             evidence.unlike[number] += _count(made.to(found.dtype).to(torch.float64) != there)
     # Last, since it takes the signs away.
     _see_sizes(evidence, torch.maximum(base.abs_(), merged.abs_()), there.abs_(), moves, found.dtype)
+
+
+def _again(piece: Piece, merged: Tensor, change: Tensor) -> Tensor:
+    """What the same merge makes of the merge itself; of what only its change is known of, that once more."""
+    onto = piece._replace(source=piece.result).wanted if piece.gains is not None else None
+    return merged + (change if onto is None else onto)
 
 
 def _see_sizes(evidence: Evidence, right: Tensor, there: Tensor, moves: Tensor, dtype: torch.dtype) -> None:

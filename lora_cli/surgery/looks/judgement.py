@@ -54,6 +54,9 @@ _EXACTLY = 1e-3
 """Relative error of such a change that no other magnitudes leave."""
 
 
+_ON_TOP = "this merge with another change on top"
+
+
 class Subject(NamedTuple):
     """Whose deltas a tensor takes.
 
@@ -64,6 +67,7 @@ class Subject(NamedTuple):
         sole: The label, where one adapter has several deltas on the tensor, and no other has any.
         stretched: Whether deltas set lengths, so that there are no strengths to tell.
         on_base: Whether they are added to the base's own tensor, and not to one that an adapter holds whole.
+        adds: Whether all are added; else they multiply what is there, or make something else of it.
     """
 
     asked: tuple[float, ...]
@@ -72,6 +76,7 @@ class Subject(NamedTuple):
     sole: str | None = None
     stretched: bool = False
     on_base: bool = True
+    adds: bool = True
 
     @property
     def one(self) -> str | None:
@@ -128,7 +133,7 @@ def _by_strength(evidence: Evidence, subject: Subject, wrong: int, max_ulp: int 
     strengths = strengths_of(evidence, subject.asked)
     if strengths is None:
         return another(subject.one, 0.0)
-    if len(strengths.right) < len(subject.labels):
+    if len(strengths.right) < len(subject.names):
         every = ("the sum of all adapters",)
         subject = subject._replace(asked=(1.0,), labels=every, names=every, sole=None)
     # What is left of small changes is below the noise, whatever they are; but no scale moves a weight the other way.
@@ -140,7 +145,9 @@ def _by_strength(evidence: Evidence, subject: Subject, wrong: int, max_ulp: int 
         error = _relative_error(evidence)
         return less_exact(error) if error <= _EXACTLY else other_lengths()
     if forms == {"same"}:
-        return _right_strength(evidence, strengths.rounding and by_scale, wrong, max_ulp)
+        # What is made of the base, and not added, has nothing on top, however much of it another change has.
+        more = plain(_ON_TOP) if subject.adds else another(subject.one, strengths.share)
+        return _right_strength(evidence, strengths.rounding and by_scale, wrong, max_ulp) or more
     if {state.form for state, asked in zip(states, subject.asked, strict=True) if asked} == {"missing"}:
         few = _few(evidence.unlike_base, evidence)
         return but_for("the bare base", evidence.unlike_base) if few else another(subject.one, strengths.share)
@@ -149,13 +156,13 @@ def _by_strength(evidence: Evidence, subject: Subject, wrong: int, max_ulp: int 
     return another(subject.one, strengths.share)
 
 
-def _right_strength(evidence: Evidence, rounding: bool, wrong: int, max_ulp: int | None) -> Likeness:
-    """The right strengths, and yet many elements differ."""
+def _right_strength(evidence: Evidence, rounding: bool, wrong: int, max_ulp: int | None) -> Likeness | None:
+    """The right strengths, and yet many elements differ; None for more than rounding does."""
     if (rounding and (max_ulp is None or max_ulp <= _SOME_ULPS)) or _small(max_ulp):
         return rounded(wrong, max_ulp)
     if _relative_error(evidence) <= COARSE:
         return less_exact(_relative_error(evidence))
-    return rounded(wrong, max_ulp) if rounding else plain("this merge with another change on top")
+    return rounded(wrong, max_ulp) if rounding else None
 
 
 def _small(max_ulp: int | None) -> bool:

@@ -13,9 +13,9 @@ from lora_cli.progress import Progress
 from lora_cli.surgery import distance
 from lora_cli.surgery.budget import Budget
 from lora_cli.surgery.edit import Edit
-from lora_cli.surgery.looks.evidence import asked_of, gather
+from lora_cli.surgery.looks.evidence import as_one, asked_of, gather
 from lora_cli.surgery.looks.judgement import FEW, Subject, judge
-from lora_cli.surgery.looks.phrases import Likeness, bare, but_for, elements
+from lora_cli.surgery.looks.phrases import Likeness, bare, but_for, elements, percent
 from lora_cli.surgery.plan import Plan
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def likenesses(
     """
     values = {difference.key: difference for difference in different if difference.what == "values"}
     edits = [edit for edit in plan.edits if edit.key in values]
-    with_terms = [edit for edit in edits if _has_evidence(edit)]
+    with_terms = [edit for edit in edits if edit.terms]
     if with_terms:
         progress.begin("look at differences", sum(edit.nbytes for edit in with_terms))
     evidence = gather(with_terms, candidates, budget, progress.advance)
@@ -53,11 +53,6 @@ def likenesses(
         found[edit.key] = judge(evidence[edit.key], subject, difference.elements or 0, difference.max_ulp)
     wholes = [edit for edit in edits if not edit.terms]
     return found | _wholes(plan, wholes, candidates, values, budget, progress)
-
-
-def _has_evidence(edit: Edit) -> bool:
-    """Whether each adapter's own change is looked for: products, of all matrices of a tensor."""
-    return edit.acts == {"product"} and all(term.at is None for term in edit.terms)
 
 
 def summary(different: Sequence[Difference], likenesses: Mapping[str, Likeness]) -> str | None:
@@ -91,7 +86,11 @@ def _subject(plan: Plan, edit: Edit) -> Subject:
         for term, label in zip(edit.terms, labels, strict=True)
     )
     sole = labels[0] if len(count) == 1 else None
-    return Subject(asked_of(edit), labels, names, sole, edit.stretched, edit.displaced is None)
+    if as_one(edit):
+        names = (sole or "the change of all adapters",)
+        labels = names if sole else labels
+    adds = all(term.adds for term in edit.terms)
+    return Subject(asked_of(edit), labels, names, sole, edit.stretched, edit.displaced is None, adds)
 
 
 def _wholes(
@@ -135,7 +134,7 @@ def _whole(edit: Edit, difference: Difference, apart: distance.Distance | None) 
     else:
         general = "the base, but changed since" if kept else "another tensor than the adapter's"
         norm = math.sqrt(apart.squares / apart.reference) if apart and 0 < apart.reference < math.inf else math.inf
-        by = f", by {100 * norm:.2g} % of its norm" if 0 < norm < math.inf else ""
+        by = f", by {percent(norm)} of its norm" if 0 < norm < math.inf else ""
         likeness = Likeness(f"{general}: {elements(count)} of {size:,} differ{by}", general)
     if apart is None or apart.largest < math.inf:
         return likeness

@@ -51,11 +51,11 @@ def elements(count: int) -> str:
 
 
 def percent(share: float) -> str:
-    """A share between 0 and 1."""
-    value = 100 * max(0.0, min(1.0, share))
+    """A share, or how large something is beside something else."""
+    value = 100 * max(0.0, share)
     if value < 0.1:
         return "less than 0.1 %"
-    return f"{value:.0f} %" if value >= 10 else f"{value:.2g} %"
+    return f"{value:,.0f} %" if value >= 10 else f"{value:.2g} %"
 
 
 def plain(words: str) -> Likeness:

@@ -150,7 +150,8 @@ def _region(said: TermRecord, delta: Delta, key: str, shape: tuple[int, ...]) ->
     try:
         begin, end, of, *steps = said.outputs
         (step,) = steps or (1,)
-        region = Region((begin, end), of, said.rows, step) if bounded and of <= max(shape, default=0) else None
+        bounded = bounded and max(of, step) <= max(shape, default=0)
+        region = Region((begin, end), of, said.rows, step) if bounded else None
     except ValueError:
         region = None
     runs = (range(*run) for run in said.rows)
