@@ -161,13 +161,10 @@ def merge(
         # torch is loaded only here, after the plan is on the screen.
         from lora_cli.surgery.execute import execute
         from lora_cli.surgery.finishing import Finishing
-        from lora_cli.surgery.looks.meanings import meanings_doubted
-        from lora_cli.surgery.looks.packing import doubts
 
-        doubtful = [*([] if options.read.expert_layout.order else doubts(made)), *meanings_doubted(made)]
+        doubtful = [*_doubts(made, options)]
         for words in doubtful:
             progress.warn(words)
-
         finishing = Finishing(made, target, options, undo=undo, embed=embed_adapter)
         written = execute(
             made,
@@ -199,6 +196,17 @@ def merge(
         seconds=run.seconds,
         peak_rss_bytes=run.peak_rss_bytes,
     )
+
+
+def _doubts(made: Plan, options: PlanOptions) -> Iterator[str]:
+    """What the numbers of adapters leave in doubt. torch is loaded for it only where there is something to look at."""
+    from lora_cli.surgery.looks.meanings import meanings_doubted
+
+    if made.strided and not options.read.expert_layout.order:
+        from lora_cli.surgery.looks.packing import doubts
+
+        yield from doubts(made)
+    yield from meanings_doubted(made)
 
 
 def _never_undone(made: Plan) -> Iterator[str]:
