@@ -47,7 +47,7 @@ EXPERT_CASES: Final = {
     "jetmoe": "experts experts-first",
     "qwen3-vl-moe": "experts experts-first experts-018",
     "qwen3-vl-moe-published": "experts experts-first experts-018",
-    "qwen3-moe-square": f"{NESTED} experts-018 experts-019 experts-grouped experts-apart",
+    "qwen3-moe-square": f"{NESTED} experts-018 experts-019 experts-unversioned experts-grouped experts-apart",
     "qwen3-moe-square-fused": f"{NESTED} {VERSIONS} experts-grouped experts-megatron experts-vllm experts-apart",
     "mixtral-square": "experts experts-018 experts-apart",
     # Of these, all versions but one meet the same side; between 0.18.0 and 0.19.0 both kinds were made.
@@ -65,7 +65,7 @@ EXPERT_CASES: Final = {
 
 UNDECIDED: Final = (UnsupportedError, "expert-layout")
 EXPERT_REFUSED: Final[dict[str, dict[str, tuple[type[LoraCliError], str]]]] = {
-    "qwen3-moe-square": {"experts-unversioned": UNDECIDED},
-    "llama4-square": {"experts-unversioned": UNDECIDED},
-    "gpt-oss-square": {"experts-018-dev": UNDECIDED},
+    "qwen3-moe-square": {"experts-first-unversioned": UNDECIDED},
+    "llama4-square": {"experts-first-unversioned": UNDECIDED},
+    "gpt-oss-square": {"experts-first-018-dev": UNDECIDED},
 }

@@ -112,6 +112,14 @@ _LISTED: Final = (
     Option("experts-018-dev", experts(), save=as_file(first_side, {"peft_version": "0.18.2.dev0@1f3a"})),
     Option("experts-019", experts(), save=as_file(exchanged, {"peft_version": "0.19.0"})),
     Option("experts-unversioned", experts(), save=as_file(first_side, {"peft_version": None})),
+    Option(
+        "experts-first-018-dev",
+        experts(target_parameters=first),
+        save=as_file(first_side, {"peft_version": "0.18.2.dev0@1f3a"}),
+    ),
+    Option(
+        "experts-first-unversioned", experts(target_parameters=first), save=as_file(first_side, {"peft_version": None})
+    ),
     Option("experts-first-018", experts(target_parameters=first), save=as_file(first_side, {"peft_version": "0.18.0"})),
     Option(  # when these were modules of their own
         "experts-granite-018",

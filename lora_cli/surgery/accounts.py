@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from lora_cli.adapters.adapter import Adapter
@@ -51,6 +51,11 @@ class Accounts:
         self._problems.append((kind, words))
         if weighted is not None:
             self._weighted.setdefault(self._adapters[weighted].label)
+
+    def problems(self, found: Iterable[tuple[type[LoraCliError], str]]) -> None:
+        """Say of several things what is wrong."""
+        for kind, words in found:
+            self.problem(kind, words)
 
     def settle(self) -> None:
         """Raise one error with every problem of the gravest kind; check that nothing was left out.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lora_cli.adapters.formula import Formula
@@ -96,15 +97,19 @@ def _factor_bytes(edit: Edit) -> int:
     Of a stack it is those of one matrix: they are prepared one after the other.
     """
     products: Counter[int | None] = Counter()
-    formulas = 0
+    formulas: Counter[int | None] = Counter()
     for term in edit.terms:
         if term.delta.acts == "product":
             products[term.at] += term.delta.rank * sum(term.matrices[1:])
         if isinstance(term.delta, Formula):
-            formulas += term.delta.working_bytes + (
+            formulas[term.at] += term.delta.working_bytes + (
                 term.delta.group * edit.matrix[1] * 16 if term.delta.acts == "map" else 0
             )
-            formulas += 2 * sum(seen.tensor.nbytes for seen in term.seen)
-    # Those on all matrices of a stack come together with those on one of them.
-    elements = products[None] + max((count for at, count in products.items() if at is not None), default=0)
-    return elements * 8 * 5 + formulas + (edit.fresh.working_bytes if edit.fresh is not None else 0)
+            formulas[term.at] += 2 * sum(seen.tensor.nbytes for seen in term.seen)
+    made = edit.fresh.working_bytes if edit.fresh is not None else 0
+    return _at_once(products) * 8 * 5 + _at_once(formulas) + made
+
+
+def _at_once(amounts: Mapping[int | None, int]) -> int:
+    """The most that is there at once: what is for all matrices of a stack, with what is for one of them."""
+    return amounts.get(None, 0) + max((count for at, count in amounts.items() if at is not None), default=0)

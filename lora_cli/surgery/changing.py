@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lora_cli.adapters.adapter import Delta, Replacement, Target
+from lora_cli.adapters.formula import Formula
 from lora_cli.adapters.tuners import NAMES
 from lora_cli.checkpoint.checkpoint import StoredTensor
 from lora_cli.errors import LoraCliError, ShapeError, UnsupportedError
@@ -52,6 +53,14 @@ class Change:
             return ShapeError, "one adapter changes a stack of matrices, another one a convolution"
         if first.transposed != added.transposed:
             return ShapeError, "square, and two adapters read it in two ways; give --orientation ba or ab"
+        if added.alone and added.count is not None:
+            words = f"{kind_words(added.delta)} for single experts, of which the base stores several in one tensor"
+            return UnsupportedError, f"{words}; this needs a base that stores each of them by itself"
+        if not _go_together({_manner(term) for term in self.terms}):
+            return UnsupportedError, (
+                f"{kind_words(added.delta)} and {kind_words(first.delta)} for parts of one tensor; "
+                "merge one after the other"
+            )
         alone = next((term for term in (added, *together) if term.alone), None) if together else None
         if alone is not None:
             words = "sets the lengths of rows" if alone.adds else "makes something of what is there"
@@ -101,6 +110,15 @@ class Change:
 def kind_words(delta: Delta) -> str:
     """What people call a change that is not added to others."""
     return "DoRA" if delta.magnitude is not None else NAMES.get(delta.kind, delta.kind)
+
+
+def _manner(term: Contribution) -> str:
+    return "length" if term.delta.magnitude is not None else term.delta.acts if term.alone else "sum"
+
+
+def _go_together(manners: Set[str]) -> bool:
+    """Whether deltas that change a tensor in these ways can do so in one pass, each its own outputs."""
+    return len(manners) == 1 or not ("map" in manners or {"length", "gain"} <= manners)
 
 
 def _meet(rows: Rows, term: Contribution) -> bool:
@@ -168,6 +186,9 @@ def apart_words(label: str, placed: Sequence[Placed], twins: Mapping[int, Target
 def deltas_alike(one: Delta, other: Delta) -> bool:
     """Whether the factors of two deltas are the same, or each the other's transposed, as of a table and its head."""
     if one.scale.times() != other.scale.times() or len(one.tensors) != len(other.tensors):
+        return False
+    formulas = [(d.kind, d.settings, [*d.parts]) for d in (one, other) if isinstance(d, Formula)]
+    if formulas and (len(formulas) == 1 or formulas[0] != formulas[1]):
         return False
     if all(contents_alike(mine, theirs) for mine, theirs in zip(one.tensors, other.tensors, strict=True)):
         return True

@@ -137,6 +137,7 @@ class Workshop:
             rows = maps.rows(block.rows)[:, block.columns].reshape(-1)
             result = cast(rows, typed(self._output, out, block.elements))
             delta = (rows - source.to(torch.float64)).to(work) + 0.0
+            lay_rows(edit, block.offset, source, result, readers, delta)
             yield Piece(block.offset, source, result, delta)
 
     def _cast(self, edit: Edit, begin: int, end: int, readers: Readers) -> Iterator[Piece]:

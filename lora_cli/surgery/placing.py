@@ -324,11 +324,11 @@ class Placement:
 
     def _place_targets(self, one: _Applied) -> None:
         shapes = {key: self._shape(key) for key in self.tensors}
-        found = settle(one.adapter, one.found.places, shapes, self.base.config)
-        for kind, words in found.problems:
-            self.accounts.problem(kind, words)
+        found = settle(one.adapter, one.found.places, shapes, self.base.config, self.options.orientation)
+        self.accounts.problems(found.problems)
         self.uses[one.position] = replace(self.uses[one.position], layouts=found.uses)
         self.warnings += [f"{one.adapter.label}: {words}" for words in found.surprises]
+        self._guessed += found.guessed
         placed = found.placed
         lying = lie(one.adapter, placed, shapes, self.base, self.options.orientation)
         for words in lying.problems:

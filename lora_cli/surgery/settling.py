@@ -11,9 +11,9 @@ from lora_cli.adapters.adapter import Adapter, Delta, Parameter, Target
 from lora_cli.adapters.expert_deltas import LowRankExperts, OpenExperts
 from lora_cli.adapters.expert_layout import Side
 from lora_cli.adapters.formula import Formula
-from lora_cli.adapters.layout import by_architecture
+from lora_cli.adapters.layout import Orientation, by_architecture, settle_square
 from lora_cli.adapters.region import Place
-from lora_cli.errors import LoraCliError, UnsupportedError
+from lora_cli.errors import LoraCliError, ShapeError, UnsupportedError
 from lora_cli.surgery.lying import Placed
 from lora_cli.surgery.plan import LayoutUse
 
@@ -27,12 +27,16 @@ class Settled:
         problems: What is wrong, in words.
         layouts: How factors of stacks are read, in words, and of how many of them.
         surprises: What a person should look at in that.
+        guessed: Keys of square tensors that formulas are for, taken as stored (out × in) for want of any hint.
+        said: `--orientation`.
     """
 
     placed: list[Placed] = field(default_factory=list)
     problems: list[tuple[type[LoraCliError], str]] = field(default_factory=list)
     layouts: Counter[str] = field(default_factory=Counter)
     surprises: list[str] = field(default_factory=list)
+    guessed: list[str] = field(default_factory=list)
+    said: Orientation | None = None
 
     @property
     def uses(self) -> tuple[LayoutUse, ...]:
@@ -51,6 +55,7 @@ def settle(
     places: Mapping[str, Sequence[Place]],
     shapes: Mapping[str, tuple[int, ...]],
     base_config: Mapping[str, Any],
+    said: Orientation | None = None,
 ) -> Settled:
     """Tell every delta of an adapter of the parameter that it is for.
 
@@ -59,8 +64,9 @@ def settle(
         places: Where the base stores each parameter, by the adapter's name for it.
         shapes: Shape of every tensor of the base, as the adapter finds it.
         base_config: The base's `config.json`.
+        said: `--orientation`.
     """
-    settled = Settled()
+    settled = Settled(said=said)
     sides = _sides(adapter, places, shapes, base_config)
     for target in _together(adapter, places, shapes, base_config, settled):
         found = places.get(target.name, ())
@@ -135,15 +141,53 @@ def _settled(
     settled: Settled,
 ) -> Delta | None:
     key = places[0].key
+    parameter = _parameter(adapter, target, places, shapes, base_config)
+    plain = (
+        len(parameter.shape) == 2 and not parameter.stack and {p.region or p.turned for p in places} <= {None, False}
+    )
+    if isinstance(target.delta, Formula) and plain:
+        return _lying(adapter, target, parameter, key, settled)
+    return _on(target, parameter, key, shapes[key], settled)
+
+
+def _lying(adapter: Adapter, target: Target, parameter: Parameter, key: str, settled: Settled) -> Delta | None:
+    """A formula for a matrix that may be stored either way: as it is said, or as its shape allows."""
+    told = by_architecture(target, key, parameter.base_config)
+    preferred = settle_square(adapter, told, set(), settled.said)
+    ways = [parameter if preferred == parameter.transposed else _turned(parameter)]
+    stored = parameter.shape[::-1] if parameter.transposed else parameter.shape
+    if len({*stored}) > 1:
+        ways.append(_turned(ways[0]))
+    elif told is None and settled.said is None and adapter.transposed_hint is None:
+        settled.guessed += [] if parameter.base_config.get("model_type") else [key]
+    fitting = [way for way in ways if _fits(target.delta, way)]
+    return _on(target, (fitting or ways)[0], key, stored, settled)
+
+
+def _fits(delta: Delta, parameter: Parameter) -> bool:
     try:
-        return target.delta.on(_parameter(adapter, target, places, shapes, base_config))
+        delta.on(parameter)
+    except ShapeError:
+        return False
+    except UnsupportedError:
+        return True  # which is said later
+    return True
+
+
+def _turned(parameter: Parameter) -> Parameter:
+    return replace(parameter, shape=parameter.shape[::-1], transposed=not parameter.transposed)
+
+
+def _on(target: Target, parameter: Parameter, key: str, stored: tuple[int, ...], settled: Settled) -> Delta | None:
+    try:
+        return target.delta.on(parameter)
     except LoraCliError as error:
         if isinstance(error, UnsupportedError):  # shapes have nothing to do with it
             settled.problems.append((type(error), f"{key}: {error.message}"))
             return None
         # The reason first: what a long line loses is its end.
         factors = ", ".join(f"{tensor.key} {list(tensor.shape)}" for tensor in target.delta.tensors)
-        words = f"{key}: {error.message}; base {list(shapes[key])}, adapter {factors}"
+        words = f"{key}: {error.message}; base {list(stored)}, adapter {factors}"
         settled.problems.append((type(error), words))
         return None
 

@@ -17,6 +17,7 @@ from lora_cli.adapters.formats.pairs import INCOMPLETE
 from lora_cli.adapters.formats.peft_keys import PREFIX, Found, sort_wholes
 from lora_cli.adapters.formats.peft_wholes import content_of, replacements, trained_rows
 from lora_cli.adapters.peft_config import COMMON, refuse_set_fields
+from lora_cli.adapters.peft_types import check_types
 from lora_cli.adapters.source import CONFIG_FILE, AdapterSource, ReadOptions
 from lora_cli.adapters.tuners.tuner import Module, Tuner
 from lora_cli.checkpoint.checkpoint import StoredTensor
@@ -41,6 +42,7 @@ def read_tuner(source: AdapterSource, options: ReadOptions, tuner: Tuner, eviden
         neutral=tuner.neutral,
         refused=refused,
     )
+    check_types({name: value for name, value in config.items() if name in COMMON}, CONFIG_FILE)
     _check_types(config, tuner)
     sorted_ = _Sorter(source, tuner)
     names = {*sorted_.shared, *(part for tensors in sorted_.modules.values() for part in tensors)}
@@ -79,7 +81,7 @@ def read_tuner(source: AdapterSource, options: ReadOptions, tuner: Tuner, eviden
         unread=tuple(tensor for tensor in given if tensor.key not in used),
         skipped=(*sorted_.found.skipped, *sorted_.copies, *copies, *empty, *idle),
         config=config,
-        transposed_hint=config.get("fan_in_fan_out") is True,
+        transposed_hint=config.get("fan_in_fan_out"),
         orientation="ba",
         ignored_fields=ignored,
         stored=len(source.tensors),

@@ -63,7 +63,8 @@ class Tiled(SumMethod):
         rank, width = block.shape
 
         def tile(rows: Tensor, columns: slice) -> Tensor:
-            return block.index_select(0, places[columns] % rank).index_select(1, rows % width).T
+            # Rows first: they are few, and all columns of the block as many as the module has outputs.
+            return block.index_select(1, rows % width).index_select(0, places[columns] % rank).T
 
         return tile
 

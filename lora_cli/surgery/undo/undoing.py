@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 
 from lora_cli.adapters.source import AdapterSource
+from lora_cli.adapters.tuners import NAMES
 from lora_cli.arithmetic import ARITHMETIC
 from lora_cli.checkpoint.checkpoint import PICKLES, Checkpoint, Shard, StoredTensor
 from lora_cli.checkpoint.digests import bytes_digest, cuts, file_digest, span_digest
@@ -61,20 +62,14 @@ class Undoing:
 
     def uses(self) -> tuple[AdapterUse, ...]:
         """How each adapter was used, as the undo file has it."""
-        scales: list[Counter[float]] = [Counter() for _ in self.undo.manifest.adapters]
-        for term in (term for edit in self.plan.edits for term in edit.terms):
-            scales[term.adapter][term.delta.scale.alpha] += 1
-        return tuple(
-            AdapterUse(
-                said.label,
-                "undo file",
-                "LoRA",
-                said.weight,
-                "",
-                tuple(ScaleUse(scale, "recorded at the merge", count) for scale, count in found.items()),
-            )
-            for said, found in zip(self.undo.manifest.adapters, scales, strict=True)
-        )
+        return tuple(self._use(number, said) for number, said in enumerate(self.undo.manifest.adapters))
+
+    def _use(self, number: int, said: AdapterRecord) -> AdapterUse:
+        terms = [term for edit in self.plan.edits for term in edit.terms if term.adapter == number]
+        kinds = {NAMES.get(term.delta.kind, "LoRA") for term in terms}
+        scales = Counter(term.delta.scale.alpha for term in terms)
+        uses = tuple(ScaleUse(scale, "recorded at the merge", count) for scale, count in scales.items())
+        return AdapterUse(said.label, "undo file", ", ".join(sorted(kinds)) or "not recorded", said.weight, "", uses)
 
 
 def plan_undoing(
