@@ -142,10 +142,8 @@ def _settled(
 ) -> Delta | None:
     key = places[0].key
     parameter = _parameter(adapter, target, places, shapes, base_config)
-    plain = (
-        len(parameter.shape) == 2 and not parameter.stack and {p.region or p.turned for p in places} <= {None, False}
-    )
-    if isinstance(target.delta, Formula) and plain:
+    matrix = len(parameter.shape) == 2 and not parameter.stack
+    if isinstance(target.delta, Formula) and matrix and not any(place.region or place.turned for place in places):
         return _lying(adapter, target, parameter, key, settled)
     return _on(target, parameter, key, shapes[key], settled)
 
