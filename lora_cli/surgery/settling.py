@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lora_cli.adapters.adapter import Adapter, Delta, Parameter, Target
+from lora_cli.adapters.conversions import architecture
 from lora_cli.adapters.expert_deltas import LowRankExperts, OpenExperts
 from lora_cli.adapters.expert_layout import Side
 from lora_cli.adapters.formula import Formula
@@ -157,7 +158,7 @@ def _lying(adapter: Adapter, target: Target, parameter: Parameter, key: str, set
     if len({*stored}) > 1:
         ways.append(_turned(ways[0]))
     elif told is None and settled.said is None and adapter.transposed_hint is None:
-        settled.guessed += [] if parameter.base_config.get("model_type") else [key]
+        settled.guessed += [key] if architecture(parameter.base_config) is None else []
     fitting = [way for way in ways if _fits(target.delta, way)]
     return _on(target, (fitting or ways)[0], key, stored, settled)
 
