@@ -23,7 +23,9 @@ def _whole(seen: tuple[Seen, ...], readers: Readers) -> torch.Tensor:
     if region is None:
         return first
     outputs = sum(len(part) for part, _ in parts)
-    made = first.new_empty((outputs, first.shape[1]), dtype=torch_dtype(seen[0].tensor.dtype))
+    types = {torch_dtype(one.tensor.dtype) for one in seen}
+    # Parts of several types go into one that holds all of them as they are.
+    made = first.new_empty((outputs, first.shape[1]), dtype=types.pop() if len(types) == 1 else torch.float64)
     for part, region in parts:
         assert region is not None  # noqa: S101 (what is stored in parts has them)
         made[torch.tensor(region.indices())] = part

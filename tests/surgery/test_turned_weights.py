@@ -132,10 +132,13 @@ def test_a_bias_is_computed_from_its_own_part_of_a_weight(tmp_path: Path) -> Non
     assert (ledger["applied"], ledger["ignored"]) == (2, 2)
 
 
-def test_a_weight_that_is_stored_in_parts_is_seen_whole(tmp_path: Path) -> None:
+@pytest.mark.parametrize("first", [torch.float32, torch.bfloat16], ids=str)
+def test_a_weight_that_is_stored_in_parts_is_seen_whole(tmp_path: Path, first: torch.dtype) -> None:
+    """Also where the parts are of two types."""
     kind: dict[str, Any] = {"architectures": ["MiniMaxM3SparseForConditionalGeneration"], "model_type": "minimax_m3_vl"}
     keys = [f"language_model.model.layers.0.mlp.{name}_proj.weight" for name in ("gate", "up")]
-    base = write_base(tmp_path / "base", {key: gaussian(at, 21, 10) for at, key in enumerate(keys)}, **kind)
+    parts = [gaussian(at, 21, 10, dtype=dtype) for at, dtype in enumerate((first, torch.float32))]
+    base = write_base(tmp_path / "base", dict(zip(keys, parts, strict=True)), **kind)
     name = "model.language_model.layers.0.mlp.gate_up_proj"
     tensors = deft(name, 42, 10)
     adapter = write_tuned(tmp_path / "adapter", "DEFT", tensors)
