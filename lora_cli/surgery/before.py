@@ -28,7 +28,7 @@ def _whole(seen: tuple[Seen, ...], readers: Readers) -> torch.Tensor:
     made = first.new_empty((outputs, first.shape[1]), dtype=types.pop() if len(types) == 1 else torch.float64)
     for part, region in parts:
         assert region is not None  # noqa: S101 (what is stored in parts has them)
-        made[torch.tensor(region.indices())] = part
+        made[torch.tensor(region.indices())] = part.to(made.dtype)
     return made
 
 
