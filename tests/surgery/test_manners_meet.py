@@ -14,7 +14,8 @@ from models import read_tensors
 from round_trips import contents, gaussian, lora, write_base
 from test_turned_weights import FUSED, WQKV, write_tuned
 
-from lora_cli.errors import LoraCliError, UnsupportedError
+from lora_cli.errors import LoraCliError, UnsupportedError, UsageError
+from lora_cli.surgery.budget import settle_budget
 from lora_cli.surgery.merge import merge, plan_merge
 from lora_cli.surgery.placing import PlanOptions
 from lora_cli.surgery.unmerge import unmerge
@@ -162,3 +163,33 @@ def test_fields_of_every_tuner_have_their_types(tmp_path: Path) -> None:
     adapter = write(tmp_path / "a", GAINS, modules_to_save=5)
     with pytest.raises(LoraCliError, match="wrong type"):
         merge(bases(tmp_path)[1], [adapter], tmp_path / "out")
+
+
+# What it takes
+
+
+def least_memory(base: Path, adapter: Path) -> int:
+    """MiB that a merge asks for at least."""
+    with pytest.raises(UsageError) as caught:
+        settle_budget(plan_merge(base, [adapter]), memory=1, threads=1)
+    return int(str(caught.value.expected).removeprefix("--memory ").partition("MiB")[0])
+
+
+def test_the_tensors_of_a_formula_count(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", {"m.weight": gaussian(1, 512, 512)})
+    asked = []
+    for rank in (1, 64):
+        tensors = {f"m.hada_w{side}_a": gaussian(side, 512, rank) for side in (1, 2)}
+        tensors |= {f"m.hada_w{side}_b": gaussian(side + 2, rank, 512) for side in (1, 2)}
+        adapter = write_tuned(tmp_path / f"rank-{rank}", "LOHA", tensors, r=rank, alpha=1)
+        asked.append(least_memory(base, adapter))
+    assert asked[1] - asked[0] >= 2 * 64 * 1024 * 8 * 5 >> 20
+
+
+def test_what_is_read_of_the_base_counts(tmp_path: Path) -> None:
+    asked = []
+    for width in (16, 1024):
+        base = write_base(tmp_path / f"base-{width}", {"m.weight": gaussian(1, 512, width)})
+        tensors = {"m.deft_P": gaussian(2, 512, 3), "m.deft_R": gaussian(3, 3, width)}
+        asked.append(least_memory(base, write_tuned(tmp_path / f"deft-{width}", "DEFT", tensors)))
+    assert asked[1] - asked[0] >= 2 * 512 * 1008 * 4 >> 20
