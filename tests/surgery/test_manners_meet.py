@@ -5,6 +5,7 @@ What is done to a part of a fused tensor is what is done to a tensor of its own,
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,8 +15,12 @@ from models import read_tensors
 from round_trips import contents, gaussian, lora, write_base
 from test_turned_weights import FUSED, WQKV, write_tuned
 
+from lora_cli.adapters.formats import open_adapter
+from lora_cli.adapters.formula import Formula
+from lora_cli.adapters.tuners import METHODS
 from lora_cli.errors import LoraCliError, UnsupportedError, UsageError
 from lora_cli.surgery.budget import settle_budget
+from lora_cli.surgery.changing import deltas_alike
 from lora_cli.surgery.merge import merge, plan_merge
 from lora_cli.surgery.placing import PlanOptions
 from lora_cli.surgery.unmerge import unmerge
@@ -193,3 +198,18 @@ def test_what_is_read_of_the_base_counts(tmp_path: Path) -> None:
         tensors = {"m.deft_P": gaussian(2, 512, 3), "m.deft_R": gaussian(3, 3, width)}
         asked.append(least_memory(base, write_tuned(tmp_path / f"deft-{width}", "DEFT", tensors)))
     assert asked[1] - asked[0] >= 2 * 512 * 1008 * 4 >> 20
+
+
+# What is one change
+
+
+def test_equal_tensors_of_two_formulas_are_two_changes(tmp_path: Path) -> None:
+    """As of a table and its head, which turn other sides of what they share."""
+    tensors = {"m.oft_R.weight": gaussian(1, 4, 6), "n.oft_R.weight": gaussian(1, 4, 6)}
+    write_tuned(tmp_path / "a", "OFT", tensors, oft_block_size=4)
+    one, same = (target.delta for target in open_adapter(tmp_path / "a").targets)
+    assert isinstance(one, Formula)
+    other = next(method for method in METHODS.values() if method.acts == "map" and method.kind != one.kind)
+    assert deltas_alike(one, same)
+    assert not deltas_alike(one, replace(one, method=other))
+    assert not deltas_alike(one, replace(one, settings={**one.settings, "something": 1}))
