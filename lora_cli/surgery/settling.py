@@ -99,7 +99,9 @@ def _together(
         return [target for target in adapter.targets if target not in asking]
     if not asking:
         return adapter.targets
-    parameters = [_parameter(adapter, target, places[target.name], shapes, base_config).shape for target in asking]
+    parameters = [
+        _parameter(adapter, target, places[target.name], shapes, base_config, settled.said).shape for target in asking
+    ]
     told = {t.name: t.delta.among(parameters) for t in asking if isinstance(t.delta, Formula)}
     return [replace(target, delta=told.get(target.name, target.delta)) for target in adapter.targets]
 
@@ -142,7 +144,7 @@ def _settled(
     settled: Settled,
 ) -> Delta | None:
     key = places[0].key
-    parameter = _parameter(adapter, target, places, shapes, base_config)
+    parameter = _parameter(adapter, target, places, shapes, base_config, settled.said)
     matrix = len(parameter.shape) == 2 and not parameter.stack
     if isinstance(target.delta, Formula) and matrix and not any(place.region or place.turned for place in places):
         return _lying(adapter, target, parameter, key, settled)
@@ -152,11 +154,10 @@ def _settled(
 def _lying(adapter: Adapter, target: Target, parameter: Parameter, key: str, settled: Settled) -> Delta | None:
     """A formula for a matrix that may be stored either way: as it is said, or as its shape allows."""
     told = by_architecture(target, key, parameter.base_config)
-    preferred = settle_square(adapter, told, set(), settled.said)
-    ways = [parameter if preferred == parameter.transposed else _turned(parameter)]
+    ways = [parameter]
     stored = parameter.shape[::-1] if parameter.transposed else parameter.shape
     if len({*stored}) > 1:
-        ways.append(_turned(ways[0]))
+        ways.append(replace(parameter, shape=parameter.shape[::-1], transposed=not parameter.transposed))
     elif told is None and settled.said is None and adapter.transposed_hint is None:
         settled.guessed += [key] if architecture(parameter.base_config) is None else []
     fitting = [way for way in ways if _fits(target.delta, way)]
@@ -171,10 +172,6 @@ def _fits(delta: Delta, parameter: Parameter) -> bool:
     except UnsupportedError:
         return True  # which is said later
     return True
-
-
-def _turned(parameter: Parameter) -> Parameter:
-    return replace(parameter, shape=parameter.shape[::-1], transposed=not parameter.transposed)
 
 
 def _on(target: Target, parameter: Parameter, key: str, stored: tuple[int, ...], settled: Settled) -> Delta | None:
@@ -197,6 +194,7 @@ def _parameter(
     places: Sequence[Place],
     shapes: Mapping[str, tuple[int, ...]],
     base_config: Mapping[str, Any],
+    said: Orientation | None = None,
 ) -> Parameter:
     """What a base tells of a parameter that lies in these places."""
     first = places[0]
@@ -207,7 +205,7 @@ def _parameter(
     transposed = first.turned
     if not stack and len(shape) == 2 and not isinstance(target.delta, OpenExperts):
         told = by_architecture(target, first.key, base_config)
-        transposed = transposed or (bool(adapter.transposed_hint) if told is None else told)
+        transposed = transposed or bool(settle_square(adapter, told, set(), said))
     if transposed:
         shape = (*shape[:-2], shape[-1], shape[-2]) if len(shape) > 1 else shape
     outputs = sum(
