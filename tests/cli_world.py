@@ -18,7 +18,7 @@ from tiny import adapter_tensors, write_adapter, write_base
 
 from lora_cli.cli.app import run
 
-ROOT: Final = Path(__file__).resolve().parents[2]
+ROOT: Final = Path(__file__).resolve().parents[1]
 SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
