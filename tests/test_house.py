@@ -66,6 +66,38 @@ def test_only_the_command_line_prints(file: Path) -> None:
     assert not [call for call in calls if isinstance(call, ast.Name) and call.id == "print"]
 
 
+SYSTEM = """open read write pread preadv pwrite pwritev readv writev truncate ftruncate fsync fdatasync sendfile
+posix_fallocate copy_file_range rename renames replace link symlink unlink remove rmdir removedirs mkdir makedirs
+scandir listdir fstat stat lstat chmod fchmod chown utime statvfs mkfifo walk"""
+PATHS = """read_text read_bytes write_text write_bytes touch mkdir rmdir unlink hardlink_to symlink_to iterdir glob rglob
+chmod"""
+APART = {
+    "lora_cli.checkpoint.files": "it is the place",
+    "lora_cli.checkpoint.advice": "what the system says of its own memory is no file of anybody's",
+    "lora_cli.surgery.results": "likewise",
+    "lora_cli.cli.app": "stdout and stderr, where they were closed",
+}
+
+
+def file_calls_of(file: Path) -> list[str]:
+    """What opens, lists, changes or removes files, but for data of the package itself."""
+    tree = ast.parse(file.read_text("utf-8"))
+    calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    methods = [func for func in calls if isinstance(func, ast.Attribute)]
+    found = [f"os.{func.attr}" for func in methods if ast.unparse(func.value) == "os" and func.attr in SYSTEM.split()]
+    found += [
+        f".{func.attr}" for func in methods if func.attr in PATHS.split() and "resources" not in ast.unparse(func)
+    ]
+    found += ["open" for func in calls if isinstance(func, ast.Name) and func.id == "open"]
+    return found + [name for name in imports_of(file) if name in ("shutil", "tempfile", "fcntl", "glob")]
+
+
+@pytest.mark.parametrize("file", FILES, ids=name_of)
+def test_files_are_touched_in_one_place(file: Path) -> None:
+    """What a test lets fail call by call (tests/reliability) is all that there is."""
+    assert not file_calls_of(file) or name_of(file) in APART
+
+
 @pytest.mark.parametrize("file", FILES, ids=name_of)
 def test_files_stay_small(file: Path) -> None:
     assert len(file.read_text("utf-8").splitlines()) <= 400

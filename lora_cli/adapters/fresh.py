@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from lora_cli.adapters.adapter import Scale
 from lora_cli.adapters.inits import GAUSSIAN_STD, INITS
-from lora_cli.adapters.peft_types import LARGEST
+from lora_cli.adapters.strength import LARGEST
 from lora_cli.adapters.targets import ALL_LINEAR, Target
 from lora_cli.checkpoint.dtypes import DTYPES, DType
 from lora_cli.errors import UsageError

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from lora_cli.errors import UsageError
-from lora_cli.regex import untrusted
+from lora_cli.errors import UnsupportedError, UsageError
+from lora_cli.regex import MOST, Matches, linear, untrusted
 
 
 class PeftPatterns:
@@ -19,14 +19,23 @@ class PeftPatterns:
 
     Each entry is a regular expression, as in PEFT's `get_pattern_key`. Most are plain names, of which there may be one
     for every module: those are looked up by the module's own endings instead of one after the other.
+
+    Args:
+        patterns: The entries.
+        file: The file that has them, for messages.
+        field: What they are called there.
+
+    Raises:
+        UnsupportedError: There are so many that trying them would take long.
     """
 
-    def __init__(self, patterns: Mapping[str, Any]) -> None:
+    def __init__(self, patterns: Mapping[str, Any], *, file: str | None = None, field: str | None = None) -> None:
         self._patterns = patterns
+        self._file, self._field = file, field
         self._keys = list(patterns)
         self._endings, self._wholes = _Names(), _Names()
         self._regular: list[tuple[int, str]] = []
-        self._compiled: dict[str, Callable[[str], bool]] = {}
+        self._compiled: dict[str, Matches] = {}
         for place, key in enumerate(self._keys):
             name = key.removeprefix("^")
             if _PLAIN.fullmatch(name):
@@ -34,6 +43,15 @@ class PeftPatterns:
                 (self._endings if name == key else self._wholes).add(name, place)
             else:
                 self._regular.append((place, key))
+        tried = max(len(self._regular), self._endings.tried, self._wholes.tried)
+        if tried > MOST:
+            raise UnsupportedError(
+                "There are too many patterns to try them all on every module",
+                file=file,
+                tensor=field,
+                expected=f"at most {MOST} that are no plain names",
+                found=tried,
+            )
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -64,7 +82,7 @@ class PeftPatterns:
 
     def _matches(self, key: str, module: str) -> bool:
         if key not in self._compiled:
-            self._compiled[key] = untrusted(key, _AROUND)
+            self._compiled[key] = untrusted(key, _AROUND, file=self._file, field=self._field)
         return self._compiled[key](module)
 
     def _plain_places(self, module: str) -> list[int]:
@@ -84,6 +102,11 @@ class _Names:
 
     def __len__(self) -> int:
         return len(self._places)
+
+    @property
+    def tried(self) -> int:
+        """How many ways of blanking are tried at most: in real files, few for any length."""
+        return max(map(len, self._blanks.values()), default=0)
 
     def add(self, entry: str, place: int) -> None:
         """Take up an entry that stands at this place."""
@@ -119,21 +142,34 @@ def peft_lookup(patterns: Mapping[str, Any], module: str) -> tuple[str, Any] | N
     return PeftPatterns(patterns).first(module)
 
 
-def compile_user_pattern(pattern: str) -> re.Pattern[str]:
+def compile_user_pattern(pattern: str) -> Matches:
     """Compile what a person typed: a glob on dotted names, or a regular expression after `re:`.
 
     A glob is matched against whole names, or against their end after a dot: `q_proj` and `layers.0.*.q_proj` both find
-    `model.layers.0.self_attn.q_proj`. `*` stays within a name's part, `**` crosses dots.
+    `model.layers.0.self_attn.q_proj`. `*` stays within a name's part, `**` crosses dots. What a person types may look
+    around or back, which only Python's own engine does; everything else takes linear time.
 
     Raises:
         UsageError: The regular expression is broken.
     """
-    if not pattern.startswith("re:"):
-        return re.compile(rf"(?:.*\.)?{_glob_body(pattern)}\Z", re.DOTALL)
+    body = body_of(pattern)
     try:
-        return re.compile(rf"(?:{pattern[3:]})\Z")
-    except re.error as error:
-        raise UsageError(f"The pattern is no regular expression: {error}", found=pattern) from error
+        backtracking = re.compile(rf"(?:{body})\Z")
+    except (re.error, RecursionError, OverflowError) as error:
+        raise UsageError(f"The pattern is no regular expression: {error}", found=pattern[:200]) from error
+    try:
+        return linear(body, TO_THE_END)
+    except ValueError:
+        return lambda name: backtracking.match(name) is not None
+
+
+TO_THE_END = r"(?:{})\z"
+"""What is put around a pattern that stands for whole names."""
+
+
+def body_of(pattern: str) -> str:
+    """The regular expression that a pattern of a person stands for."""
+    return pattern[3:] if pattern.startswith("re:") else rf"(?s:(?:.*\.)?{_glob_body(pattern)})"
 
 
 def _glob_body(pattern: str) -> str:
@@ -142,6 +178,6 @@ def _glob_body(pattern: str) -> str:
     return "".join(meaning.get(part, re.escape(part)) for part in parts)
 
 
-def matches_any(patterns: Iterable[re.Pattern[str]], name: str) -> bool:
+def matches_any(patterns: Iterable[Matches], name: str) -> bool:
     """Whether any of the compiled patterns matches the name."""
-    return any(pattern.match(name) for pattern in patterns)
+    return any(matches(name) for matches in patterns)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, TypeGuard
 
+from lora_cli.adapters.strength import LARGEST
 from lora_cli.errors import MalformedFileError
 
 
@@ -89,14 +90,11 @@ def _are_blocks(value: object) -> bool:
 MOST_LAYERS = 1 << 16
 """More layers than any model has."""
 
-LARGEST = 1e30
-"""Alphas beyond this are no alphas."""
-
 _TYPES: Mapping[str, tuple[str, Callable[[object], bool]]] = {
     "r": ("a whole number", _is_rank),
-    "lora_alpha": ("a number", _is_number),
+    "lora_alpha": (f"a number below {LARGEST:g}", _is_number),
     "rank_pattern": ("an object of whole numbers", _maps_to(_is_rank)),
-    "alpha_pattern": ("an object of numbers", _maps_to(_is_number)),
+    "alpha_pattern": (f"an object of numbers below {LARGEST:g}", _maps_to(_is_number)),
     "modules_to_save": ("a list", _lists(lambda entry: True)),
     "use_dora": ("true or false", _is_flag),
     "use_rslora": ("true or false", _is_flag),

@@ -19,6 +19,8 @@ from lora_cli.checkpoint.checkpoint import (
     read_config,
     refuse_pickle,
 )
+from lora_cli.checkpoint.links import check_link, is_there
+from lora_cli.checkpoint.source import listing
 from lora_cli.errors import MalformedFileError, UnsafeInputError, UsageError
 
 CONFIG_FILE = "adapter_config.json"
@@ -70,7 +72,7 @@ def look_at_adapter(path: Path, *, label: str | None = None) -> AdapterSource:
 
     Raises:
         UsageError: Nothing is there, or it is no adapter.
-        UnsafeInputError: The weights are pickled.
+        UnsafeInputError: The weights are pickled, or a link leads out of the folder.
         MalformedFileError: The header or the config is broken.
     """
     label = label or path.resolve().name
@@ -80,16 +82,18 @@ def look_at_adapter(path: Path, *, label: str | None = None) -> AdapterSource:
     file = _weights_in(path, label) if path.is_dir() else path
     refuse_pickle(file)
     config = folder / CONFIG_FILE
-    return AdapterSource(path, label, open_shard(file), read_config(config) if config.exists() else None)
+    return AdapterSource(path, label, open_shard(file), read_config(config) if is_there(config) else None)
 
 
 def _weights_in(folder: Path, label: str) -> Path:
-    if (folder / ADAPTER_FILE).exists():
+    if is_there(folder / ADAPTER_FILE):
         return folder / ADAPTER_FILE
-    files = sorted(folder.glob("*.safetensors"))
+    inside = listing(folder)
+    files = [path for path in inside if path.suffix == ".safetensors" and path.name[:1] != "."]
     if len(files) == 1:
+        check_link(files[0])
         return files[0]
-    nested = sorted(config.parent.name for config in folder.glob(f"*/{CONFIG_FILE}"))
+    nested = [entry.name for entry in inside if (entry / CONFIG_FILE).exists()]
     if nested:
         raise UsageError(
             "The folder holds several adapters",
@@ -97,7 +101,7 @@ def _weights_in(folder: Path, label: str) -> Path:
             found=", ".join(nested),
             hint="name one of the folders",
         )
-    pickles = sorted(entry.name for entry in folder.iterdir() if entry.name.endswith(PICKLES))
+    pickles = sorted(entry.name for entry in inside if entry.name.endswith(PICKLES))
     if pickles and not files:
         raise UnsafeInputError(
             "The adapter's weights are pickled, which can run code when they are read",

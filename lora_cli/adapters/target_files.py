@@ -6,15 +6,20 @@ exclude: ["layers.0.**"]
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_cli.adapters.patterns import TO_THE_END, body_of
 from lora_cli.checkpoint import strict_yaml
 from lora_cli.checkpoint.source import read_whole
 from lora_cli.errors import MalformedFileError
+from lora_cli.regex import untrusted
 
 _ENDINGS = (".yaml", ".yml")
+_MOST = 10_000
+"""Patterns of one field that are tried one after the other on every module."""
 
 
 def expand(targets: Sequence[str], exclude: Sequence[str] = ()) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -70,19 +75,27 @@ def read_mapping(path: Path, *, fields: Collection[str], what: str) -> Mapping[s
 
 
 def patterns(value: object, *, file: str, field: str) -> list[str]:
-    """Check a list of patterns: text, not empty, each once, and no further files.
+    """Check a list of patterns: text, not empty, each once, no further files, and none that could take long.
 
     Raises:
         MalformedFileError: With the field.
+        UnsupportedError: A regular expression that does not match in linear time.
     """
     if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
         raise MalformedFileError(
             "A field has the wrong type", file=file, tensor=field, expected="a list of patterns", found=repr(value)[:60]
         )
-    repeated = sorted({item for item in value if value.count(item) > 1})
+    if len(value) > _MOST:
+        raise MalformedFileError(
+            "There are too many patterns", file=file, tensor=field, expected=f"at most {_MOST}", found=len(value)
+        )
+    repeated = sorted(item for item, count in Counter(value).items() if count > 1)
     if repeated:
         raise MalformedFileError("A pattern stands twice", file=file, tensor=field, found=", ".join(repeated))
     nested = [item for item in value if item.endswith(_ENDINGS)]
     if nested:
         raise MalformedFileError("A file of patterns names another one", file=file, tensor=field, found=nested[0])
+    for item in value:
+        # A file goes from hand to hand, so none of its patterns may take long, as one that a person types may.
+        untrusted(body_of(item), TO_THE_END, file=file, field=field)
     return value

@@ -28,7 +28,9 @@ from lora_cli.adapters.formats.pairs import Pair, check_pairs
 from lora_cli.adapters.modules import is_embedding
 from lora_cli.adapters.names import Chain, First, Identity, Mapper, Subtree, Unparametrize, Unwrap
 from lora_cli.adapters.source import ReadOptions
+from lora_cli.adapters.strength import LARGEST, check_alpha
 from lora_cli.checkpoint.checkpoint import Checkpoint, StoredTensor, read_config
+from lora_cli.checkpoint.links import is_there
 from lora_cli.errors import MalformedFileError, NamesError, ShapeError, UnsupportedError, UsageError
 
 WRAP_FILE = "lora_wrap.json"
@@ -227,7 +229,7 @@ def _check_folding(checkpoint: Checkpoint, mapper: Mapper, factors: Collection[s
 
 def _read_wrap_file(checkpoint: Checkpoint) -> Mapping[str, Any]:
     path = wrap_file_of(checkpoint)
-    if not path.exists():
+    if not is_there(path):
         return {}
     said = read_config(path)
     if said.get("schema") != WRAP_SCHEMA:
@@ -277,7 +279,9 @@ def _delta(site: _Site, said: Mapping[str, Any], options: ReadOptions, label: st
 
 def _scale(rank: int, module: str, said: Mapping[str, Any], options: ReadOptions, label: str) -> Scale:
     if said.get("rank", rank) != rank:
-        raise ShapeError("Ranks do not agree", file=WRAP_FILE, tensor=module, expected=rank, found=said["rank"])
+        raise ShapeError(
+            "Ranks do not agree", file=WRAP_FILE, tensor=module, expected=rank, found=repr(said["rank"])[:60]
+        )
     if options.scale is not None:
         return Scale(options.scale, None, False, "--scale")
     if options.alpha is not None:
@@ -290,5 +294,14 @@ def _scale(rank: int, module: str, said: Mapping[str, Any], options: ReadOptions
             expected=f"{WRAP_FILE} beside it",
             hint="give --alpha A (scale is alpha / rank) or --scale S",
         )
+    if not -LARGEST < alpha < LARGEST:
+        raise MalformedFileError(
+            "A scale is not a number",
+            file=WRAP_FILE,
+            tensor="alpha",
+            expected=f"a number below {LARGEST:g}",
+            found=repr(alpha)[:60],
+        )
+    check_alpha(alpha, file=WRAP_FILE, field="alpha")
     rslora = said.get("scaling") == "alpha/sqrt(rank)"
     return Scale(float(alpha), rank, rslora, f"alpha of {WRAP_FILE} / {'√' if rslora else ''}rank of the factors")

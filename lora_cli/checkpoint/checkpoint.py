@@ -7,7 +7,7 @@ from a file ever becomes a path.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from lora_cli.checkpoint import strict_json
 from lora_cli.checkpoint.dtypes import DType
 from lora_cli.checkpoint.header import Header, TensorInfo, parse_header, read_header_length
 from lora_cli.checkpoint.index import INDEX_LIMIT, Index, parse_index
-from lora_cli.checkpoint.source import SourceFile, look_at, read_whole
+from lora_cli.checkpoint.links import check_link, is_there
+from lora_cli.checkpoint.source import SourceFile, listing, look_at, read_whole
 from lora_cli.errors import MalformedFileError, UnsafeInputError, UnsupportedError, UsageError
 
 CONFIG_LIMIT = 16 << 20
@@ -99,7 +100,6 @@ class Checkpoint:
     shards: tuple[Shard, ...]
     index: Index | None = None
     warnings: tuple[str, ...] = ()
-    links_inside: Path | None = field(default=None, repr=False)
 
     @cached_property
     def tensors(self) -> Mapping[str, StoredTensor]:
@@ -110,7 +110,7 @@ class Checkpoint:
     def config(self) -> Mapping[str, Any]:
         """The model's `config.json`; empty when there is none."""
         path = self.folder / "config.json" if self.folder else None
-        if path is None or not path.exists():
+        if path is None or not is_there(path):
             return {}
         return read_config(path)
 
@@ -149,13 +149,12 @@ def open_shard(path: Path, *, name: str | None = None) -> Shard:
     return Shard(source, parse_header(raw, source.size, file=source.name))
 
 
-def open_checkpoint(path: Path, *, label: str | None = None, links_inside: Path | None = None) -> Checkpoint:
+def open_checkpoint(path: Path, *, label: str | None = None) -> Checkpoint:
     """Open a checkpoint from a `.safetensors` file or a folder, reading headers only.
 
     Args:
         path: The file or folder.
         label: What to call it; the last part of the path if not given.
-        links_inside: A folder in which the targets of symbolic links may lie (a Hub cache).
 
     Raises:
         UsageError: Nothing is there, or it holds no checkpoint.
@@ -166,7 +165,7 @@ def open_checkpoint(path: Path, *, label: str | None = None, links_inside: Path 
     if not path.exists():
         raise UsageError("The path does not exist", file=path)
     if path.is_dir():
-        return _open_folder(path, label, links_inside or _hub_cache_of(path))
+        return _open_folder(path, label)
     refuse_pickle(path)
     return Checkpoint(path, label, None, (open_shard(path),))
 
@@ -177,10 +176,11 @@ def refuse_pickle(path: Path) -> None:
         raise UnsafeInputError("Pickled weights can run code when they are read", file=path.name, hint=CONVERT_HINT)
 
 
-def _open_folder(folder: Path, label: str, links_inside: Path | None) -> Checkpoint:
-    listing = {entry.name: entry for entry in folder.iterdir()}
-    weights = sorted(name for name in listing if name.endswith(".safetensors") and name != ADAPTER_FILE)
-    indexes = sorted(name for name in listing if name.endswith(".safetensors.index.json"))
+def _open_folder(folder: Path, label: str) -> Checkpoint:
+    inside = {entry.name: entry for entry in listing(folder)}
+    seen = [name for name in inside if not name.startswith(".")]  # what is hidden, systems and killed runs left
+    weights = [name for name in seen if name.endswith(".safetensors") and name != ADAPTER_FILE]
+    indexes = [name for name in seen if name.endswith(".safetensors.index.json")]
     if len(indexes) > 1:
         raise UnsupportedError(
             "The folder holds several checkpoints",
@@ -189,32 +189,23 @@ def _open_folder(folder: Path, label: str, links_inside: Path | None) -> Checkpo
             hint="name one file of them",
         )
     for name in (*weights, *indexes):
-        _check_link(listing[name], folder, links_inside)
+        check_link(inside[name])
     if indexes:
-        index = parse_index(read_whole(listing[indexes[0]], limit=INDEX_LIMIT), name=indexes[0])
-        return _open_sharded(folder, label, listing, index, weights, links_inside)
-    return _open_only_file(folder, label, listing, weights, links_inside)
+        index = parse_index(read_whole(inside[indexes[0]], limit=INDEX_LIMIT), name=indexes[0])
+        return _open_sharded(folder, label, inside, index, weights)
+    return _open_only_file(folder, label, inside, weights)
 
 
-def _open_only_file(
-    folder: Path, label: str, listing: Mapping[str, Path], weights: list[str], links_inside: Path | None
-) -> Checkpoint:
+def _open_only_file(folder: Path, label: str, inside: Mapping[str, Path], weights: list[str]) -> Checkpoint:
     chosen = "model.safetensors" if "model.safetensors" in weights else (weights[0] if len(weights) == 1 else None)
     if chosen is None:
-        _refuse_folder(label, listing, weights)
+        _refuse_folder(label, inside, weights)
     assert chosen is not None  # noqa: S101 (_refuse_folder never returns)
     unused = [name for name in weights if name != chosen]
-    return Checkpoint(
-        folder,
-        label,
-        folder,
-        (open_shard(listing[chosen]),),
-        warnings=_unused_warning(unused),
-        links_inside=links_inside,
-    )
+    return Checkpoint(folder, label, folder, (open_shard(inside[chosen]),), warnings=_unused_warning(unused))
 
 
-def _refuse_folder(label: str, listing: Mapping[str, Path], weights: list[str]) -> None:
+def _refuse_folder(label: str, inside: Mapping[str, Path], weights: list[str]) -> None:
     if weights:
         raise MalformedFileError(
             "The folder holds several safetensors files and no index",
@@ -222,7 +213,7 @@ def _refuse_folder(label: str, listing: Mapping[str, Path], weights: list[str]) 
             found=", ".join(weights[:8]),
             hint="add model.safetensors.index.json, or name one file",
         )
-    pickles = sorted(name for name in listing if name.endswith(PICKLES))
+    pickles = [name for name in inside if name.endswith(PICKLES)]
     if pickles:
         raise UnsafeInputError(
             "The folder holds only pickled weights, which can run code when they are read",
@@ -230,13 +221,13 @@ def _refuse_folder(label: str, listing: Mapping[str, Path], weights: list[str]) 
             found=", ".join(pickles[:8]),
             hint=CONVERT_HINT,
         )
-    if ADAPTER_FILE in listing or "adapter_config.json" in listing:
+    if ADAPTER_FILE in inside or "adapter_config.json" in inside:
         raise UsageError(
             "The folder is an adapter, not a checkpoint",
             file=label,
             hint="give the base checkpoint first, then the adapter",
         )
-    below = sorted(name for name, entry in listing.items() if any(entry.glob("*.safetensors")))
+    below = [name for name, entry in inside.items() if _holds_weights(entry)]
     raise UsageError(
         "The folder holds no safetensors checkpoint",
         file=label,
@@ -247,16 +238,13 @@ def _refuse_folder(label: str, listing: Mapping[str, Path], weights: list[str]) 
     )
 
 
-def _open_sharded(
-    folder: Path,
-    label: str,
-    listing: Mapping[str, Path],
-    index: Index,
-    weights: list[str],
-    links_inside: Path | None,
-) -> Checkpoint:
+def _holds_weights(entry: Path) -> bool:
+    return entry.is_dir() and any(path.suffix == ".safetensors" for path in listing(entry))
+
+
+def _open_sharded(folder: Path, label: str, inside: Mapping[str, Path], index: Index, weights: list[str]) -> Checkpoint:
     names = sorted(set(index.weight_map.values()))
-    missing = [name for name in names if name not in listing]
+    missing = [name for name in names if name not in inside]
     if missing:
         raise MalformedFileError(
             f"{len(missing)} of {len(names)} shards are missing",
@@ -270,11 +258,11 @@ def _open_sharded(
             file=label,
             hint="remove one of them, or name the file that you mean",
         )
-    shards = tuple(open_shard(listing[name]) for name in names)
+    shards = tuple(open_shard(inside[name]) for name in names)
     warnings = _check_index(index, shards)
     unused = [name for name in weights if name not in names]
     warnings += _unused_warning(unused)
-    return Checkpoint(folder, label, folder, shards, index, warnings, links_inside)
+    return Checkpoint(folder, label, folder, shards, index, warnings)
 
 
 def _check_index(index: Index, shards: tuple[Shard, ...]) -> tuple[str, ...]:
@@ -314,25 +302,3 @@ def _check_index(index: Index, shards: tuple[Shard, ...]) -> tuple[str, ...]:
 
 def _unused_warning(names: list[str]) -> tuple[str, ...]:
     return (f"not part of the checkpoint, left out: {', '.join(names)}",) if names else ()
-
-
-def _hub_cache_of(folder: Path) -> Path | None:
-    """The whole cache when `folder` is a snapshot in one: its files are links to blobs, its own or shared ones."""
-    parent = folder.resolve().parent
-    return parent.parent.parent if parent.name == "snapshots" and (parent.parent / "blobs").is_dir() else None
-
-
-def _check_link(path: Path, folder: Path, links_inside: Path | None) -> None:
-    if not path.is_symlink():
-        return
-    try:
-        real = path.resolve(strict=True)
-    except (OSError, RuntimeError) as error:
-        raise MalformedFileError("A symbolic link leads nowhere", file=path.name) from error
-    allowed = [folder.resolve(), *([links_inside.resolve()] if links_inside else [])]
-    if not any(root in real.parents for root in allowed):
-        raise UnsafeInputError(
-            "A symbolic link leads out of the checkpoint's folder",
-            file=path.name,
-            hint="name the folder that really holds the files, or copy them",
-        )

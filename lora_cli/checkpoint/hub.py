@@ -7,7 +7,6 @@ which is what an offline run relies on. The client (`huggingface_hub`) is loaded
 from __future__ import annotations
 
 import re
-import uuid
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,11 +16,21 @@ from typing import Literal, NoReturn
 from urllib.parse import unquote
 
 from lora_cli.checkpoint.checkpoint import ADAPTER_FILE, CONVERT_HINT, PICKLES
+from lora_cli.checkpoint.files import make_folders
 from lora_cli.checkpoint.hub_client import client_calls, is_model_id
 from lora_cli.checkpoint.index import INDEX_LIMIT, parse_index
 from lora_cli.checkpoint.sidefiles import SIDE_FILE_LIMIT, belongs
-from lora_cli.checkpoint.source import read_whole
-from lora_cli.errors import HubError, MalformedFileError, UnsafeInputError, UnsupportedError, UsageError
+from lora_cli.checkpoint.source import listing, read_whole
+from lora_cli.checkpoint.staged import write_beside
+from lora_cli.errors import (
+    DiskFullError,
+    HubError,
+    MalformedFileError,
+    UnsafeInputError,
+    UnsupportedError,
+    UsageError,
+    WriteError,
+)
 from lora_cli.progress import SILENT, Progress
 from lora_cli.version import __version__
 
@@ -53,13 +62,11 @@ class Location:
         path: The file or folder.
         label: Its name in messages and receipts: `owner/name@commit`, or the last part of a local path.
         hub: Whether it came from the Hub.
-        links_inside: Where symbolic links may lead: the whole Hub cache, since its repositories share blobs.
     """
 
     path: Path
     label: str
     hub: bool
-    links_inside: Path | None
 
 
 @dataclass(frozen=True)
@@ -89,10 +96,10 @@ def locate(reference: str, *, role: Role, progress: Progress = SILENT) -> Locati
         DiskFullError: The cache has no space for it.
         WriteError: The cache cannot be written.
     """
-    path = None if reference.startswith("hf://") else _local(reference)
+    path = local_path(reference)
     if path is not None:
         name = path.name if path.name not in ("", "..") else path.resolve().name
-        return Location(path, name or "/", hub=False, links_inside=None)
+        return Location(path, name or "/", hub=False)
     if not reference.startswith("hf://") and Path(reference).parent.is_dir() and "/" in reference:
         hint = f"check the spelling; for a repository on the Hub write hf://{reference}"
         raise UsageError("Path not found, though its folder is there", file=reference, hint=hint)
@@ -104,8 +111,14 @@ def locate(reference: str, *, role: Role, progress: Progress = SILENT) -> Locati
         raise
 
 
-def _local(reference: str) -> Path | None:
-    """The path if something is there; one that cannot be looked at must not become a question to the Hub."""
+def local_path(reference: str) -> Path | None:
+    """Return the path if something is there; None for what only the Hub can have.
+
+    Raises:
+        UsageError: It cannot be looked at, which must not become a question to the Hub; or a link leads nowhere.
+    """
+    if reference.startswith("hf://"):
+        return None
     path = Path(reference)
     try:
         path.stat()
@@ -187,7 +200,7 @@ def _from_cache(wanted: _Wanted) -> Location:
     with suppress(LocalEntryNotFoundError):
         # With no pattern allowed, this only looks up which snapshot the revision is.
         found = snapshot_download(wanted.repo, revision=wanted.revision, local_files_only=True, allow_patterns=[])
-        held = {path.name: path for path in Path(found).iterdir() if path.is_file()}
+        held = {path.name: path for path in listing(Path(found)) if path.is_file()}
         if chosen := _choose(held, wanted):
             shards = _shards(held[chosen]) if chosen.endswith(_INDEX_SUFFIX) else [chosen]
             absent = [name for name in shards if name not in held]
@@ -202,19 +215,16 @@ def _from_cache(wanted: _Wanted) -> Location:
 
 
 def _location(snapshot: Path, wanted: _Wanted) -> Location:
-    # CACHE/models--owner--name/snapshots/COMMIT
-    return Location(snapshot, f"{wanted.repo}@{snapshot.name}", hub=True, links_inside=snapshot.parents[2])
+    return Location(snapshot, f"{wanted.repo}@{snapshot.name}", hub=True)
 
 
 def _remember(snapshot: Path, revision: str) -> None:
     """Note in the cache which commit a branch or tag was, as the client does, so that an offline run finds it."""
     reference = snapshot.parents[1] / "refs" / revision
-    with suppress(OSError):  # a read-only cache serves this run all the same
+    with suppress(OSError, WriteError, DiskFullError):  # a read-only cache serves this run all the same
         if revision != snapshot.name:
-            reference.parent.mkdir(parents=True, exist_ok=True)
-            staged = reference.with_name(f".{uuid.uuid4().hex}")
-            staged.write_text(snapshot.name)
-            staged.replace(reference)
+            make_folders(reference.parent)
+            write_beside(reference, snapshot.name.encode())
 
 
 def _choose(names: Iterable[str], wanted: _Wanted) -> str | None:

@@ -8,7 +8,10 @@ from functools import cached_property
 from typing import Any
 
 from lora_cli.checkpoint.checkpoint import Checkpoint
-from lora_cli.regex import untrusted
+from lora_cli.errors import MalformedFileError, UnsupportedError
+from lora_cli.regex import LONGEST, MOST, untrusted
+
+_FILE, _FIELD = "config.json", "quantization_config"
 
 _COMPANIONS = (
     ".weight_scale_inv",
@@ -77,13 +80,27 @@ class Quantised:
 
     @cached_property
     def _excepted(self) -> Callable[[str], bool]:
-        return _exceptions(self._checkpoint.config["quantization_config"])
+        return _exceptions(self._checkpoint.config[_FIELD])
 
 
 def method(checkpoint: Checkpoint) -> str | None:
-    """Name the quantisation that the config declares, if any."""
-    settings = checkpoint.config.get("quantization_config")
-    return str(settings.get("quant_method", "unnamed")) if isinstance(settings, dict) else None
+    """Name the quantisation that the config declares, if any.
+
+    Raises:
+        MalformedFileError: The config says something else than settings there.
+    """
+    settings = checkpoint.config.get(_FIELD)
+    if settings is None:
+        return None
+    if not isinstance(settings, dict):
+        raise MalformedFileError(
+            "A field of the config has the wrong type",
+            file=_FILE,
+            tensor=_FIELD,
+            expected="an object",
+            found=repr(settings)[:60],
+        )
+    return str(settings.get("quant_method", "unnamed"))
 
 
 def _exceptions(settings: Mapping[str, Any]) -> Callable[[str], bool]:
@@ -96,6 +113,12 @@ def _exceptions(settings: Mapping[str, Any]) -> Callable[[str], bool]:
     others = set(range(len(entries))) - {place for place, _ in patterns}
     names = {entries[place]: place for place in sorted(others, reverse=True)}
     lengths = {name.count(".") + 1 for name in names}
+    for problem, limit, found in (
+        ("There are too many patterns", MOST, len(patterns)),
+        ("A pattern is too long", LONGEST, max((len(entry) for _, entry in patterns), default=0)),
+    ):
+        if found > limit:
+            raise UnsupportedError(problem, file=_FILE, tensor=_FIELD, expected=f"at most {limit}", found=found)
 
     def excepted(module: str) -> bool:
         parts = module.split(".")
@@ -108,7 +131,7 @@ def _exceptions(settings: Mapping[str, Any]) -> Callable[[str], bool]:
 
 def _matches(entry: str, module: str) -> bool:
     if entry.startswith("re:"):  # only compressed-tensors writes these, anchored at the start
-        return untrusted(entry[3:])(module)
+        return untrusted(entry[3:], file=_FILE, field=_FIELD)(module)
     return fnmatchcase(module, entry) or fnmatchcase(module, f"{entry}.*")
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
-from lora_cli.checkpoint.source import read_whole
+from lora_cli.checkpoint import links
+from lora_cli.checkpoint.source import check_size, listing, look_at, read_whole
 from lora_cli.errors import MalformedFileError, UsageError
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def side_files(checkpoint: Checkpoint) -> tuple[list[SideFile], list[str]]:
         return taken, left
     root = checkpoint.folder
     own = {shard.name for shard in checkpoint.shards} | ({checkpoint.index.name} if checkpoint.index else set())
-    for path in sorted(root.rglob("*")):
+    for path in listing(root, below=True):
         name = path.relative_to(root).as_posix()
         if name in own or path.is_dir() or any(part.startswith(".") for part in name.split("/")):
             continue
@@ -84,9 +85,7 @@ def side_files(checkpoint: Checkpoint) -> tuple[list[SideFile], list[str]]:
 
 def lies_inside(checkpoint: Checkpoint, path: Path) -> bool:
     """Whether a file beside a checkpoint's tensors really is there, or in the Hub's cache: no link leads out."""
-    folder = checkpoint.folder or checkpoint.path.parent
-    places = [place.resolve() for place in (folder, checkpoint.links_inside) if place is not None]
-    return any(place in path.resolve().parents for place in places)
+    return links.lies_inside(path, checkpoint.folder or checkpoint.path.parent)
 
 
 def _is_plain(name: str) -> bool:
@@ -102,14 +101,29 @@ def belongs(path: PurePath) -> bool:
     return path.suffix.lower() in _SUFFIXES or name.startswith(_BARE_NAMES)
 
 
+def taken_tokenizer(folder: Path, present: Sequence[SideFile]) -> list[SideFile]:
+    """Return `tokenizer_files` of a folder for an output, where none of them may be passed over.
+
+    Raises:
+        UnsafeInputError: One of them is a link that leads out of the folder, or no regular file.
+        MalformedFileError: One of them is a link that leads nowhere, a folder, or too large.
+    """
+    for path in listing(folder) if folder.is_dir() else ():
+        if path.name in _TOKENIZER_FILES:
+            links.check_link(path)
+            check_size(look_at(path), SIDE_FILE_LIMIT)
+    return tokenizer_files(folder, present)
+
+
 def tokenizer_files(folder: Path, present: Sequence[SideFile]) -> list[SideFile]:
     """Return the tokenizer files of an adapter's folder that are not, byte for byte, among `present`."""
     if not folder.is_dir():
         return []
     known = {side.name: side for side in present}
-    found = [SideFile(path.name, path, path.stat().st_size) for path in sorted(folder.iterdir()) if _is_tokenizer(path)]
+    found = [SideFile(path.name, path, path.stat().st_size) for path in listing(folder) if _is_tokenizer(path)]
     return [side for side in found if side.name not in known or known[side.name].read() != side.read()]
 
 
 def _is_tokenizer(path: Path) -> bool:
-    return path.name in _TOKENIZER_FILES and path.is_file() and path.stat().st_size <= SIDE_FILE_LIMIT
+    here = path.name in _TOKENIZER_FILES and path.is_file() and links.lies_inside(path, path.parent)
+    return here and path.stat().st_size <= SIDE_FILE_LIMIT

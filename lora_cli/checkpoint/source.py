@@ -6,6 +6,7 @@ A file that changes while it is read is an error, never a mixture.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from contextlib import contextmanager
@@ -13,10 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from lora_cli.checkpoint import files
 from lora_cli.errors import MalformedFileError, UnsafeInputError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+
+_SOCKET = {errno.ENXIO, errno.EOPNOTSUPP}
+"""What opening a socket gives on Linux and macOS."""
 
 
 class Identity(NamedTuple):
@@ -72,11 +78,11 @@ class Reader:
 
     def close(self) -> None:
         """Give the descriptor back."""
-        os.close(self.descriptor)
+        files.close(self.descriptor)
 
     def check_unchanged(self) -> None:
         """Raise MalformedFileError if the file is not the one that was planned with."""
-        if _identity(os.fstat(self.descriptor)) != self.source.identity:
+        if _identity(files.status(self.descriptor)) != self.source.identity:
             raise MalformedFileError(
                 "The file changed while it was read",
                 file=self.source.name,
@@ -98,7 +104,7 @@ class Reader:
         done = 0
         while done < len(buffer):
             try:
-                count = os.preadv(self.descriptor, [buffer[done:]], offset + done)
+                count = files.read_at(self.descriptor, buffer[done:], offset + done)
             except OSError as error:
                 raise MalformedFileError(
                     f"The file cannot be read at byte {offset + done}: {error.strerror}",
@@ -125,9 +131,9 @@ def look_at(path: Path, name: str | None = None) -> SourceFile:
     name = name or path.name
     descriptor = _open_regular(path, name)
     try:
-        return SourceFile(path, name, _identity(os.fstat(descriptor)))
+        return SourceFile(path, name, _identity(files.status(descriptor)))
     finally:
-        os.close(descriptor)
+        files.close(descriptor)
 
 
 def read_whole(path: Path, *, limit: int, name: str | None = None) -> bytes:
@@ -137,6 +143,17 @@ def read_whole(path: Path, *, limit: int, name: str | None = None) -> bytes:
         MalformedFileError: It is longer than `limit` bytes.
     """
     source = look_at(path, name)
+    check_size(source, limit)
+    with source.open() as reader:
+        return reader.read(0, source.size)
+
+
+def check_size(source: SourceFile, limit: int) -> None:
+    """Refuse a small file that is not small.
+
+    Raises:
+        MalformedFileError: It is longer than `limit` bytes.
+    """
     if source.size > limit:
         raise MalformedFileError(
             "The file is too large to be what its name says",
@@ -144,8 +161,18 @@ def read_whole(path: Path, *, limit: int, name: str | None = None) -> bytes:
             expected=f"at most {limit} bytes",
             found=f"{source.size} bytes",
         )
-    with source.open() as reader:
-        return reader.read(0, source.size)
+
+
+def listing(folder: Path, *, below: bool = False) -> list[Path]:
+    """What is in a folder, in the order of names, or all that is in it and in its folders.
+
+    Raises:
+        MalformedFileError: It cannot be listed.
+    """
+    try:
+        return files.listed_below(folder) if below else files.listed(folder)
+    except OSError as error:
+        raise MalformedFileError(f"The folder cannot be listed: {error.strerror}", file=folder) from error
 
 
 def _identity(status: os.stat_result) -> Identity:
@@ -155,17 +182,19 @@ def _identity(status: os.stat_result) -> Identity:
 def _open_regular(path: Path, name: str) -> int:
     # O_NONBLOCK: opening a pipe must not wait for somebody to write into it.
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except (FileNotFoundError, NotADirectoryError) as error:
+        descriptor = files.open_to_read(path)
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:  # ValueError: NUL in its name
         raise UsageError("The file does not exist", file=name) from error
     except OSError as error:
-        if path.is_socket():
+        if error.errno in _SOCKET:
             raise UnsafeInputError("Not a regular file", file=name) from error
+        if error.errno == errno.ENAMETOOLONG:
+            raise UsageError("The path is too long", file=name) from error
         raise MalformedFileError(f"The file cannot be opened: {error.strerror}", file=name) from error
-    mode = os.fstat(descriptor).st_mode
+    mode = files.status(descriptor).st_mode
     if stat.S_ISREG(mode):
         return descriptor
-    os.close(descriptor)
+    files.close(descriptor)
     if stat.S_ISDIR(mode):
         raise MalformedFileError("A folder stands where a file is expected", file=name)
     raise UnsafeInputError("Not a regular file", file=name, hint="copy its content to a regular file first")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import secrets
 import threading
@@ -11,7 +12,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from lora_cli.checkpoint import advice
+from lora_cli.checkpoint import advice, files
+from lora_cli.checkpoint.files import Folder
 from lora_cli.checkpoint.source import look_at
 from lora_cli.errors import DiskFullError, LoraCliError, WriteError
 
@@ -23,37 +25,33 @@ COPY_CHUNK = 8 << 20
 """Bytes that one call moves, in the kernel and through memory, so that a stop is noticed in time."""
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
-NOT_POSSIBLE_HERE = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EXDEV, errno.EBADF, errno.EPERM}
+_LONGEST_NAME = 150
+"""Bytes of a target's name that a hidden name repeats; file systems allow 255 in all."""
 
 
 class StagedFile:
-    """One output file in a folder that is there: preallocated, written by position by any worker, synced once."""
+    """One output file being made: preallocated, written by position by any worker, synced once.
 
-    def __init__(self, path: Path, name: str, size: int) -> None:
-        self.path = path
+    Args:
+        folder: Where it is made.
+        place: What it is called there.
+        name: What errors call it.
+        size: Its length in bytes.
+    """
+
+    def __init__(self, folder: Folder, place: str, name: str, size: int) -> None:
+        self.path = folder.path / place
         self.name = name
         self.size = size
+        self.descriptor = -1
         with write_errors(name):
-            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
-            self.descriptor = os.open(path, flags, 0o666)
+            self.descriptor = folder.create(place)
             try:
-                self._preallocate()
+                if size:
+                    files.reserve(self.descriptor, size)
             except BaseException:
                 self.abandon()
                 raise
-
-    def _preallocate(self) -> None:
-        if self.size == 0:
-            return
-        if hasattr(os, "posix_fallocate"):
-            try:
-                os.posix_fallocate(self.descriptor, 0, self.size)
-            except OSError as error:
-                if error.errno not in NOT_POSSIBLE_HERE:
-                    raise
-            else:
-                return
-        os.ftruncate(self.descriptor, self.size)
 
     def write(self, offset: int, data: bytes | memoryview) -> None:
         """Write all of `data` at `offset`."""
@@ -61,7 +59,7 @@ class StagedFile:
         with write_errors(self.name):
             done = 0
             while done < len(view):
-                done += os.pwrite(self.descriptor, view[done:], offset + done)
+                done += files.write_at(self.descriptor, view[done:], offset + done)
 
     def start_writing(self, offset: int, length: int) -> None:
         """Let the disk begin with bytes that were written; this may wait for the disk."""
@@ -69,10 +67,8 @@ class StagedFile:
 
     def copy(self, source: Reader, source_offset: int, offset: int, length: int) -> None:
         """Copy `length` bytes of an input unread where the kernel can, which also shares blocks where it may."""
-        done = 0
-        if hasattr(os, "copy_file_range"):
-            with write_errors(self.name):
-                done = self._copy_in_kernel(source, source_offset, offset, length)
+        with write_errors(self.name):
+            done = self._copy_in_kernel(source, source_offset, offset, length)
         while done < length:
             data = source.read(source_offset + done, min(COPY_CHUNK, length - done))
             self.write(offset + done, data)
@@ -81,16 +77,12 @@ class StagedFile:
     def _copy_in_kernel(self, source: Reader, source_offset: int, offset: int, length: int) -> int:
         done = 0
         while done < length:
+            at, to, most = source_offset + done, offset + done, min(KERNEL_COPY, length - done)
             try:
-                count = os.copy_file_range(
-                    source.descriptor,
-                    self.descriptor,
-                    min(KERNEL_COPY, length - done),
-                    source_offset + done,
-                    offset + done,
-                )
+                count = files.copy_range(source.descriptor, at, self.descriptor, to, most)
             except OSError as error:
-                if error.errno in NOT_POSSIBLE_HERE:
+                # What cannot be read is told by the read that follows, with the input's name and not the output's.
+                if error.errno in files.NOT_POSSIBLE_HERE or error.errno == errno.EIO:
                     return done
                 raise
             if count == 0:
@@ -105,20 +97,21 @@ class StagedFile:
             forget: Leave nothing of it in the page cache.
         """
         with write_errors(self.name):
-            found = os.fstat(self.descriptor).st_size
+            found = files.status(self.descriptor).st_size
             if found != self.size:
                 raise WriteError("The output has the wrong length", file=self.name, expected=self.size, found=found)
-            os.fsync(self.descriptor)
+            files.sync(self.descriptor)
             if forget:
                 advice.forget(self.descriptor)
-            os.close(self.descriptor)
-            self.descriptor = -1
+            descriptor, self.descriptor = self.descriptor, -1
+            files.close(descriptor)
 
     def abandon(self) -> None:
         """Close without a word."""
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
-            self.descriptor = -1
+        descriptor, self.descriptor = self.descriptor, -1
+        if descriptor >= 0:
+            with contextlib.suppress(OSError):
+                files.close(descriptor)
 
 
 class Span(NamedTuple):
@@ -135,12 +128,14 @@ class Scratch:
     Each process that adds some has a file of its own.
 
     Args:
-        place: What these files are called, but for the number of the process.
+        folder: Where these files are made.
+        name: What they are called, but for the number of the process.
         label: What errors call them.
     """
 
-    def __init__(self, place: Path, label: str) -> None:
-        self._place = place
+    def __init__(self, folder: Folder, name: str, label: str) -> None:
+        self._folder = folder
+        self._name = name
         self._label = label
         self._file: StagedFile | None = None
         self._process = 0
@@ -152,7 +147,7 @@ class Scratch:
         with self._lock:
             if self._process != os.getpid():
                 self._process, self._end = os.getpid(), 0
-                self._file = StagedFile(self._path(self._process), self._label, 0)
+                self._file = StagedFile(self._folder, self._place(self._process), self._label, 0)
             at = self._end
             self._end += len(data)
         assert self._file is not None  # noqa: S101 (made above)
@@ -179,11 +174,15 @@ class Scratch:
         if self._file is not None:
             self._file.abandon()
             self._file = None
-        for path in self._place.parent.glob(f"{self._place.name}-*"):
-            path.unlink(missing_ok=True)
+        for name in self._folder.names():
+            if name.startswith(f"{self._name}-"):
+                self._folder.remove(name)
+
+    def _place(self, process: int) -> str:
+        return f"{self._name}-{process}"
 
     def _path(self, process: int) -> Path:
-        return self._place.with_name(f"{self._place.name}-{process}")
+        return self._folder.path / self._place(process)
 
 
 def write_beside(target: Path, data: bytes) -> None:
@@ -193,22 +192,31 @@ def write_beside(target: Path, data: bytes) -> None:
         DiskFullError: There is no space for it.
         WriteError: Anything else; what was there before is there still.
     """
-    place = target.with_name(f".{target.name}.lora-cli-{secrets.token_hex(6)}")
-    file: StagedFile | None = None
-    try:
-        file = StagedFile(place, str(target), len(data))
-        file.write(0, data)
-        file.finish()
-        with write_errors(str(target)):
-            place.replace(target)
-            sync_folder(target.parent)
-    except DiskFullError as error:
-        error.hint = "free some space, or choose another disk"  # it is no output, so not with -o
-        raise
-    finally:
-        if file is not None:
-            file.abandon()
-        place.unlink(missing_ok=True)
+    name = hidden_name(target.name, secrets.token_hex(6))
+    with contextlib.ExitStack() as stack:
+        try:
+            with write_errors(str(target)):
+                folder = Folder(target.parent)
+                stack.callback(folder.close)
+                stack.callback(folder.remove_tree, name)
+            file = StagedFile(folder, name, str(target), len(data))
+            stack.callback(file.abandon)
+            file.write(0, data)
+            file.finish()
+            with write_errors(str(target)):
+                folder.rename(name, folder, target.name)
+                folder.sync()
+        except DiskFullError as error:
+            error.hint = "free some space, or choose another disk"  # it is no output, so not with -o
+            raise
+
+
+def hidden_name(name: str, what: str) -> str:
+    """What something is called that is made beside a target, and goes again: recognisable, and short enough."""
+    if len(os.fsencode(name)) > _LONGEST_NAME:
+        digest = hashlib.blake2b(os.fsencode(name), digest_size=6).hexdigest()
+        name = f"{name[: _LONGEST_NAME // 4]}-{digest}"
+    return f".{name}.lora-cli-{what}"
 
 
 @contextlib.contextmanager
@@ -224,18 +232,3 @@ def write_errors(name: str) -> Iterator[None]:
                 "The disk is full", file=name, hint="free some space or choose another disk with -o"
             ) from error
         raise WriteError(f"The output cannot be written: {error.strerror}", file=name) from error
-
-
-def sync_folder(path: Path) -> None:
-    """Sync a folder's entries, where the file system lets us."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return  # some file systems let nobody open a folder
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in NOT_POSSIBLE_HERE:
-            raise
-    finally:
-        os.close(descriptor)

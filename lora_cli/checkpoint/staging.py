@@ -1,24 +1,28 @@
 """Writing outputs: complete and synced, or absent.
 
-Everything is written into a folder of a recognisable name beside the target, synced, and renamed into place. Nothing
-but this and `staged` creates, renames or removes files.
+Everything is written into a folder of a recognisable name beside the target, synced, and renamed into place.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import secrets
-import shutil
+import stat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_cli.checkpoint.staged import NOT_POSSIBLE_HERE, Scratch, StagedFile, sync_folder, write_errors
-from lora_cli.errors import DiskFullError, OutputExistsError, UsageError
+from lora_cli.checkpoint import files
+from lora_cli.checkpoint.files import NOT_POSSIBLE_HERE, Folder
+from lora_cli.checkpoint.staged import Scratch, StagedFile, hidden_name, write_errors
+from lora_cli.errors import DiskFullError, LockedError, OutputExistsError, UsageError
+from lora_cli.signals import held_back
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
+
+_ASIDE = "-old"
+"""What is added to the name of what is replaced, where two names cannot be exchanged in one step."""
 
 
 class Staging:
@@ -36,23 +40,62 @@ class Staging:
         self._may_replace = may_replace
         self._files: list[StagedFile] = []
         self._scratches: list[Scratch] = []
-        self.published = False
+        self._folders: dict[str, Folder] = {}
+        self._moves: list[_Move] = []
+        self._stuck = False
         check_target(target, folder=folder, may_replace=may_replace)
-        self.place = target.parent / f".{target.name}.lora-cli-{secrets.token_hex(6)}"
+        self.name = hidden_name(target.name, secrets.token_hex(6))
+        self.place = target.parent / self.name
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[Staging]:
-        """The staging folder for as long as the context lasts; whatever ends it, even a signal, the folder goes."""
-        try:
+        """The staging folder for as long as the context lasts; whatever ends it, even a signal, the folder goes.
+
+        Raises:
+            LockedError: Another run writes to the same target.
+            WriteError: Nobody may write there.
+        """
+        with contextlib.ExitStack() as stack:
             with write_errors(self.target.name):
-                self.place.mkdir(mode=0o777)
+                self._parent = Folder(self.target.parent)
+                stack.callback(self._parent.close)
+                stack.enter_context(self._locked())
+                stack.callback(self._clear)
+                self._folders[""] = self._parent.make(self.name)
             yield self
-        finally:
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(self._parent.locked(hidden_name(self.target.name, "lock")))
+            except BlockingIOError as error:
+                raise LockedError("Another run is writing this output", file=self.target) from error
+            yield
+
+    def _clear(self) -> None:
+        """Take everything away that is not published. What was replaced is in the staging folder by then."""
+        with held_back():
             for file in self._files:
                 file.abandon()
-            for scratch in self._scratches:
-                scratch.abandon()
-            shutil.rmtree(self.place, ignore_errors=True)
+            with contextlib.suppress(OSError):  # they go with the folder
+                for scratch in self._scratches:
+                    scratch.abandon()
+            if not self._stuck:
+                for name in (self.name, f"{self.name}{_ASIDE}"):
+                    self._parent.remove_tree(name)
+            for folder in self._folders.values():
+                folder.close()
+
+    @property
+    def work(self) -> Folder:
+        """The open staging folder, for files of the work that go before the output is published."""
+        return self._folders[""]
+
+    @property
+    def published(self) -> bool:
+        """Whether the output is in its place."""
+        return bool(self._moves)
 
     @property
     def names(self) -> list[str]:
@@ -66,16 +109,17 @@ class Staging:
 
     def scratch(self) -> Scratch:
         """A place for bytes of the work, which are no part of the output; to be removed before publishing."""
-        scratch = Scratch(self.place / ".scratch", self.target.name)
+        scratch = Scratch(self._folders[""], ".scratch", self.target.name)
         self._scratches.append(scratch)
         return scratch
 
     def create(self, name: str, size: int) -> StagedFile:
         """Create one output file of `size` bytes; `name` may hold a sub-folder."""
-        path = self.place / name
-        with write_errors(name):
-            path.parent.mkdir(exist_ok=True)
-        file = StagedFile(path, name, size)
+        around, _, last = name.rpartition("/")
+        if around not in self._folders:
+            with write_errors(name):
+                self._folders[around] = self._folders[""].make(around)
+        file = StagedFile(self._folders[around], last, name, size)
         self._files.append(file)
         return file
 
@@ -88,6 +132,8 @@ class Staging:
     def publish(self, done: Callable[[], None] = lambda: None, outdated: Iterable[str] = ()) -> None:
         """Put everything in its place: for a folder by one rename, for files in the order they were created.
 
+        A signal waits meanwhile. If one part cannot be put there, those before it are taken back.
+
         Args:
             done: Is called as soon as the output is complete in its place.
             outdated: Names of small files beside a file that was replaced, which tell of what it was before.
@@ -96,77 +142,159 @@ class Staging:
             OutputExistsError: Somebody made the target in the meantime.
             WriteError: The rename failed; the target is as it was before.
         """
-        for scratch in self._scratches:
-            scratch.abandon()
-        with write_errors(self.target.name):
-            if self.folder:
-                self._publish_folder()
-            else:
-                self._publish_files()
-            self.published = True
+        with write_errors(self.target.name), held_back():
+            for scratch in self._scratches:
+                scratch.abandon()
+            replace = self._replaces()
+            if replace:
+                self._keep_modes()
+            for folder in self._folders.values():
+                folder.sync()
+            try:
+                self._move(replace=replace)
+                self._parent.sync()
+            except BaseException:
+                self.withdraw()
+                raise
             done()
             for name in outdated:
-                (self.target.parent / name).unlink(missing_ok=True)
-            sync_folder(self.target.parent)
+                self._parent.remove(name)
+            self._parent.sync()
 
     def withdraw(self) -> None:
-        """Take back what was published, because what belongs to it could not be; what it replaced is gone."""
-        if not self.published:
-            return
-        self.published = False
+        """Take back what was published, because what belongs to it could not be; what it replaced returns.
+
+        Where even that fails, nothing is removed any more: all there was is in the target or in the staging folder.
+        """
+        try:
+            while self._moves:
+                self._moves.pop().take_back()
+        except OSError:
+            self._stuck = True
+
+    def _replaces(self) -> bool:
+        """Whether something is to be replaced, looked at once more: somebody may have been here meanwhile."""
         if self.folder:
-            self.target.rename(self.place)  # which goes when `opened` ends
-            return
+            check_target(self.target, folder=True, may_replace=self._may_replace)
+        return self._may_replace()
+
+    def _keep_modes(self) -> None:
+        """Let files have the modes of those that they replace, so that nobody sees more than before."""
+        root = self.target if self.folder else self.target.parent
         for file in self._files:
-            (self.target.parent / file.name).unlink(missing_ok=True)
+            around, _, name = file.name.rpartition("/")
+            old = root / file.name
+            if old.is_file() and not old.is_symlink():
+                self._folders[around].set_mode(name, stat.S_IMODE(old.stat().st_mode))
 
-    def _publish_folder(self) -> None:
-        for path in {self.place, *(file.path.parent for file in self._files)}:
-            sync_folder(path)
-        aside = self.place.with_name(self.place.name + "-old")
+    def _move(self, *, replace: bool) -> None:
+        """Put the folder, or each file, in its place."""
+        staged = self._folders[""]
+        if self.folder:
+            moves = [_Move(self._parent, self.name, self._parent, self.target.name)]
+        else:
+            # What belongs to the tensors is there before them, and the receipt comes last.
+            first, *others = [_Move(staged, file.name, self._parent, file.name) for file in self._files]
+            moves = [*others[:-1], first, *others[-1:]]
+        for move in moves:
+            self._moves.append(move)
+            move.make(replace=replace)
+
+
+class _Move:
+    """Putting one name in its place, so that it can be taken back until the staging folder goes."""
+
+    def __init__(self, staged: Folder, name: str, parent: Folder, target: str) -> None:
+        self._staged = staged
+        self._name = name
+        self._parent = parent
+        self._target = target
+        self._aside = f"{name}{_ASIDE}"
+        self._back: Callable[[], None] = lambda: None
+
+    def make(self, *, replace: bool) -> None:
+        """Put it there; what it replaces stays in the staging folder.
+
+        Raises:
+            OutputExistsError: Something is there that is not to be replaced.
+        """
+        old = self._parent.status(self._target)
+        folder = stat.S_ISDIR(getattr(self._staged.status(self._name), "st_mode", 0))
         try:
-            if self.target.is_dir() and any(self.target.iterdir()):
-                check_target(self.target, folder=True, may_replace=self._may_replace)
-                self.target.rename(aside)
-            self.place.rename(self.target)
+            if old is None or (folder and stat.S_ISDIR(old.st_mode) and not self._full()):
+                self._place(link=not folder, empty=old is not None)
+            elif replace:
+                if folder:
+                    self._staged.set_mode(self._name, stat.S_IMODE(old.st_mode))
+                self._replace(folder=folder)
+            else:
+                raise FileExistsError
         except OSError as error:
-            if error.errno in {errno.ENOTEMPTY, errno.EEXIST}:
-                raise OutputExistsError("The output was made by somebody else meanwhile", file=self.target) from error
+            if error.errno in {errno.ENOTEMPTY, errno.ENOTDIR} or isinstance(error, FileExistsError):
+                where = self._parent.path / self._target
+                raise OutputExistsError("The output was made by somebody else meanwhile", file=where) from error
             raise
+
+    def take_back(self) -> None:
+        """Undo what was done, as far as it was."""
+        back, self._back = self._back, lambda: None
+        back()
+
+    def _full(self) -> bool:
+        there = self._parent.enter(self._target)
+        try:
+            return bool(there.names())
         finally:
-            # Also when a signal came between the two: what was there before goes back, or goes for good.
-            if aside.exists() and not self.target.exists():
-                aside.rename(self.target)
-            shutil.rmtree(aside, ignore_errors=True)
+            there.close()
 
-    def _publish_files(self) -> None:
-        """Put each file in its place; if one of them cannot be, take back those before it."""
-        replace = self._may_replace()
-        published: list[Path] = []
-        try:
-            for file in self._files:
-                target = self.target.parent / file.name
-                self._publish_file(file.path, target, replace=replace)
-                published.append(target)
-        except BaseException:
-            if not replace:
-                for target in published:
-                    target.unlink(missing_ok=True)
-            raise
+    def _place(self, *, link: bool, empty: bool) -> None:
+        """Where nothing is: a hard link refuses to overwrite, as a rename of a file does not."""
+        if link:
+            try:
+                self._staged.link(self._name, self._parent, self._target)
+            except OSError as error:
+                if error.errno not in NOT_POSSIBLE_HERE:
+                    raise
+            else:
+                self._back = lambda: self._parent.remove(self._target)
+                return
+        self._staged.rename(self._name, self._parent, self._target)
 
-    def _publish_file(self, staged: Path, target: Path, *, replace: bool) -> None:
-        if replace:
-            staged.replace(target)
-            return
-        # A hard link refuses to overwrite; a rename would not.
+        def back() -> None:
+            self._parent.rename(self._target, self._staged, self._name)
+            if empty:
+                self._parent.make(self._target).close()
+
+        self._back = back
+
+    def _replace(self, *, folder: bool) -> None:
+        """Where something is: in one step if the system can exchange two names."""
         try:
-            os.link(staged, target)
-        except FileExistsError as error:
-            raise OutputExistsError("The output was made by somebody else meanwhile", file=target) from error
+            self._swap()
         except OSError as error:
             if error.errno not in NOT_POSSIBLE_HERE:
                 raise
-            staged.rename(target)
+        else:
+            self._back = self._swap
+            return
+        if folder:
+            self._parent.rename(self._target, self._staged, self._aside)
+            self._back = lambda: self._staged.rename(self._aside, self._parent, self._target)
+        else:
+            with contextlib.suppress(OSError):  # without hard links what was there is gone
+                self._parent.link(self._target, self._staged, self._aside)
+                self._back = lambda: self._staged.rename(self._aside, self._parent, self._target)
+        self._staged.rename(self._name, self._parent, self._target)
+        old = self._back
+
+        def back() -> None:
+            self._parent.rename(self._target, self._staged, self._name)
+            old()
+
+        self._back = back
+
+    def _swap(self) -> None:
+        self._staged.swap(self._name, self._parent, self._target)
 
 
 @contextlib.contextmanager
@@ -191,7 +319,7 @@ def check_target(target: Path, *, folder: bool, may_replace: Callable[[], bool])
         raise UsageError("The folder of the output does not exist", file=target.parent, hint="make it first")
     if target.is_symlink():
         raise OutputExistsError("The output is a symbolic link", file=target, hint="name the place it points to")
-    if not target.exists() or (folder and target.is_dir() and not any(target.iterdir())):
+    if not target.exists() or (folder and target.is_dir() and not files.listed(target)):
         return
     if folder != target.is_dir():
         kind = "file" if folder else "folder"
@@ -242,4 +370,4 @@ def check_space(target: Path, needed: int) -> None:
 
 def free_bytes(target: Path) -> int:
     """Bytes free for this user where `target` will be."""
-    return shutil.disk_usage(target.parent if target.parent.exists() else Path.cwd()).free
+    return files.free_bytes(target.parent if target.parent.exists() else Path.cwd())

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
+from lora_cli.checkpoint.source import look_at
 from lora_cli.checkpoint.staged import write_beside
 from lora_cli.checkpoint.staging import check_apart
 from lora_cli.cli.text import count, number, shown, ulps
@@ -93,8 +94,9 @@ def _check(path: Path, inputs: Sequence[Path]) -> None:
 
 def _is_report(path: Path) -> bool:
     """Whether a file may be replaced: an empty one, or XML as the last run left it."""
-    with path.open("rb") as file:
-        return file.read(5) in (b"", b"<?xml")
+    source = look_at(path)
+    with source.open() as reader:
+        return reader.read(0, min(5, source.size)) in (b"", b"<?xml")
 
 
 def document(result: VerifyResult) -> bytes:

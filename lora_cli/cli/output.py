@@ -60,7 +60,8 @@ class Output:
     def error(self, error: LoraCliError) -> None:
         """Show an error: what, where, why, and what to do next."""
         if self.debug:
-            traceback.print_exception(error)
+            for row in "".join(traceback.format_exception(error)).split("\n"):
+                self._line("", shown(row, 1000))
         if self.json:
             self._print_json({"schema": "lora-cli/error/1", **error_fields(error)})
             return
@@ -162,7 +163,7 @@ class _ShownProgress(Progress):
 
     def begin(self, label: str, total_bytes: int) -> None:
         self.end()
-        self._label, self._total, self._done, self._start = label, total_bytes, 0, time.monotonic()
+        self._label, self._total, self._done, self._start = shown(label), total_bytes, 0, time.monotonic()
 
     def advance(self, done_bytes: int) -> None:
         self._done += done_bytes
@@ -202,7 +203,7 @@ class _ShownProgress(Progress):
         from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
         from rich.progress import Progress as RichProgress
 
-        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn())
         # Without a thread that redraws: a process with threads cannot be forked.
         self._bar = RichProgress(*columns, TimeRemainingColumn(), console=console, transient=True, auto_refresh=False)
         self._task = self._bar.add_task(self._label, total=self._total, completed=self._done)

@@ -11,12 +11,28 @@ LONGEST = 300
 
 _INVISIBLE = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 _COMBINING = {"Mn", "Me", "Mc"}
+_BLANK = frozenset(
+    chr(code)
+    for first, last in (
+        (0x34F, 0x34F),
+        (0x115F, 0x1160),
+        (0x17B4, 0x17B5),
+        (0x180B, 0x180F),
+        (0x3164, 0x3164),
+        (0xFE00, 0xFE0F),
+        (0xFFA0, 0xFFA0),
+        (0xE0100, 0xE01EF),
+    )
+    for code in range(first, last + 1)
+)
+"""Letters and marks that nobody sees: what Unicode's Default_Ignorable_Code_Point holds of them (variation selectors,
+fillers, joiners). Two names that differ by them alone would look the same."""
 
 
 def shown(value: object, limit: int = LONGEST) -> str:
     """Return `value` as text that cannot steer a terminal: control, format and direction characters as escapes.
 
-    Idempotent. Combining characters are kept, but not more than four on one another.
+    So are characters that nobody sees. Idempotent. Combining characters are kept, but no more than four on one another.
     """
     text = str(value)
     if text.isascii() and text.isprintable():
@@ -26,7 +42,7 @@ def shown(value: object, limit: int = LONGEST) -> str:
     for character in text[: limit + 1]:
         category = unicodedata.category(character)
         stacked = stacked + 1 if category in _COMBINING else 0
-        harmless = category not in _INVISIBLE and stacked <= 4
+        harmless = category not in _INVISIBLE and character not in _BLANK and stacked <= 4
         out.append(character if harmless else _escaped(character))
     joined = "".join(out)
     return joined if len(joined) <= limit else f"{joined[: limit - 1]}…"

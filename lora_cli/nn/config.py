@@ -117,4 +117,4 @@ class LoRAConfig(FreshOptions):
 
 
 def _first(patterns: Mapping[str, Any], module: str, otherwise: Any) -> Any:
-    return next((v for pattern, v in patterns.items() if compile_user_pattern(pattern).match(module)), otherwise)
+    return next((v for pattern, v in patterns.items() if compile_user_pattern(pattern)(module)), otherwise)

@@ -96,8 +96,8 @@ class Found:
 
     def _has_whole(self, entry: str) -> bool:
         # PEFT lists the heads that a task may have, whether the model has them or not.
-        pattern = compile_user_pattern(entry)
-        return any(pattern.match(name.rpartition(".")[0]) for name in self.wholes)
+        matches = compile_user_pattern(entry)
+        return any(matches(name.rpartition(".")[0]) for name in self.wholes)
 
     def _check_base(self, layers: Mapping[str, LoRALayer]) -> None:
         """Refuse a model whose weights still have what the adapter's first factors took, where its receipt tells."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -19,6 +18,8 @@ from lora_cli.adapters.formats.peft_keys import PREFIX
 from lora_cli.adapters.peft_writer import adapter_config, peft_keys, rendered, target_names, task_type
 from lora_cli.adapters.source import CONFIG_FILE
 from lora_cli.checkpoint.checkpoint import ADAPTER_FILE
+from lora_cli.checkpoint.files import temporary_folder
+from lora_cli.checkpoint.source import listing
 from lora_cli.checkpoint.staging import Staging
 from lora_cli.errors import NamesError, OutputExistsError, UnsupportedError
 from lora_cli.nn.config import LoRAConfig
@@ -62,8 +63,8 @@ def save_adapter(
         OutputExistsError: Something is in the folder.
     """
     place = Path(folder)
-    may_replace = force and place.is_dir() and {file.name for file in place.iterdir()} <= {ADAPTER_FILE, CONFIG_FILE}
-    if not may_replace and place.exists() and (not place.is_dir() or any(place.iterdir())):
+    may_replace = force and place.is_dir() and {file.name for file in listing(place)} <= {ADAPTER_FILE, CONFIG_FILE}
+    if not may_replace and place.exists() and (not place.is_dir() or listing(place)):
         hint = "name another folder, or give force=True to replace an adapter that has nothing beside it"
         raise OutputExistsError("The output exists already", file=place, hint=hint)
     layers = _layers_with(injection, name)
@@ -104,8 +105,8 @@ def save_merged(
     Raises:
         LoraCliError: What `save_adapter` and `lora_cli.merge` raise.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / name
+    with temporary_folder() as scratch:
+        folder = scratch.path / name
         save_adapter(injection, folder, name)
         return merge(base, [folder], out, options, **({"embed_adapter": True} | keywords))
 

@@ -135,8 +135,8 @@ def saved_modules(model: nn.Module, patterns: Sequence[str], frozen: Collection[
     taken = {id(parameter) for layer in frozen for parameter in layer.parameters()}
     found: list[str] = []
     for pattern in patterns:
-        compiled = compile_user_pattern(pattern)
-        modules = {name: module for name, module in model.named_modules() if name and compiled.match(name)}
+        matches = compile_user_pattern(pattern)
+        modules = {name: module for name, module in model.named_modules() if name and matches(name)}
         parameters = [p for module in modules.values() for p in module.parameters()]
         if not parameters:
             raise NamesError("A pattern matches no module with parameters", tensor="modules_to_save", found=pattern)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeVar
@@ -17,6 +16,7 @@ from lora_cli.adapters.source import ReadOptions
 from lora_cli.checkpoint.checkpoint import Checkpoint, StoredTensor, open_checkpoint
 from lora_cli.errors import UsageError
 from lora_cli.progress import SILENT, Progress
+from lora_cli.regex import Matches
 from lora_cli.surgery.budget import DEFAULT_MEMORY
 from lora_cli.surgery.changes import Changed, Comparison
 from lora_cli.surgery.inspect import is_adapter, locate_any
@@ -112,10 +112,10 @@ def diff(
                 hint="merge the adapter first, or use verify",
             )
         comparison = Comparison(tolerance, rank, threads or default_threads(), memory or DEFAULT_MEMORY, progress)
-        pattern = re.compile("") if only is None else compile_user_pattern(only)
-        comparison.tensors(*(_chosen(_tensors(side), pattern) for side in (one, other)))
-        comparison.deltas(*_met_alike(*(_chosen(_deltas(side), pattern) for side in (one, other))))
-        comparison.settings(*(_chosen(_settings(side), pattern) for side in (one, other)))
+        chosen = (lambda name: True) if only is None else compile_user_pattern(only)
+        comparison.tensors(*(_chosen(_tensors(side), chosen) for side in (one, other)))
+        comparison.deltas(*_met_alike(*(_chosen(_deltas(side), chosen) for side in (one, other))))
+        comparison.settings(*(_chosen(_settings(side), chosen) for side in (one, other)))
         if only is not None and not comparison.names:
             raise UsageError("The pattern of --only finds nothing in either", found=only)
     changed = comparison.by_size()
@@ -145,17 +145,15 @@ def _open(reference: Reference, options: ReadOptions | None, progress: Progress)
     if is_adapter(place.path):
         opened = open_adapter(place.path, options, label=place.label)
     else:
-        opened = open_checkpoint(place.path, label=place.label, links_inside=place.links_inside)
+        opened = open_checkpoint(place.path, label=place.label)
     for warning in opened.warnings:
         progress.warn(f"{opened.label}: {warning}")
     return opened
 
 
-def _chosen(named: Mapping[str, T], pattern: re.Pattern[str]) -> dict[str, T]:
+def _chosen(named: Mapping[str, T], matches: Matches) -> dict[str, T]:
     """What the pattern finds by its name, or by the name of its module."""
-    return {
-        name: value for name, value in named.items() if pattern.match(name) or pattern.match(name.rpartition(".")[0])
-    }
+    return {name: value for name, value in named.items() if matches(name) or matches(name.rpartition(".")[0])}
 
 
 def _tensors(side: Checkpoint | Adapter) -> Mapping[str, StoredTensor]:

@@ -90,7 +90,7 @@ def staging_of(
     with Staging(out, folder=folder, may_replace=may_replace).opened() as staging:
         names = [file.name if folder else out.name for file in plan.files]
         staged = [staging.create(name, file.size) for name, file in zip(names, plan.files, strict=True)]
-        with in_order(plan, staging.place) as ready:
+        with in_order(plan, staging.work) as ready:
             Filler(ready, staged, see_copies=see_copies).fill(lambda: taps(staging), budget, progress)
         # The index, and then the receipt, come last: without them a folder does not look complete.
         smalls = sorted(plan.side_files, key=lambda side: side.name.endswith(".index.json"))

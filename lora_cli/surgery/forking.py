@@ -19,11 +19,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from lora_cli.errors import LoraCliError
+from lora_cli.signals import STOPPING
 
 NOT_TO_BE_HAD = (OSError, ImportError, NotImplementedError)
 """What starting a process raises where there are no more of them, or no semaphores."""
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if hasattr(signal, "SIGHUP") else ()
 _PARENT_DEATH = 1
 """PR_SET_PDEATHSIG of prctl(2)."""
 
@@ -46,7 +46,7 @@ def forking() -> Iterator[None]:
     A process that was started before another failed to is ended when that error leaves the context.
     """
     others = set(multiprocessing.active_children())
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     try:
         with warnings.catch_warnings():
             # Python warns of threads that libraries keep; none of them holds a lock that a worker takes.
@@ -76,10 +76,10 @@ def frozen() -> Iterator[None]:
 
 def become_worker(parent: int) -> None:
     """Prepare a process that was just forked: it ends with its parent, and leaves what a terminal sends to it."""
-    for number in _SIGNALS:
+    for number in STOPPING:
         # A pool that lost a worker ends the others by SIGTERM.
         signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
     ctypes.CDLL(None).prctl(_PARENT_DEATH, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)  # it died before it could be bound to us

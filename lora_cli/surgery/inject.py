@@ -14,6 +14,7 @@ from lora_cli.adapters.targets import ALL_LINEAR, Selected, select
 from lora_cli.adapters.ties import ties
 from lora_cli.adapters.wrapped import refuse_other_factors
 from lora_cli.checkpoint.checkpoint import Checkpoint
+from lora_cli.checkpoint.hub import local_path
 from lora_cli.errors import UnsupportedError, UsageError
 from lora_cli.progress import SILENT, Progress
 from lora_cli.surgery.inject_options import InjectOptions, Layout
@@ -222,7 +223,7 @@ def prepare(base: Reference, options: InjectOptions, *, progress: Progress = SIL
     for warning in _warnings(selection.modules, options, names):
         progress.warn(warning)
     # A local path wins when it exists; what was opened otherwise came from the Hub.
-    from_hub = str(base).startswith("hf://") or not Path(base).exists()
+    from_hub = local_path(str(base)) is None
     settled = dataclasses.replace(options, targets=wanted, exclude=unwanted)
     return Injection(checkpoint, selection.modules, settled, checkpoint.label if from_hub else None, names=names)
 

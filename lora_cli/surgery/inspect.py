@@ -9,8 +9,10 @@ from lora_cli.adapters.source import CONFIG_FILE, ReadOptions
 from lora_cli.adapters.ties import ties
 from lora_cli.adapters.wrapped import unwrap, wrapped_modules
 from lora_cli.checkpoint.checkpoint import ADAPTER_FILE, Checkpoint, open_checkpoint, open_shard
-from lora_cli.checkpoint.hub import Location, locate
+from lora_cli.checkpoint.hub import Location, local_path, locate
+from lora_cli.checkpoint.links import is_there
 from lora_cli.checkpoint.quantised import Quantised, method
+from lora_cli.checkpoint.source import listing
 from lora_cli.errors import LoraCliError, UsageError
 from lora_cli.progress import SILENT, Progress
 from lora_cli.surgery.effects import recalled
@@ -59,7 +61,7 @@ def inspect(
 
 def locate_any(reference: Reference, progress: Progress) -> Location:
     """Find an adapter or a checkpoint; on the Hub only its own listing says which it is."""
-    if Path(reference).exists():
+    if local_path(str(reference)) is not None:
         return locate(str(reference), role="checkpoint", progress=progress)
     try:
         return locate(str(reference), role="adapter", progress=progress)
@@ -70,9 +72,9 @@ def locate_any(reference: Reference, progress: Progress) -> Location:
 def is_adapter(path: Path) -> bool:
     """Whether a local path holds an adapter, by the files of a folder or the names in a file's header."""
     if path.is_dir():
-        if (path / CONFIG_FILE).exists() or (path / ADAPTER_FILE).exists():
+        if is_there(path / CONFIG_FILE) or is_there(path / ADAPTER_FILE):
             return True
-        files = list(path.glob("*.safetensors"))
+        files = [entry for entry in listing(path) if entry.suffix == ".safetensors" and entry.name[:1] != "."]
         return len(files) == 1 and not (path / "config.json").exists() and is_adapter(files[0])
     if path.suffix != ".safetensors" or not path.exists():
         return False
@@ -97,7 +99,7 @@ _ADAPTER_PARTS |= {"lora_embedding_A", "lora_embedding_B"}
 
 
 def _inspect_checkpoint(place: Location, options: PlanOptions, spectrum: bool, progress: Progress) -> InspectResult:
-    checkpoint = open_checkpoint(place.path, label=place.label, links_inside=place.links_inside)
+    checkpoint = open_checkpoint(place.path, label=place.label)
     receipt = find_receipt(place.path)
     merged = receipt is not None and receipt.get("operation") == "merge"
     stored = list(checkpoint.tensors.values())

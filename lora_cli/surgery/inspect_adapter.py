@@ -14,6 +14,7 @@ from lora_cli.adapters.formula import Formula
 from lora_cli.adapters.peft_config import COMMON, refusals
 from lora_cli.adapters.resolve import parse_maps, resolve
 from lora_cli.adapters.source import CONFIG_FILE, AdapterSource, ReadOptions, look_at_adapter
+from lora_cli.adapters.strength import doubts
 from lora_cli.adapters.tuners import TUNERS
 from lora_cli.checkpoint.checkpoint import Checkpoint, StoredTensor
 from lora_cli.checkpoint.hub import Location
@@ -80,6 +81,7 @@ def inspect_adapter(
         spectrum=adapter_spectrum(adapter, progress, scaled=scaled) if spectrum else None,
         warnings=(
             *adapter.warnings,
+            *doubts(adapter),
             *_unread_warning(adapter),
             *unused_layout(options.read.expert_layout, [adapter]),
             *found.warnings,

@@ -7,11 +7,12 @@ from dataclasses import replace
 from typing import Literal, NamedTuple
 
 from lora_cli.adapters.adapter import Adapter, Replacement
+from lora_cli.adapters.strength import doubts
 from lora_cli.checkpoint.checkpoint import Checkpoint, Shard, StoredTensor
 from lora_cli.checkpoint.dtypes import DTYPES, DType
 from lora_cli.checkpoint.header import Header, render_header
 from lora_cli.checkpoint.repairs import repaired, with_dtype
-from lora_cli.checkpoint.sidefiles import SideFile, side_files, tokenizer_files
+from lora_cli.checkpoint.sidefiles import SideFile, side_files, taken_tokenizer
 from lora_cli.surgery.changing import Change
 from lora_cli.surgery.edit import Edit, Operation
 from lora_cli.surgery.fitting import check_base
@@ -51,6 +52,8 @@ def plan(
     if operation == "merge":
         # What an adapter is taken out of is not the base that it fits, but that with the adapter in it.
         placement.warnings += check_base(placement)
+        for adapter, weight in zip(placement.adapters, placement.weights, strict=True):
+            placement.warnings += [f"{adapter.label}: {words}" for words in doubts(adapter, weight)]
     placement.warnings += unused_layout(options.read.expert_layout, placement.adapters)
     made = _Layout(placement, operation).plan()
     return replace(made, warnings=(*made.warnings, *passed_over(made))) if operation == "merge" else made
@@ -203,6 +206,6 @@ class _Layout:
             sides = [SideFile(s.name, None, len(data), data) if s.name == "config.json" else s for s in sides]
         if self.placement.options.tokenizer == "adapter" and self.base.folder:
             for adapter in self.placement.adapters:
-                taken = {side.name: side for side in tokenizer_files(adapter.path, sides)}
+                taken = {side.name: side for side in taken_tokenizer(adapter.path, sides)}
                 sides = sorted(({side.name: side for side in sides} | taken).values(), key=lambda side: side.name)
         return sides, left_out

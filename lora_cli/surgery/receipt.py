@@ -10,6 +10,7 @@ from typing import Any
 from lora_cli.adapters.wrapped import WRAP_FILE
 from lora_cli.checkpoint.checkpoint import Checkpoint, read_config
 from lora_cli.checkpoint.sidefiles import SIDE_FILE_LIMIT, SideFile, lies_inside
+from lora_cli.checkpoint.source import listing
 from lora_cli.checkpoint.undo_file import UNDO_FILE
 from lora_cli.errors import LoraCliError
 from lora_cli.version import __version__
@@ -131,7 +132,7 @@ def _lists_all(out: Path, receipt: Mapping[str, Any]) -> bool:
     if not out.is_dir():
         return out.name in listed
     folders = {parent.as_posix() for name in listed for parent in Path(name).parents}
-    present = {path: path.relative_to(out).as_posix() for path in out.rglob("*")}
+    present = {path: path.relative_to(out).as_posix() for path in listing(out, below=True)}
     # A link to a folder is somebody's link, not a folder of ours.
     return all(
         name in (folders if path.is_dir() and not path.is_symlink() else listed) for path, name in present.items()

@@ -8,13 +8,12 @@ the same length, which is gone afterwards.
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
 
 from lora_cli.adapters.adapter import Strided
 from lora_cli.checkpoint.checkpoint import StoredTensor, open_shard
+from lora_cli.checkpoint.files import Folder, temporary_folder
 from lora_cli.checkpoint.header import render_header
 from lora_cli.checkpoint.source import SourceFile
 from lora_cli.checkpoint.staged import StagedFile
@@ -24,14 +23,14 @@ from lora_cli.surgery.plan import Plan
 CHUNK = 16 << 20
 """Bytes that are put in order at once."""
 
-_NAME = "factors in order"
+_FILE, _NAME = ".factors", "factors in order"
 
 Copies = Mapping[tuple[SourceFile, str], StoredTensor]
 """What tells a factor from others → its copy, (matrices, rows, rank)."""
 
 
 @contextlib.contextmanager
-def in_order(plan: Plan, place: Path | None = None) -> Iterator[Plan]:
+def in_order(plan: Plan, place: Folder | None = None) -> Iterator[Plan]:
     """The same plan, with factors that can be read expert by expert.
 
     Args:
@@ -46,16 +45,15 @@ def in_order(plan: Plan, place: Path | None = None) -> Iterator[Plan]:
         yield plan
         return
     with contextlib.ExitStack() as stack:
-        folder = place or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lora-cli-")))
-        path = folder / ".factors"
-        stack.callback(path.unlink, missing_ok=True)
-        yield _with_copies(plan, _write(path, strided))
+        folder = place or stack.enter_context(temporary_folder())
+        stack.callback(folder.remove, _FILE)
+        yield _with_copies(plan, _write(folder, strided))
 
 
-def _write(path: Path, strided: list[Strided]) -> Copies:
+def _write(folder: Folder, strided: list[Strided]) -> Copies:
     """Write all of them into one file; returns where each is, (matrices, rows, rank)."""
     header = render_header([(str(n), one.tensor.dtype, one.shape) for n, one in enumerate(strided)], {})
-    file = StagedFile(path, _NAME, header.file_bytes)
+    file = StagedFile(folder, _FILE, _NAME, header.file_bytes)
     try:
         file.write(0, header.prefix)
         places = {info.name: header.data_start + info.begin for info in header.tensors}
@@ -63,7 +61,7 @@ def _write(path: Path, strided: list[Strided]) -> Copies:
             _copy(one, file, places[str(number)])
     finally:
         file.abandon()  # nothing of it must last
-    shard = open_shard(path, name=_NAME)
+    shard = open_shard(file.path, name=_NAME)
     found = {info.name: info for info in shard.header.tensors}
     named = (replace(found[str(number)], name=one.tensor.key) for number, one in enumerate(strided))
     return {one.place: StoredTensor(shard, info) for one, info in zip(strided, named, strict=True)}

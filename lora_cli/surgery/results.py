@@ -27,7 +27,7 @@ Reference = str | Path
 def open_base(reference: Reference, progress: Progress = SILENT) -> Checkpoint:
     """Open a checkpoint from a path or a Hub id."""
     place = locate(str(reference), role="checkpoint", progress=progress)
-    return open_checkpoint(place.path, label=place.label, links_inside=place.links_inside)
+    return open_checkpoint(place.path, label=place.label)
 
 
 def listed(references: Iterable[Reference]) -> list[Reference]:

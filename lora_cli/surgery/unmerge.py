@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from lora_cli.adapters.source import look_at_adapter
 from lora_cli.checkpoint.checkpoint import Checkpoint
 from lora_cli.checkpoint.hub import locate
+from lora_cli.checkpoint.links import is_there
 from lora_cli.checkpoint.undo_file import UNDO_FILE, open_undo_file
 from lora_cli.errors import UsageError, WrongInputError
 from lora_cli.progress import SILENT, Progress
@@ -125,7 +126,7 @@ def open_undoing(
         LoraCliError: What `plan_undoing` raises.
     """
     place = Path(undo) if undo is not None else beside(merged.path, UNDO_FILE)
-    if undo is None and not place.is_file():
+    if undo is None and not is_there(place):
         raise WrongInputError(
             "There is no undo file, so the base cannot be recovered bit for bit",
             file=merged.label,

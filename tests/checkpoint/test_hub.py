@@ -146,7 +146,7 @@ def test_a_local_path_wins(
     (here / "owner" / "name" / "model.safetensors").touch()
     monkeypatch.chdir(here)
     hub_server.publish("owner/name", SINGLE)
-    assert locate(reference, role="checkpoint") == Location(Path(reference), label, hub=False, links_inside=None)
+    assert locate(reference, role="checkpoint") == Location(Path(reference), label, hub=False)
     assert not hub_server.requests
     (here / "hf:" / "owner" / "name").mkdir(parents=True)
     assert locate("hf://owner/name", role="checkpoint").hub
@@ -353,7 +353,7 @@ def test_the_links_of_the_cache_may_be_followed(hub_server: HubServer, tmp_path:
     blob = shard.resolve()
     blob.rename(shared)
     blob.symlink_to(shared)
-    checkpoint = open_checkpoint(found.path, label=found.label, links_inside=found.links_inside)
+    checkpoint = open_checkpoint(found.path, label=found.label)
     assert sorted(checkpoint.tensors) == ["a.weight", "b.weight"]
     assert checkpoint.label == found.label
 

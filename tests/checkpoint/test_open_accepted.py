@@ -108,13 +108,6 @@ def test_r067_links_inside_a_hub_cache(tmp_path: Path) -> None:
     assert list(open_checkpoint(hub_cache(tmp_path)).tensors) == ["a", "b", "c"]
 
 
-def test_r067_links_where_the_caller_allows_them(tmp_path: Path) -> None:
-    shard(tmp_path / "store" / "blob", "a")
-    (tmp_path / "base").mkdir()
-    (tmp_path / "base" / "model.safetensors").symlink_to("../store/blob")
-    assert list(open_checkpoint(tmp_path / "base", links_inside=tmp_path).tensors) == ["a"]
-
-
 def test_links_within_the_folder_and_to_it(tmp_path: Path) -> None:
     shard(tmp_path / "base" / "real" / "blob", "a")
     (tmp_path / "base" / "model.safetensors").symlink_to("real/blob")

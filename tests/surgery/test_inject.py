@@ -428,7 +428,7 @@ def test_inspect_reads_it(base: Path, tmp_path: Path) -> None:
 
 def test_a_base_from_the_hub_is_named(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commit = "0123456789" * 4
-    found = Location(base, f"owner/name@{commit}", hub=True, links_inside=None)
+    found = Location(base, f"owner/name@{commit}", hub=True)
     monkeypatch.setattr(results, "locate", lambda *_, **__: found)
     monkeypatch.chdir(tmp_path)
     for reference in ("owner/name", "hf://owner/name@main"):

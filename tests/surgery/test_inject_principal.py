@@ -267,7 +267,7 @@ def test_the_seed_decides_a_randomised_decomposition(tmp_path: Path) -> None:
 
 def test_no_base_of_the_hub_is_named(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is not the one to load beside these factors."""
-    found = Location(base, "owner/name@" + "0123456789" * 4, hub=True, links_inside=None)
+    found = Location(base, "owner/name@" + "0123456789" * 4, hub=True)
     monkeypatch.setattr(results, "locate", lambda *_, **__: found)
     monkeypatch.chdir(tmp_path)
     for init, name in (("olora", None), ("kaiming", "owner/name")):

@@ -18,7 +18,8 @@ from lora_cli.adapters.formats.peft_blocks import Blocks
 from lora_cli.adapters.formats.peft_keys import Found
 from lora_cli.adapters.patterns import PeftPatterns
 from lora_cli.adapters.source import CONFIG_FILE, ReadOptions
-from lora_cli.errors import SAVE_AGAIN, NumericError, ShapeError
+from lora_cli.adapters.strength import check_alpha
+from lora_cli.errors import SAVE_AGAIN, ShapeError
 
 
 class Scales:
@@ -33,7 +34,10 @@ class Scales:
         self._config = config
         self._options = options
         self._rslora = bool(config.get("use_rslora"))
-        self._patterns = {name: PeftPatterns(config.get(name) or {}) for name in ("rank_pattern", "alpha_pattern")}
+        self._patterns = {
+            name: PeftPatterns(config.get(name) or {}, file=CONFIG_FILE, field=name)
+            for name in ("rank_pattern", "alpha_pattern")
+        }
 
     def rank(self, module: str) -> tuple[Any, str] | None:
         """The rank of a module and the field that says it."""
@@ -52,13 +56,8 @@ class Scales:
         alpha, alpha_source = self._value("alpha_pattern", "lora_alpha", module) or (8, "PEFT's default lora_alpha")
         if options.alpha is not None:
             alpha, alpha_source = options.alpha, "--alpha"
-        elif not alpha:
-            raise NumericError(
-                "The adapter's alpha is 0, so it would change nothing",
-                file=CONFIG_FILE,
-                tensor=alpha_source,
-                hint="give the alpha it was trained with by --alpha A; to apply nothing on purpose use --weight 0",
-            )
+        else:
+            check_alpha(alpha, file=CONFIG_FILE, field=alpha_source)
         root = "√" if self._rslora else ""
         return Scale(float(alpha), int(rank), self._rslora, f"{alpha_source} / {root}{rank_source}")
 

@@ -10,12 +10,14 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from functools import cache
 from typing import Any
 
 from lora_cli.adapters.adapter import HAS_NONE, Adapter, Replacement, Scale, Target
 from lora_cli.adapters.formats.pairs import INCOMPLETE
 from lora_cli.adapters.formats.peft_keys import PREFIX, Found, sort_wholes
 from lora_cli.adapters.formats.peft_wholes import content_of, replacements, trained_rows
+from lora_cli.adapters.patterns import PeftPatterns
 from lora_cli.adapters.peft_config import COMMON, refuse_set_fields
 from lora_cli.adapters.peft_types import check_types
 from lora_cli.adapters.source import CONFIG_FILE, AdapterSource, ReadOptions
@@ -54,8 +56,13 @@ def read_tuner(source: AdapterSource, options: ReadOptions, tuner: Tuner, eviden
     rows, empty = trained_rows(sorted_.found, config, file)
     targets: list[Target] = []
     scaler = _scaler(options, tuner)
+
+    @cache
+    def patterns(field: str) -> PeftPatterns:
+        return PeftPatterns(config.get(field) or {}, file=CONFIG_FILE, field=field)
+
     for name, tensors in sorted_.modules.items():
-        for change in tuner.read(Module(name, tensors, config, sorted_.shared, scaler)):
+        for change in tuner.read(Module(name, tensors, config, sorted_.shared, scaler, patterns)):
             if isinstance(change, Target):
                 targets.append(change)
             elif isinstance(change, Replacement):

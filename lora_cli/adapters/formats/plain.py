@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from lora_cli.adapters.adapter import Adapter, Delta, Replacement, Scale, Target
 from lora_cli.adapters.deltas import LowRank, LowRankKernel, is_kernel_pair
@@ -26,6 +26,7 @@ from lora_cli.adapters.formats.pairs import Pair, check_pairs
 from lora_cli.adapters.formats.peft_experts import PARTS, is_stack
 from lora_cli.adapters.peft_config import refuse_set_fields
 from lora_cli.adapters.source import CONFIG_FILE, AdapterSource, ReadOptions
+from lora_cli.adapters.strength import LARGEST, check_alpha
 from lora_cli.errors import SAVE_AGAIN, MalformedFileError, MissingScaleError, ShapeError
 
 NAME = "plain"
@@ -162,20 +163,22 @@ def _scale(rank: int, source: AdapterSource, options: ReadOptions) -> Scale:
     root = "√" if rslora else ""
     if options.alpha is not None:
         return Scale(options.alpha, rank, rslora, f"--alpha / {root}rank of the factors")
-    for where, words in said.items():
-        scale, alpha = _number(words, _SCALE_NAMES, where), _number(words, _ALPHA_NAMES, where)
-        if alpha is not None and scale is not None:
-            raise MalformedFileError(
-                "Two fields say how strong this adapter is",
-                file=where,
-                found=f"{alpha[0]} = {alpha[1]:g} and {scale[0]} = {scale[1]:g}",
-                hint="say which with --alpha A or --scale S",
-            )
-        if alpha is not None:
+    alphas = [found for where, words in said.items() for found in _numbers(words, _ALPHA_NAMES, where)]
+    scales = [found for where, words in said.items() for found in _numbers(words, _SCALE_NAMES, where)]
+    if len({one.value for one in alphas}) + len({one.value for one in scales}) > 1:
+        raise MalformedFileError(
+            "Two fields say how strong this adapter is",
+            file=source.shard.name,
+            found=" and ".join(f"{one.field} = {one.value:g} of {one.where}" for one in (*alphas, *scales)),
+            hint="say which with --alpha A or --scale S",
+        )
+    for one in (*alphas, *scales)[:1]:
+        check_alpha(one.value, file=one.where, field=one.field)
+        if not alphas:
+            return Scale(one.value, None, False, f"{one.field} of {one.where}")
+        for where, words in said.items():
             _check_rank(rank, words, where)
-            return Scale(alpha[1], rank, rslora, f"{alpha[0]} of {where} / {root}rank of the factors")
-        if scale is not None:
-            return Scale(scale[1], None, False, f"{scale[0]} of {where}")
+        return Scale(one.value, rank, rslora, f"{one.field} of {one.where} / {root}rank of the factors")
     # A folder is PEFT's, and with its config it would say so.
     lost = source.config is None and source.path.is_dir()
     raise MissingScaleError(
@@ -185,28 +188,44 @@ def _scale(rank: int, source: AdapterSource, options: ReadOptions) -> Scale:
     )
 
 
-def _number(said: Mapping[str, Any], names: tuple[str, ...], where: str) -> tuple[str, float] | None:
-    name = next((name for name in names if said.get(name) is not None), None)
-    if name is None:
-        return None
-    try:
-        # Header metadata holds text only.
-        value = math.nan if isinstance(said[name], bool) else float(said[name])
-    except (TypeError, ValueError, OverflowError):
-        value = math.nan
-    if not math.isfinite(value):
-        raise MalformedFileError("A scale is not a number", file=where, tensor=name, found=repr(said[name])[:60])
-    return name, value
+class _Said(NamedTuple):
+    """A number that a file says of an adapter, and where."""
+
+    value: float
+    field: str
+    where: str
+
+
+def _numbers(said: Mapping[str, Any], names: tuple[str, ...], where: str) -> list[_Said]:
+    found = []
+    for name in names:
+        if said.get(name) is None:
+            continue
+        try:
+            # Header metadata holds text only.
+            value = math.nan if isinstance(said[name], bool) else float(said[name])
+        except (TypeError, ValueError, OverflowError):
+            value = math.nan
+        if not -LARGEST < value < LARGEST:
+            raise MalformedFileError(
+                "A scale is not a number",
+                file=where,
+                tensor=name,
+                expected=f"a number below {LARGEST:g}",
+                found=repr(said[name])[:60],
+            )
+        found.append(_Said(value, name, where))
+    return found
 
 
 def _check_rank(rank: int, said: Mapping[str, Any], where: str) -> None:
-    found = _number(said, _RANK_NAMES, where)
-    if found is not None and found[1] != rank:
-        raise ShapeError(
-            "Ranks do not agree",
-            file=where,
-            tensor=found[0],
-            expected=f"{rank}, the rank of the factors",
-            found=found[1],
-            hint=SAVE_AGAIN,
-        )
+    for found in _numbers(said, _RANK_NAMES, where):
+        if found.value != rank:
+            raise ShapeError(
+                "Ranks do not agree",
+                file=where,
+                tensor=found.field,
+                expected=f"{rank}, the rank of the factors",
+                found=f"{found.value:g}",
+                hint=SAVE_AGAIN,
+            )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from lora_cli.adapters.adapter import Target
 from lora_cli.adapters.formula import Formula, GainMethod, Given, Settings, Shape, Shapes, Values
+from lora_cli.adapters.source import CONFIG_FILE
 from lora_cli.adapters.tuners.tuner import Changes, Field, Module, Tuner, flag
 from lora_cli.errors import MalformedFileError
 from lora_cli.regex import untrusted
@@ -76,7 +77,7 @@ def _feedforward(module: Module) -> bool:
             expected="feedforward_modules in the config",
         )
     if isinstance(said, str):
-        return untrusted(said, around="(?:{})$")(module.name)
+        return untrusted(said, "(?:{})$", file=CONFIG_FILE, field="feedforward_modules")(module.name)
     return any(module.name.endswith(ending) for ending in said)
 
 

@@ -24,6 +24,7 @@ class Module:
         shared: Tensors that belong to the whole model, likewise; behind such a name may stand a further one.
         scale: Makes the scale of a change: numerator, divisor (None for none), whether by its square root, and where
             that is said. It knows what the user said instead, by `--scale` or `--alpha`.
+        patterns: Gives the entries of a field of patterns, which are made ready once for all modules.
     """
 
     name: str
@@ -31,10 +32,11 @@ class Module:
     config: Mapping[str, Any]
     shared: Mapping[str, StoredTensor]
     scale: Callable[[float, int | None, bool, str], Scale]
+    patterns: Callable[[str], PeftPatterns]
 
     def said(self, field_name: str, default: Any, patterns: str | None = None) -> Any:
         """What the config says: the first entry of the field `patterns` that matches the module, else the field."""
-        found = PeftPatterns(self.config.get(patterns) or {}).first(self.name) if patterns else None
+        found = self.patterns(patterns).first(self.name) if patterns else None
         if found is not None:
             return found[1]
         value = self.config.get(field_name)

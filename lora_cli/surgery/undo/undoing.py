@@ -16,7 +16,7 @@ from lora_cli.checkpoint.digests import bytes_digest, cuts, file_digest, span_di
 from lora_cli.checkpoint.header import Header, TensorInfo
 from lora_cli.checkpoint.manifest import AdapterRecord, FileRecord, SideRecord, TensorRecord
 from lora_cli.checkpoint.sidefiles import SIDE_FILE_LIMIT, SideFile, belongs, lies_inside
-from lora_cli.checkpoint.source import look_at
+from lora_cli.checkpoint.source import listing, look_at
 from lora_cli.checkpoint.undo_file import UndoFile, factor_part, gains_part, side_part, stored_part, undo_part
 from lora_cli.errors import MalformedFileError, UnsafeInputError, UnsupportedError, UsageError, WrongInputError
 from lora_cli.surgery.edit import MERGEABLE, Contribution, Edit, Forgotten, Operation
@@ -368,7 +368,7 @@ def _differing(
 
 def _names_in(checkpoint: Checkpoint) -> list[str]:
     root = checkpoint.folder
-    return [path.relative_to(root).as_posix() for path in sorted(root.rglob("*")) if path.is_file()] if root else []
+    return [path.relative_to(root).as_posix() for path in listing(root, below=True) if path.is_file()] if root else []
 
 
 def _check_safe(name: str, *, may_hide: bool = False) -> None:

@@ -17,7 +17,8 @@ from lora_cli.checkpoint.manifest import (
     TensorRecord,
     recorded,
 )
-from lora_cli.checkpoint.sidefiles import SideFile, side_files
+from lora_cli.checkpoint.sidefiles import SIDE_FILE_LIMIT, SideFile, side_files
+from lora_cli.checkpoint.source import read_whole
 from lora_cli.checkpoint.staging import Staging
 from lora_cli.checkpoint.undo_file import (
     UNDO_FILE,
@@ -158,5 +159,6 @@ class UndoWriter:
         for name, path in own_files(base).items():
             # An older undo file can be long, and is noise.
             part = copied_file(side_part(name), path)
-            self._parts.append(part if name == UNDO_FILE else packed(part.name, path.read_bytes()))
+            small = packed(part.name, read_whole(path, limit=SIDE_FILE_LIMIT)) if name != UNDO_FILE else None
+            self._parts.append(small or part)
             yield SideRecord(name, part.size, path_digest(path), "raw" if name == UNDO_FILE else "packed")
