@@ -69,7 +69,7 @@ class LoraCliError(Exception):
         self.details = tuple(details)
 
     def __str__(self) -> str:
-        where = ": ".join(part for part in (self.file, self.tensor) if part)
+        where = ": ".join(part or '""' for part in (self.file, self.tensor) if part is not None)
         facts = [f"{name} {value}" for name, value in (("found", self.found), ("expected", self.expected)) if value]
         said = f"{self.message} ({where})" if where else self.message
         more = len(self.details) - DETAILS_SHOWN

@@ -74,5 +74,6 @@ def linear(pattern: str, around: str = "{}") -> Matches:
         compiled = re2.compile(around.replace("{}", pattern), options)
     except re2.error as error:
         reason = error.args[0]
-        raise ValueError(reason.decode("utf-8", "replace") if isinstance(reason, bytes) else str(reason)) from error
+        words = reason.decode("utf-8", "replace") if isinstance(reason, bytes) else str(reason)
+        raise ValueError(words[:100]) from error  # the engine repeats the whole pattern
     return lambda name: compiled.match(name) is not None

@@ -1,8 +1,8 @@
-"""One function for each parser of files that nobody vouches for: bytes go in as the program reads them, laws are checked.
+"""One function for each parser of files that nobody vouches for: bytes go in as the program reads them, with laws.
 
 A target returns where the bytes are accepted, raises a `LoraCliError` where they are refused, and an AssertionError
 where a law is broken. Anything else that comes out is a fault of the program. Corpus and fuzzer share these functions:
-`tests/reliability/test_corpus.py` runs every file of `tests/corpus` through them, `scripts/fuzz` whatever it makes of these.
+`tests/reliability/test_corpus.py` runs every file of `tests/corpus` through them, `scripts/fuzz` what it makes of these.
 """
 
 from __future__ import annotations
@@ -60,12 +60,14 @@ def outcome(target: str, data: bytes) -> LoraCliError | None:
     try:
         TARGETS[target](data)
     except LoraCliError as error:
-        assert error.exit_code in REFUSALS, repr(error)
-        assert error.message.strip(), "a refusal says nothing"
-        assert len(error.message) < _LONGEST_MESSAGE, "a refusal says too much"
-        assert not error.message.endswith(".")
-        return error
-    return None
+        refusal = error
+    else:
+        return None
+    assert refusal.exit_code in REFUSALS, repr(refusal)
+    assert refusal.message.strip(), "a refusal says nothing"
+    assert len(refusal.message) < _LONGEST_MESSAGE, "a refusal says too much"
+    assert not refusal.message.endswith(".")
+    return refusal
 
 
 # safetensors headers and JSON
@@ -186,7 +188,8 @@ def _is_names(said: Any) -> bool:
     """Whether it is what a file of this target holds: names once each, shapes by key, maybe a config and maps."""
     if not isinstance(said, dict) or not said.keys() <= {"names", "base", "config", "maps"}:
         return False
-    names, base, maps = said.get("names"), said.get("base"), said.get("maps", [])
+    names: Any = said.get("names")
+    base, maps = said.get("base"), said.get("maps", [])
     shapes = base.values() if isinstance(base, dict) else [None]
     return (
         all(isinstance(texts, list) and all(isinstance(text, str) for text in texts) for texts in (names, maps))
@@ -213,9 +216,22 @@ def read_wrap_file(data: bytes) -> None:
         assert plain is None or wrapped.mapper.inverse(plain) == key
 
 
+def read_wrapped_file(data: bytes) -> None:
+    """A checkpoint with factors of its own: every factor is folded, and no two tensors get one name."""
+    path = worlds.folder("wrapped-file") / "model.safetensors"
+    path.write_bytes(data)
+    base = open_checkpoint(path)
+    wrapped = unwrap(base, ReadOptions(alpha=4.0))
+    if wrapped is None:
+        return
+    kept = [key for key in base.tensors if key not in wrapped.carried]
+    assert len(wrapped.carried) == 2 * len(wrapped.adapter.targets)
+    assert len({wrapped.mapper(key) or key for key in kept}) == len(kept)
+
+
 def read_config(data: bytes) -> None:
     """A model's config, as plans and repairs read it; a config that was repaired is not repaired again."""
-    folder = worlds.base().path
+    folder = worlds.model_folder()
     (folder / "config.json").write_bytes(data)
     base = open_checkpoint(folder)
     config, keys = base.config, base.tensors
@@ -305,5 +321,6 @@ TARGETS: Final[Mapping[str, Target]] = {
     "target-file": read_target_file,
     "undo-file": read_undo_file,
     "wrap-file": read_wrap_file,
+    "wrapped-file": read_wrapped_file,
 }
 """Parser → its target. Each has a folder of this name in the corpus."""

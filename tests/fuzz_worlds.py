@@ -1,4 +1,4 @@
-"""What the fuzz targets hold a file against: small checkpoints and adapters, made once, in folders that go at the end."""
+"""What the fuzz targets hold files against: small checkpoints and adapters, made once, in folders that go at the end."""
 
 from __future__ import annotations
 
@@ -42,8 +42,14 @@ def folder(name: str) -> Path:
 
 @cache
 def base() -> Checkpoint:
-    """A checkpoint of two layers; its `config.json` may be overwritten."""
+    """A checkpoint of two layers."""
     return open_checkpoint(tiny.write_base(folder("base"), shards=1))
+
+
+@cache
+def model_folder() -> Path:
+    """The same, in a folder whose `config.json` is overwritten."""
+    return tiny.write_base(folder("model"), shards=1)
 
 
 @cache

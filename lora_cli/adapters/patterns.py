@@ -150,16 +150,19 @@ def compile_user_pattern(pattern: str) -> Matches:
     around or back, which only Python's own engine does; everything else takes linear time.
 
     Raises:
-        UsageError: The regular expression is broken.
+        UsageError: The regular expression is broken, or the glob far too long.
     """
     body = body_of(pattern)
     try:
+        re.compile(body)  # what stands around it must not be in the words of an error
         backtracking = re.compile(rf"(?:{body})\Z")
     except (re.error, RecursionError, OverflowError) as error:
         raise UsageError(f"The pattern is no regular expression: {error}", found=pattern[:200]) from error
     try:
         return linear(body, TO_THE_END)
-    except ValueError:
+    except ValueError as error:
+        if not pattern.startswith("re:"):
+            raise UsageError(f"The pattern cannot be used: {error}", found=pattern[:200]) from error
         return lambda name: backtracking.match(name) is not None
 
 

@@ -14,8 +14,8 @@ from typing import Any
 from lora_cli.adapters.patterns import TO_THE_END, body_of
 from lora_cli.checkpoint import strict_yaml
 from lora_cli.checkpoint.source import read_whole
-from lora_cli.errors import MalformedFileError
-from lora_cli.regex import untrusted
+from lora_cli.errors import MalformedFileError, UnsupportedError
+from lora_cli.regex import LONGEST, linear
 
 _ENDINGS = (".yaml", ".yml")
 _MOST = 10_000
@@ -96,6 +96,22 @@ def patterns(value: object, *, file: str, field: str) -> list[str]:
     if nested:
         raise MalformedFileError("A file of patterns names another one", file=file, tensor=field, found=nested[0])
     for item in value:
-        # A file goes from hand to hand, so none of its patterns may take long, as one that a person types may.
-        untrusted(body_of(item), TO_THE_END, file=file, field=field)
+        _check_quick(item, file, field)
     return value
+
+
+def _check_quick(pattern: str, file: str, field: str) -> None:
+    """A file goes from hand to hand, so none of its patterns may take long, as one that a person types may."""
+    try:
+        if len(pattern) > LONGEST:
+            raise ValueError(f"it has {len(pattern)} characters, more than {LONGEST}")
+        for around in ("{}", TO_THE_END):  # alone first: what stands around it must not be in the words of an error
+            linear(body_of(pattern), around)
+    except ValueError as error:
+        raise UnsupportedError(
+            f"A pattern cannot be matched in linear time: {error}",
+            file=file,
+            tensor=field,
+            found=pattern[:80],
+            hint="say it without lookaround and back-references; with --target they are possible",
+        ) from error

@@ -111,7 +111,7 @@ def read_fragment(read: Callable[[int, int], bytes], length: int, lengths: Lengt
     offset = 0
     while offset < length:
         if length - offset < _HEADER_BYTES:
-            raise _malformed(f"{_HEADER_BYTES} bytes of header", f"{length - offset} bytes")
+            raise _malformed(f"a group's header of {_HEADER_BYTES} bytes", f"{length - offset} bytes")
         header = _exactly(read, offset, _HEADER_BYTES)
         blocks, compressed, heads, tails = _HEADER.unpack_from(header)
         offset += _HEADER_BYTES

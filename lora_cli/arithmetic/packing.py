@@ -199,10 +199,7 @@ def read_stream(data: Buffer, kind: int, elements: int, pattern: np.dtype[Any]) 
         MalformedFileError: It is damaged, of another version, or of another block.
     """
     view = memoryview(data).cast("B")
-    if len(view) < HEADER_BYTES:
-        raise _malformed(f"{HEADER_BYTES} bytes of header", f"{len(view)} bytes")
-    version, *declared, questions, zeros, exceptions, planes = _HEADER.unpack_from(view)
-    _expect("the version", VERSION, version)
+    *declared, questions, zeros, exceptions, planes = _numbers(view)
     _expect("kind and elements", [kind, elements], declared)
     lengths = (_bytes_for(questions), _bytes_for(zeros), 4 * exceptions, pattern.itemsize * exceptions, planes)
     _expect("its length", HEADER_BYTES + sum(lengths), len(view))
@@ -224,17 +221,22 @@ def stream_lengths(data: Buffer, widths: Mapping[int, int]) -> tuple[int, int]:
     Raises:
         MalformedFileError: No stream begins like this. One that does may still be damaged.
     """
-    view = memoryview(data).cast("B")
-    if len(view) < HEADER_BYTES:
-        raise _malformed(f"{HEADER_BYTES} bytes of header", f"{len(view)} bytes")
-    version, kind, elements, flags, signs, exceptions, planes = _HEADER.unpack_from(view)
-    _expect("the version", VERSION, version)
+    kind, elements, flags, signs, exceptions, planes = _numbers(memoryview(data).cast("B"))
     width = widths.get(kind, 0)
     # An index has no more bits than its element, and each plane less than a byte of padding.
     most = 8 * width * _bytes_for(elements)
     if not width or elements > MAX_ELEMENTS or max(flags, signs, exceptions) > elements or planes > most:
         raise _malformed("the header of a block", (kind, elements, flags, signs, exceptions, planes))
     return HEADER_BYTES + _bytes_for(flags) + _bytes_for(signs) + (4 + width) * exceptions, planes
+
+
+def _numbers(view: memoryview) -> tuple[int, ...]:
+    """Return what the header of a stream says after its version."""
+    if len(view) < HEADER_BYTES:
+        raise _malformed(f"a stream's header of {HEADER_BYTES} bytes", f"{len(view)} bytes")
+    version, *numbers = _HEADER.unpack_from(view)
+    _expect("the version", VERSION, version)
+    return tuple(numbers)
 
 
 def _positions(positions: Positions, elements: int) -> Positions:

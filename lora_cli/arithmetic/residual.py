@@ -172,7 +172,7 @@ def _stretched(bits: Places) -> Places:
 def _declared(view: memoryview) -> tuple[int, int, int]:
     """Return width, line and count of the integers, as a header says."""
     if len(view) < HEADER_BYTES:
-        raise _malformed(f"{HEADER_BYTES} bytes of header", f"{len(view)} bytes")
+        raise _malformed(f"a residual's header of {HEADER_BYTES} bytes", f"{len(view)} bytes")
     version, width, line, count = _HEADER.unpack_from(view)
     _expect("the version", VERSION, version)
     if width not in _INTEGERS or line > 1 or count > MAX_ELEMENTS:
@@ -190,4 +190,6 @@ def _expect(what: str, expected: object, found: object) -> None:
 
 
 def _malformed(expected: str, found: object) -> MalformedFileError:
-    return MalformedFileError("An undo stream is damaged, or belongs to other data", expected=expected, found=found)
+    return MalformedFileError(
+        "A residual of an undo file is damaged, or belongs to other data", expected=expected, found=found
+    )

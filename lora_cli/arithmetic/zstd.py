@@ -47,4 +47,4 @@ def decompress(frame: Buffer, size: int) -> bytes:
 
 
 def _malformed(expected: str, found: object) -> MalformedFileError:
-    return MalformedFileError("An undo file is damaged", expected=expected, found=found)
+    return MalformedFileError("Compressed bytes of an undo file are damaged", expected=expected, found=found)

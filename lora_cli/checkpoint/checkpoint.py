@@ -6,8 +6,9 @@ from a file ever becomes a path.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from lora_cli.checkpoint.dtypes import DType
 from lora_cli.checkpoint.header import Header, TensorInfo, parse_header, read_header_length
 from lora_cli.checkpoint.index import INDEX_LIMIT, Index, parse_index
 from lora_cli.checkpoint.links import check_link, is_there
-from lora_cli.checkpoint.source import SourceFile, listing, look_at, read_whole
+from lora_cli.checkpoint.source import Looks, SourceFile, listing, look_at, read_whole
 from lora_cli.errors import MalformedFileError, UnsafeInputError, UnsupportedError, UsageError
 
 CONFIG_LIMIT = 16 << 20
@@ -92,6 +93,7 @@ class Checkpoint:
         shards: The safetensors files, in name order.
         index: The parsed index, if there is one.
         warnings: What a person should know about it.
+        looks: What was seen of its small files.
     """
 
     path: Path
@@ -100,6 +102,7 @@ class Checkpoint:
     shards: tuple[Shard, ...]
     index: Index | None = None
     warnings: tuple[str, ...] = ()
+    looks: Looks = field(default_factory=Looks, repr=False, compare=False)
 
     @cached_property
     def tensors(self) -> Mapping[str, StoredTensor]:
@@ -112,7 +115,7 @@ class Checkpoint:
         path = self.folder / "config.json" if self.folder else None
         if path is None or not is_there(path):
             return {}
-        return read_config(path)
+        return read_config(self.looks.at(path))
 
     @property
     def data_bytes(self) -> int:
@@ -125,23 +128,33 @@ class Checkpoint:
         return [self.path, *(shard.source.path for shard in self.shards)]
 
 
-def read_config(path: Path) -> Mapping[str, Any]:
+def read_config(place: Path | SourceFile) -> Mapping[str, Any]:
     """Read a JSON object such as `config.json`.
 
     Raises:
         MalformedFileError: It is not one.
     """
-    document = strict_json.loads(
-        read_whole(path, limit=CONFIG_LIMIT), file=path.name, limit=CONFIG_LIMIT, what="config"
-    )
+    data = read_whole(place, limit=CONFIG_LIMIT)
+    document = strict_json.loads(data, file=place.name, limit=CONFIG_LIMIT, what="config")
     if not isinstance(document, dict):
-        raise MalformedFileError("The config is not a JSON object", file=path.name)
+        raise MalformedFileError("The config is not a JSON object", file=place.name)
     return document
 
 
 def open_shard(path: Path, *, name: str | None = None) -> Shard:
-    """Read the header of one safetensors file."""
+    """Read the header of one safetensors file.
+
+    Raises:
+        UnsupportedError: This machine stores the bytes of numbers in another order than the format.
+        LoraCliError: The file cannot be read, or is none.
+    """
     source = look_at(path, name)
+    if sys.byteorder != "little":
+        raise UnsupportedError(
+            "This machine stores numbers with the highest byte first, and the file with the lowest",
+            file=source.name,
+            hint="run lora-cli on a little-endian machine, as x86 and ARM are",
+        )
     with source.open() as reader:
         first = reader.read(0, min(16, source.size))
         length = read_header_length(first, source.size, file=source.name)
@@ -191,8 +204,10 @@ def _open_folder(folder: Path, label: str) -> Checkpoint:
     for name in (*weights, *indexes):
         check_link(inside[name])
     if indexes:
-        index = parse_index(read_whole(inside[indexes[0]], limit=INDEX_LIMIT), name=indexes[0])
-        return _open_sharded(folder, label, inside, index, weights)
+        looks = Looks()
+        data = read_whole(looks.at(inside[indexes[0]]), limit=INDEX_LIMIT)
+        opened = _open_sharded(folder, label, inside, parse_index(data, name=indexes[0]), weights)
+        return replace(opened, looks=looks)
     return _open_only_file(folder, label, inside, weights)
 
 

@@ -16,7 +16,7 @@ from blake3 import blake3
 from lora_cli.checkpoint.checkpoint import Shard, StoredTensor
 from lora_cli.checkpoint.dtypes import DType
 from lora_cli.checkpoint.header import Header
-from lora_cli.checkpoint.source import Reader, look_at
+from lora_cli.checkpoint.source import Reader, SourceFile, look_at
 
 CUT_ELEMENTS = 1 << 25
 """Most elements of a cut. Part of every digest: never to be changed."""
@@ -67,9 +67,9 @@ def bytes_digest(data: bytes | memoryview) -> str:
     return blake3(data).hexdigest()
 
 
-def path_digest(path: Path) -> str:
+def path_digest(place: Path | SourceFile) -> str:
     """Return the digest of a file that holds no tensors."""
-    source = look_at(path)
+    source = place if isinstance(place, SourceFile) else look_at(place)
     with source.open() as reader:
         return span_digest(reader, 0, source.size)
 

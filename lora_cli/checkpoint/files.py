@@ -47,6 +47,12 @@ def close(descriptor: int) -> None:
     os.close(descriptor)
 
 
+def close_read(descriptor: int) -> None:
+    """Give a descriptor back that nothing was written to: no error of that tells of anything."""
+    with contextlib.suppress(OSError):
+        os.close(descriptor)
+
+
 def listed(folder: Path) -> list[Path]:
     """What is in a folder, by name."""
     return [folder / name for name in sorted(os.listdir(folder))]
@@ -146,9 +152,9 @@ class Folder:
 
     def close(self) -> None:
         """Give it back."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            close_read(descriptor)
 
     def make(self, name: str, mode: int = 0o777) -> Folder:
         """Make a folder in it, and open that."""
@@ -233,7 +239,7 @@ class Folder:
             if descriptor is not None:
                 with contextlib.suppress(OSError):  # a lock that stays behind locks nobody out
                     self.remove(name)
-                close(descriptor)
+                close_read(descriptor)
 
     def _lock(self, name: str) -> int | None:
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -246,14 +252,16 @@ class Folder:
                     return descriptor
                 # Who held it took it away between our opening and our locking: that one is nobody's.
             except BlockingIOError:
-                close(descriptor)
+                close_read(descriptor)
                 raise
             except OSError as error:
-                close(descriptor)
+                close_read(descriptor)
+                with contextlib.suppress(OSError):
+                    self.remove(name)
                 if error.errno not in {*NOT_POSSIBLE_HERE, errno.ENOLCK}:
                     raise
                 return None
-            close(descriptor)
+            close_read(descriptor)
 
 
 @contextlib.contextmanager

@@ -46,6 +46,9 @@ _NAME = re.compile(r"(?!\.)[^/\\\x00-\x1f\x7f]+(?:/(?!\.)[^/\\\x00-\x1f\x7f]+)?"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 # A revision becomes part of a path in the cache, so nothing in it may climb.
 _REVISION = re.compile(r"(?![-./])(?!.*\.\.)(?!.*/$)[\w./+@#=,%-]+")
+# Tokens of the Hub; in an address, users with passwords before a host, and what stands behind a question mark.
+_TOKEN = re.compile(r"\bhf_\w{16,}", re.ASCII)
+_SECRET = re.compile(r"(?<=://)[^/@]*(?=@)|(?<=\?).+", re.DOTALL)
 # hf://[models/]owner/name[@revision][/path]; of the revisions only refs/pr/N and refs/convert/NAME hold a slash there.
 _REPO = r"(?!(?:models|datasets|spaces|kernels|buckets)/)[^/@]+/[^/@]+"
 _ID = re.compile(
@@ -101,14 +104,19 @@ def locate(reference: str, *, role: Role, progress: Progress = SILENT) -> Locati
         name = path.name if path.name not in ("", "..") else path.resolve().name
         return Location(path, name or "/", hub=False)
     if not reference.startswith("hf://") and Path(reference).parent.is_dir() and "/" in reference:
-        hint = f"check the spelling; for a repository on the Hub write hf://{reference}"
-        raise UsageError("Path not found, though its folder is there", file=reference, hint=hint)
+        hint = f"check the spelling; for a repository on the Hub write hf://{_without_secrets(reference)}"
+        raise UsageError("Path not found, though its folder is there", file=_without_secrets(reference), hint=hint)
     try:
         return _fetch(_parse(reference, role), progress)
     except HubError as error:
         if not reference.startswith("hf://"):
             error.found = error.found or "no file or folder of that name here, so the Hub was asked"
         raise
+
+
+def _without_secrets(reference: str) -> str:
+    """What somebody typed, without what looks like a password or token: people paste whole addresses."""
+    return _TOKEN.sub("…", _SECRET.sub("…", reference) if "://" in reference else reference)
 
 
 def local_path(reference: str) -> Path | None:
@@ -124,11 +132,11 @@ def local_path(reference: str) -> Path | None:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
         if path.is_symlink():
-            raise UsageError("The symbolic link leads nowhere", file=reference) from None
+            raise UsageError("The symbolic link leads nowhere", file=_without_secrets(reference)) from None
         return None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UsageError(f"The path cannot be opened: {reason}", file=reference) from None
+        raise UsageError(f"The path cannot be opened: {reason}", file=_without_secrets(reference)) from None
     return path if reference else None
 
 
@@ -139,12 +147,16 @@ def _parse(reference: str, role: Role) -> _Wanted:
         what = "Not the id of a model on the Hub" if reference.startswith("hf://") else "Path not found"
         hint = "ids on the Hub look like owner/name or owner/name@revision"
         here = "" if reference.startswith("hf://") else "check the spelling, nothing of that name is here; "
-        raise UsageError(what, file=reference, hint=here + hint)
+        raise UsageError(what, file=_without_secrets(reference), hint=here + hint)
     if match["path"]:
-        raise UsageError("A path inside a Hub repository is not supported", file=reference, hint=f"write hf://{repo}")
+        raise UsageError(
+            "A path inside a Hub repository is not supported",
+            file=_without_secrets(reference),
+            hint=f"write hf://{repo}",
+        )
     revision = unquote(match["ref"]) if match["ref"] else (match["rest"] or "main")
     if not _REVISION.fullmatch(revision):
-        raise UsageError("Not the name of a branch, tag or commit", file=repo, found=ascii(revision))
+        raise UsageError("Not the name of a branch, tag or commit", file=repo, found=_without_secrets(ascii(revision)))
     return _Wanted(repo, revision, role)
 
 

@@ -16,7 +16,15 @@ if TYPE_CHECKING:
 INDEX_LIMIT = 64 << 20
 """Longest index that is read; a million tensors fit."""
 
-_DEVICE_NAMES = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10))}
+_DEVICE_NAMES = {
+    "con",
+    "prn",
+    "aux",
+    "nul",
+    "conin$",
+    "conout$",
+    *(f"{port}{n}" for port in ("com", "lpt") for n in "123456789¹²³"),
+}
 _FORBIDDEN = re.compile(r'[\x00-\x1f\x7f/\\:*?"<>|]')
 
 
@@ -80,7 +88,7 @@ def check_plain_name(shard: str | None, *, file: str) -> None:
     """
     if shard is None:
         raise MalformedFileError("The index names a shard by something that is not text", file=file)
-    stem = shard.split(".", 1)[0].lower()
+    stem = shard.split(".", 1)[0].strip().lower()  # Windows takes "con .x" for CON
     if not shard.endswith(".safetensors") or _FORBIDDEN.search(shard) or stem in _DEVICE_NAMES or shard[:1] == ".":
         raise UnsafeInputError(
             "The index names a shard that is not a plain .safetensors file name",

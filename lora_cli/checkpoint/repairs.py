@@ -50,7 +50,7 @@ def with_dtype(torch_name: str) -> Repair:
 
 def untied(level: dict[str, Any]) -> dict[str, Any]:
     """Say that embedding and head are two tensors."""
-    if level.get("model_type") in _SCALED_IF_TIED:
+    if str(level.get("model_type")) in _SCALED_IF_TIED:
         return level
     # The default differs from model to model, so it stands wherever there is a vocabulary, and on top of all.
     speaks = {"tie_word_embeddings", "vocab_size", "architectures"} & level.keys()

@@ -8,8 +8,7 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
 from lora_cli.checkpoint import links
-from lora_cli.checkpoint.source import check_size, listing, look_at, read_whole
-from lora_cli.errors import MalformedFileError, UsageError
+from lora_cli.checkpoint.source import SourceFile, check_size, listing, look_at, read_whole
 
 if TYPE_CHECKING:
     from lora_cli.checkpoint.checkpoint import Checkpoint
@@ -41,22 +40,25 @@ class SideFile:
     """
 
     name: str
-    source: Path | None
+    source: SourceFile | None
     size: int
     data: bytes | None = None
 
+    @classmethod
+    def of(cls, name: str, source: SourceFile) -> SideFile:
+        """A file that is copied as it was when it was looked at."""
+        return cls(name, source, source.size)
+
     def read(self) -> bytes:
-        """Return its bytes."""
+        """Return its bytes.
+
+        Raises:
+            MalformedFileError: The file changed since it was looked at, or cannot be read.
+        """
         if self.data is not None:
             return self.data
         assert self.source is not None  # noqa: S101 (either of the two is always set)
-        try:
-            data = read_whole(self.source, limit=SIDE_FILE_LIMIT, name=self.name)
-        except UsageError as error:
-            raise MalformedFileError("The file went away while it was needed", file=self.name) from error
-        if len(data) != self.size:
-            raise MalformedFileError("The file changed while it was read", file=self.name)
-        return data
+        return read_whole(self.source, limit=SIDE_FILE_LIMIT)
 
 
 def side_files(checkpoint: Checkpoint) -> tuple[list[SideFile], list[str]]:
@@ -77,9 +79,11 @@ def side_files(checkpoint: Checkpoint) -> tuple[list[SideFile], list[str]]:
             continue
         ours = name.count("/") <= 1 and _is_plain(name) and path.is_file() and lies_inside(checkpoint, path)
         if ours and belongs(path) and path.stat().st_size <= SIDE_FILE_LIMIT:
-            taken.append(SideFile(name, path, path.stat().st_size))
+            taken.append(SideFile.of(name, checkpoint.looks.at(path, name)))
         else:
             left.append(name)
+    if root / CONFIG in checkpoint.looks and CONFIG not in {*left, *(side.name for side in taken)}:
+        checkpoint.looks.at(root / CONFIG).check_there()
     return taken, left
 
 
@@ -120,7 +124,7 @@ def tokenizer_files(folder: Path, present: Sequence[SideFile]) -> list[SideFile]
     if not folder.is_dir():
         return []
     known = {side.name: side for side in present}
-    found = [SideFile(path.name, path, path.stat().st_size) for path in listing(folder) if _is_tokenizer(path)]
+    found = [SideFile.of(path.name, look_at(path)) for path in listing(folder) if _is_tokenizer(path)]
     return [side for side in found if side.name not in known or known[side.name].read() != side.read()]
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _SOCKET = {errno.ENXIO, errno.EOPNOTSUPP}
 """What opening a socket gives on Linux and macOS."""
+_WAIT = "wait until nothing writes to it, then run again"
 
 
 class Identity(NamedTuple):
@@ -60,7 +61,10 @@ class SourceFile:
         Raises:
             MalformedFileError: The file changed since it was first looked at.
         """
-        reader = Reader(self)
+        try:
+            reader = Reader(self)
+        except UsageError as error:
+            raise MalformedFileError("The file went away while it was needed", file=self.name, hint=_WAIT) from error
         try:
             reader.check_unchanged()
             yield reader
@@ -78,15 +82,15 @@ class Reader:
 
     def close(self) -> None:
         """Give the descriptor back."""
-        files.close(self.descriptor)
+        files.close_read(self.descriptor)
 
     def check_unchanged(self) -> None:
         """Raise MalformedFileError if the file is not the one that was planned with."""
-        if _identity(files.status(self.descriptor)) != self.source.identity:
+        if _identity(_status(self.descriptor, self.source.name)) != self.source.identity:
             raise MalformedFileError(
                 "The file changed while it was read",
                 file=self.source.name,
-                hint="wait until nothing writes to it, then run again",
+                hint=_WAIT,
             )
 
     def read(self, offset: int, length: int) -> bytes:
@@ -116,8 +120,24 @@ class Reader:
                     file=self.source.name,
                     expected=f"{offset + len(buffer)} bytes",
                     found=f"{offset + done} bytes",
+                    hint=_WAIT,
                 )
             done += count
+
+
+def check_path(path: Path) -> None:
+    """Refuse a path that no file can have here.
+
+    Raises:
+        UsageError: It is too long, or holds the character NUL.
+    """
+    try:
+        path.lstat()
+    except ValueError as error:
+        raise UsageError("The path holds the character NUL", file=path) from error
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise UsageError("The path is too long", file=path, hint="choose a shorter one") from error
 
 
 def look_at(path: Path, name: str | None = None) -> SourceFile:
@@ -131,18 +151,34 @@ def look_at(path: Path, name: str | None = None) -> SourceFile:
     name = name or path.name
     descriptor = _open_regular(path, name)
     try:
-        return SourceFile(path, name, _identity(files.status(descriptor)))
+        return SourceFile(path, name, _identity(_status(descriptor, name)))
     finally:
-        files.close(descriptor)
+        files.close_read(descriptor)
 
 
-def read_whole(path: Path, *, limit: int, name: str | None = None) -> bytes:
+class Looks:
+    """First looks at small files: whoever reads one reads what it was then, or is told that it has changed."""
+
+    def __init__(self) -> None:
+        self._seen: dict[Path, SourceFile] = {}
+
+    def __contains__(self, path: Path) -> bool:
+        return path in self._seen
+
+    def at(self, path: Path, name: str | None = None) -> SourceFile:
+        """Look at a file, or return what was seen of it before; see `look_at`."""
+        if path not in self._seen:
+            self._seen[path] = look_at(path, name)
+        return self._seen[path]
+
+
+def read_whole(place: Path | SourceFile, *, limit: int, name: str | None = None) -> bytes:
     """Return the bytes of a small file.
 
     Raises:
-        MalformedFileError: It is longer than `limit` bytes.
+        MalformedFileError: It is longer than `limit` bytes, or changed since it was looked at.
     """
-    source = look_at(path, name)
+    source = place if isinstance(place, SourceFile) else look_at(place, name)
     check_size(source, limit)
     with source.open() as reader:
         return reader.read(0, source.size)
@@ -172,11 +208,22 @@ def listing(folder: Path, *, below: bool = False) -> list[Path]:
     try:
         return files.listed_below(folder) if below else files.listed(folder)
     except OSError as error:
-        raise MalformedFileError(f"The folder cannot be listed: {error.strerror}", file=folder) from error
+        raise MalformedFileError(
+            f"The folder cannot be listed: {error.strerror}",
+            file=error.filename or folder,
+            hint="check who may read it",
+        ) from error
 
 
 def _identity(status: os.stat_result) -> Identity:
     return Identity(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+def _status(descriptor: int, name: str) -> os.stat_result:
+    try:
+        return files.status(descriptor)
+    except OSError as error:
+        raise MalformedFileError(f"The file cannot be read: {error.strerror}", file=name) from error
 
 
 def _open_regular(path: Path, name: str) -> int:
@@ -190,11 +237,17 @@ def _open_regular(path: Path, name: str) -> int:
             raise UnsafeInputError("Not a regular file", file=name) from error
         if error.errno == errno.ENAMETOOLONG:
             raise UsageError("The path is too long", file=name) from error
-        raise MalformedFileError(f"The file cannot be opened: {error.strerror}", file=name) from error
-    mode = files.status(descriptor).st_mode
+        raise MalformedFileError(
+            f"The file cannot be opened: {error.strerror}", file=name, hint="check who may read it"
+        ) from error
+    try:
+        mode = _status(descriptor, name).st_mode
+    except BaseException:
+        files.close_read(descriptor)
+        raise
     if stat.S_ISREG(mode):
         return descriptor
-    files.close(descriptor)
+    files.close_read(descriptor)
     if stat.S_ISDIR(mode):
         raise MalformedFileError("A folder stands where a file is expected", file=name)
     raise UnsafeInputError("Not a regular file", file=name, hint="copy its content to a regular file first")

@@ -8,23 +8,24 @@ import hashlib
 import os
 import secrets
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
+
+from blake3 import blake3
 
 from lora_cli.checkpoint import advice, files
 from lora_cli.checkpoint.files import Folder
-from lora_cli.checkpoint.source import look_at
-from lora_cli.errors import DiskFullError, LoraCliError, WriteError
-
-if TYPE_CHECKING:
-    from lora_cli.checkpoint.source import Reader
+from lora_cli.checkpoint.source import Reader, look_at
+from lora_cli.errors import DiskFullError, LoraCliError, MalformedFileError, UsageError, WriteError
 
 KERNEL_COPY = 64 << 20
 COPY_CHUNK = 8 << 20
 """Bytes that one call moves, in the kernel and through memory, so that a stop is noticed in time."""
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
+ASIDE = "-old"
+"""What is added to the name of what is replaced, where two names cannot be exchanged in one step."""
 _LONGEST_NAME = 150
 """Bytes of a target's name that a hidden name repeats; file systems allow 255 in all."""
 
@@ -52,6 +53,13 @@ class StagedFile:
             except BaseException:
                 self.abandon()
                 raise
+
+    @classmethod
+    def taken_over(cls, folder: Folder, place: str, name: str, size: int) -> StagedFile:
+        """A file that another run finished: nothing is to be written to it any more."""
+        file = cls.__new__(cls)
+        file.path, file.name, file.size, file.descriptor = folder.path / place, name, size, -1
+        return file
 
     def write(self, offset: int, data: bytes | memoryview) -> None:
         """Write all of `data` at `offset`."""
@@ -90,6 +98,11 @@ class StagedFile:
             done += count
         return done
 
+    def sync(self) -> None:
+        """Wait until what was written is on the disk, and go on writing."""
+        with write_errors(self.name):
+            files.sync(self.descriptor)
+
     def finish(self, *, forget: bool = False) -> None:
         """Check the length, sync and close. A failed sync is never tried again: its pages may be lost.
 
@@ -115,9 +128,9 @@ class StagedFile:
 
 
 class Span(NamedTuple):
-    """Where gathered bytes are: whose file, from where in it, and how many."""
+    """Where gathered bytes are: in which file, from where in it, and how many."""
 
-    process: int
+    file: str
     at: int
     length: int
 
@@ -125,17 +138,18 @@ class Span(NamedTuple):
 class Scratch:
     """Bytes that are gathered in any order beside an output, and are copied into it before it is published.
 
-    Each process that adds some has a file of its own.
+    Each process of each run that adds some has a file of its own.
 
     Args:
         folder: Where these files are made.
-        name: What they are called, but for the number of the process.
+        name: What their names begin with.
         label: What errors call them.
     """
 
     def __init__(self, folder: Folder, name: str, label: str) -> None:
         self._folder = folder
-        self._name = name
+        self._name = f"{name}-{secrets.token_hex(4)}"
+        self._all = name
         self._label = label
         self._file: StagedFile | None = None
         self._process = 0
@@ -147,42 +161,73 @@ class Scratch:
         with self._lock:
             if self._process != os.getpid():
                 self._process, self._end = os.getpid(), 0
-                self._file = StagedFile(self._folder, self._place(self._process), self._label, 0)
+                self._file = StagedFile(self._folder, f"{self._name}-{self._process}", self._label, 0)
             at = self._end
             self._end += len(data)
         assert self._file is not None  # noqa: S101 (made above)
         self._file.write(at, data)
-        return Span(self._process, at, len(data))
+        return Span(self._file.path.name, at, len(data))
 
     def copy_to(self, file: StagedFile, offset: int, spans: Iterable[Span]) -> None:
         """Copy spans, one after another, to an offset of an output file."""
-        with contextlib.ExitStack() as stack:
-            readers: dict[int, Reader] = {}
-            for process, at, length in spans:
-                if process not in readers:
-                    readers[process] = stack.enter_context(look_at(self._path(process)).open())
-                file.copy(readers[process], at, offset, length)
-                offset += length
+        with self._read_again(), self._readers() as reader_of:
+            for span in spans:
+                file.copy(reader_of(span), span.at, offset, span.length)
+                offset += span.length
 
     def read(self, span: Span) -> bytes:
         """Return the bytes of a span that any process has added."""
-        with look_at(self._path(span.process)).open() as reader:
-            return reader.read(span.at, span.length)
+        with self._read_again(), self._readers() as reader_of:
+            return reader_of(span).read(span.at, span.length)
 
-    def abandon(self) -> None:
-        """Close and take away the files of all processes, which must have ended."""
+    @contextlib.contextmanager
+    def _read_again(self) -> Iterator[None]:
+        """Within it these files are read, which are no input: whatever is wrong is wrong with the output's disk."""
+        try:
+            yield
+        except (MalformedFileError, UsageError) as error:
+            raise WriteError(
+                "What was written beside the output cannot be read again", file=self._label, found=error.message
+            ) from error
+
+    def seal(self, spans: Iterable[Span]) -> str:
+        """Wait until spans are on the disk, and return the digest of their bytes.
+
+        Raises:
+            WriteError: They are not there.
+        """
+        digest, synced = blake3(), set()
+        with self._read_again(), self._readers() as reader_of:
+            for span in spans:
+                reader = reader_of(span)
+                if span.file not in synced:
+                    synced.add(span.file)
+                    with write_errors(self._label):
+                        files.sync(reader.descriptor)
+                digest.update(reader.read(span.at, span.length))
+        return digest.hexdigest()
+
+    def close(self) -> None:
+        """Close; what was added stays."""
         if self._file is not None:
             self._file.abandon()
             self._file = None
-        for name in self._folder.names():
-            if name.startswith(f"{self._name}-"):
-                self._folder.remove(name)
 
-    def _place(self, process: int) -> str:
-        return f"{self._name}-{process}"
+    @contextlib.contextmanager
+    def _readers(self) -> Iterator[Callable[[Span], Reader]]:
+        """Gives the file of a span, opened once. It may grow meanwhile: other processes go on adding."""
+        with contextlib.ExitStack() as stack:
+            readers: dict[str, Reader] = {}
 
-    def _path(self, process: int) -> Path:
-        return self._folder.path / self._place(process)
+            def reader_of(span: Span) -> Reader:
+                if span.file not in readers:
+                    if not span.file.startswith(f"{self._all}-") or "/" in span.file:
+                        raise MalformedFileError("Not a file of gathered bytes", file=span.file)
+                    readers[span.file] = Reader(look_at(self._folder.path / span.file))
+                    stack.callback(readers[span.file].close)
+                return readers[span.file]
+
+            yield reader_of
 
 
 def write_beside(target: Path, data: bytes) -> None:

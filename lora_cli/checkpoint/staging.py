@@ -6,23 +6,31 @@ Everything is written into a folder of a recognisable name beside the target, sy
 from __future__ import annotations
 
 import contextlib
-import errno
 import secrets
 import stat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_cli.checkpoint import files
-from lora_cli.checkpoint.files import NOT_POSSIBLE_HERE, Folder
-from lora_cli.checkpoint.staged import Scratch, StagedFile, hidden_name, write_errors
-from lora_cli.errors import DiskFullError, LockedError, OutputExistsError, UsageError
+from lora_cli.checkpoint.files import Folder
+from lora_cli.checkpoint.journal import Journal
+from lora_cli.checkpoint.moves import Move
+from lora_cli.checkpoint.staged import ASIDE, Scratch, StagedFile, hidden_name, write_errors
+from lora_cli.errors import (
+    DiskFullError,
+    LockedError,
+    OutputExistsError,
+    UnsafeInputError,
+    UsageError,
+    WriteError,
+)
 from lora_cli.signals import held_back
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 
-_ASIDE = "-old"
-"""What is added to the name of what is replaced, where two names cannot be exchanged in one step."""
+OUTPUT = "output"
+"""What the output is called in its staging folder, apart from what else the work puts there."""
 
 
 class Staging:
@@ -41,11 +49,15 @@ class Staging:
         self._files: list[StagedFile] = []
         self._scratches: list[Scratch] = []
         self._folders: dict[str, Folder] = {}
-        self._moves: list[_Move] = []
+        self._moves: list[Move] = []
         self._stuck = False
+        self._journal: Journal | None = None
+        self._keep = False
+        self._replacing = False
         check_target(target, folder=folder, may_replace=may_replace)
         self.name = hidden_name(target.name, secrets.token_hex(6))
-        self.place = target.parent / self.name
+        self.place = target.parent / self.name / OUTPUT
+        self._around: list[Folder] = []
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[Staging]:
@@ -56,12 +68,17 @@ class Staging:
             WriteError: Nobody may write there.
         """
         with contextlib.ExitStack() as stack:
-            with write_errors(self.target.name):
+            # A signal waits: it must not come between making something and noting that it is to go.
+            with write_errors(self.target.name), held_back():
                 self._parent = Folder(self.target.parent)
                 stack.callback(self._parent.close)
                 stack.enter_context(self._locked())
                 stack.callback(self._clear)
-                self._folders[""] = self._parent.make(self.name)
+                self._replacing = self._may_replace()
+                self._around.append(self._parent.make(self.name, 0o700))
+                self._folders[""] = self.work.make(OUTPUT)
+                if self.folder:
+                    self._keep_mode("")
             yield self
 
     @contextlib.contextmanager
@@ -71,26 +88,36 @@ class Staging:
                 stack.enter_context(self._parent.locked(hidden_name(self.target.name, "lock")))
             except BlockingIOError as error:
                 raise LockedError("Another run is writing this output", file=self.target) from error
-            yield
+            try:
+                yield
+            finally:
+                with held_back():
+                    stack.close()
 
     def _clear(self) -> None:
         """Take everything away that is not published. What was replaced is in the staging folder by then."""
         with held_back():
             for file in self._files:
                 file.abandon()
-            with contextlib.suppress(OSError):  # they go with the folder
-                for scratch in self._scratches:
-                    scratch.abandon()
-            if not self._stuck:
-                for name in (self.name, f"{self.name}{_ASIDE}"):
-                    self._parent.remove_tree(name)
-            for folder in self._folders.values():
+            for scratch in self._scratches:
+                scratch.close()
+            if self._journal:
+                self._journal.close()
+            if not (self._stuck or self.kept):
+                for _ in range(2):  # once more what could not be taken away
+                    self._parent.remove_tree(self.name)
+            for folder in (*self._folders.values(), *self._around):
                 folder.close()
 
     @property
     def work(self) -> Folder:
-        """The open staging folder, for files of the work that go before the output is published."""
-        return self._folders[""]
+        """The open staging folder, for files of the work; the output lies in a folder of its own in it."""
+        return self._around[0]
+
+    @property
+    def kept(self) -> int:
+        """How many finished files stay for another run, if the output is not published."""
+        return self._journal.count if self._journal and self._keep and not self.published else 0
 
     @property
     def published(self) -> bool:
@@ -108,20 +135,80 @@ class Staging:
         return sum(file.size for file in self._files)
 
     def scratch(self) -> Scratch:
-        """A place for bytes of the work, which are no part of the output; to be removed before publishing."""
-        scratch = Scratch(self._folders[""], ".scratch", self.target.name)
+        """A place for bytes of the work, which are no part of the output."""
+        scratch = Scratch(self.work, "scratch", self.target.name)
         self._scratches.append(scratch)
         return scratch
 
     def create(self, name: str, size: int) -> StagedFile:
-        """Create one output file of `size` bytes; `name` may hold a sub-folder."""
+        """Create one output file of `size` bytes; `name` may hold a sub-folder.
+
+        Raises:
+            UnsafeInputError: The file system takes its name for that of another output file.
+            WriteError: It cannot be created.
+        """
         around, _, last = name.rpartition("/")
-        if around not in self._folders:
-            with write_errors(name):
-                self._folders[around] = self._folders[""].make(around)
-        file = StagedFile(self._folders[around], last, name, size)
+        try:
+            if around not in self._folders:
+                with write_errors(name):
+                    self._folders[around] = self._folders[""].make(around)
+                    self._keep_mode(around)
+            file = StagedFile(self._folders[around], last, name, size)
+        except WriteError as error:
+            if not isinstance(error.__cause__, FileExistsError):
+                raise
+            # Names that differ by case or by the form of an accent alone; the folder was empty when we made it.
+            raise UnsafeInputError(
+                "Two files of the output have one name on this file system",
+                file=name,
+                hint="choose another disk with -o, where names that differ by case or accents alone are two",
+            ) from error
         self._files.append(file)
+        with write_errors(name):
+            self._keep_mode(name)
         return file
+
+    def take_over(self, left: str) -> None:
+        """Go on in the staging folder that another run has left, and not in our own, which is still empty.
+
+        Raises:
+            WriteError: It cannot be moved, or is gone.
+        """
+        with write_errors(left), held_back():
+            # By moving it: of two runs that want it, where locks do nothing, one gets it.
+            self._folders.pop("").close()
+            self._around.pop().close()
+            self._parent.remove_tree(self.name)
+            self._parent.rename(left, self._parent, self.name)
+            self._around.append(self._parent.enter(self.name))
+            self._folders[""] = self.work.enter(OUTPUT)
+
+    def clean(self, keep: Container[str], *, gathered: Container[str]) -> None:
+        """Take everything out of a staging folder that was taken over, but for files of these names."""
+        with write_errors(self.target.name):
+            for folder, stays in ((self._folders[""], keep), (self.work, gathered)):
+                for name in folder.names():
+                    if name not in stays and (folder, name) != (self.work, OUTPUT):
+                        folder.remove_tree(name)
+
+    def adopt(self, name: str, size: int) -> StagedFile:
+        """Take an output file as it is, which lies in a staging folder that was taken over, finished and checked."""
+        file = StagedFile.taken_over(self._folders[""], name, name, size)
+        self._files.append(file)
+        with write_errors(name):
+            self._keep_mode(name)
+        return file
+
+    def journal(self, facts: Mapping[str, str], *, keep: bool) -> Journal:
+        """A journal for this run.
+
+        Args:
+            facts: What the run was asked for.
+            keep: Whether finished files stay for another run, if this one does not publish its output.
+        """
+        self._journal = Journal(self.work, facts)
+        self._keep = keep
+        return self._journal
 
     def write_small(self, name: str, data: bytes) -> None:
         """Write and sync a small file whole."""
@@ -143,23 +230,16 @@ class Staging:
             WriteError: The rename failed; the target is as it was before.
         """
         with write_errors(self.target.name), held_back():
-            for scratch in self._scratches:
-                scratch.abandon()
             replace = self._replaces()
-            if replace:
-                self._keep_modes()
             for folder in self._folders.values():
                 folder.sync()
             try:
-                self._move(replace=replace)
+                self._move(replace=replace, outdated=outdated)
                 self._parent.sync()
             except BaseException:
                 self.withdraw()
                 raise
             done()
-            for name in outdated:
-                self._parent.remove(name)
-            self._parent.sync()
 
     def withdraw(self) -> None:
         """Take back what was published, because what belongs to it could not be; what it replaced returns.
@@ -178,123 +258,31 @@ class Staging:
             check_target(self.target, folder=True, may_replace=self._may_replace)
         return self._may_replace()
 
-    def _keep_modes(self) -> None:
-        """Let files have the modes of those that they replace, so that nobody sees more than before."""
-        root = self.target if self.folder else self.target.parent
-        for file in self._files:
-            around, _, name = file.name.rpartition("/")
-            old = root / file.name
-            if old.is_file() and not old.is_symlink():
-                self._folders[around].set_mode(name, stat.S_IMODE(old.stat().st_mode))
+    def _keep_mode(self, name: str) -> None:
+        """Let something new have the mode of what it replaces, before it is filled: nobody sees more than before."""
+        old = (self.target if self.folder else self.target.parent) / name
+        if not self._replacing or old.is_symlink() or not old.exists():
+            return
+        mode = stat.S_IMODE(old.stat().st_mode) | (stat.S_IRWXU if old.is_dir() else 0)
+        around, _, last = name.rpartition("/")
+        folder, last = (self._folders[around], last) if name else (self.work, OUTPUT)
+        folder.set_mode(last, mode)
 
-    def _move(self, *, replace: bool) -> None:
-        """Put the folder, or each file, in its place."""
+    def _move(self, *, replace: bool, outdated: Iterable[str]) -> None:
+        """Put what is outdated aside, and the folder, or each file, in its place."""
         staged = self._folders[""]
         if self.folder:
-            moves = [_Move(self._parent, self.name, self._parent, self.target.name)]
+            moves = [Move(self.work, OUTPUT, self._parent, self.target.name)]
         else:
             # What belongs to the tensors is there before them, and the receipt comes last.
-            first, *others = [_Move(staged, file.name, self._parent, file.name) for file in self._files]
+            first, *others = [Move(staged, file.name, self._parent, file.name) for file in self._files]
             moves = [*others[:-1], first, *others[-1:]]
+        for name in outdated:
+            self._moves.append(Move(staged, f"{name}{ASIDE}", self._parent, name))
+            self._moves[-1].put_aside()
         for move in moves:
             self._moves.append(move)
             move.make(replace=replace)
-
-
-class _Move:
-    """Putting one name in its place, so that it can be taken back until the staging folder goes."""
-
-    def __init__(self, staged: Folder, name: str, parent: Folder, target: str) -> None:
-        self._staged = staged
-        self._name = name
-        self._parent = parent
-        self._target = target
-        self._aside = f"{name}{_ASIDE}"
-        self._back: Callable[[], None] = lambda: None
-
-    def make(self, *, replace: bool) -> None:
-        """Put it there; what it replaces stays in the staging folder.
-
-        Raises:
-            OutputExistsError: Something is there that is not to be replaced.
-        """
-        old = self._parent.status(self._target)
-        folder = stat.S_ISDIR(getattr(self._staged.status(self._name), "st_mode", 0))
-        try:
-            if old is None or (folder and stat.S_ISDIR(old.st_mode) and not self._full()):
-                self._place(link=not folder, empty=old is not None)
-            elif replace:
-                if folder:
-                    self._staged.set_mode(self._name, stat.S_IMODE(old.st_mode))
-                self._replace(folder=folder)
-            else:
-                raise FileExistsError
-        except OSError as error:
-            if error.errno in {errno.ENOTEMPTY, errno.ENOTDIR} or isinstance(error, FileExistsError):
-                where = self._parent.path / self._target
-                raise OutputExistsError("The output was made by somebody else meanwhile", file=where) from error
-            raise
-
-    def take_back(self) -> None:
-        """Undo what was done, as far as it was."""
-        back, self._back = self._back, lambda: None
-        back()
-
-    def _full(self) -> bool:
-        there = self._parent.enter(self._target)
-        try:
-            return bool(there.names())
-        finally:
-            there.close()
-
-    def _place(self, *, link: bool, empty: bool) -> None:
-        """Where nothing is: a hard link refuses to overwrite, as a rename of a file does not."""
-        if link:
-            try:
-                self._staged.link(self._name, self._parent, self._target)
-            except OSError as error:
-                if error.errno not in NOT_POSSIBLE_HERE:
-                    raise
-            else:
-                self._back = lambda: self._parent.remove(self._target)
-                return
-        self._staged.rename(self._name, self._parent, self._target)
-
-        def back() -> None:
-            self._parent.rename(self._target, self._staged, self._name)
-            if empty:
-                self._parent.make(self._target).close()
-
-        self._back = back
-
-    def _replace(self, *, folder: bool) -> None:
-        """Where something is: in one step if the system can exchange two names."""
-        try:
-            self._swap()
-        except OSError as error:
-            if error.errno not in NOT_POSSIBLE_HERE:
-                raise
-        else:
-            self._back = self._swap
-            return
-        if folder:
-            self._parent.rename(self._target, self._staged, self._aside)
-            self._back = lambda: self._staged.rename(self._aside, self._parent, self._target)
-        else:
-            with contextlib.suppress(OSError):  # without hard links what was there is gone
-                self._parent.link(self._target, self._staged, self._aside)
-                self._back = lambda: self._staged.rename(self._aside, self._parent, self._target)
-        self._staged.rename(self._name, self._parent, self._target)
-        old = self._back
-
-        def back() -> None:
-            self._parent.rename(self._target, self._staged, self._name)
-            old()
-
-        self._back = back
-
-    def _swap(self) -> None:
-        self._staged.swap(self._name, self._parent, self._target)
 
 
 @contextlib.contextmanager
@@ -319,7 +307,7 @@ def check_target(target: Path, *, folder: bool, may_replace: Callable[[], bool])
         raise UsageError("The folder of the output does not exist", file=target.parent, hint="make it first")
     if target.is_symlink():
         raise OutputExistsError("The output is a symbolic link", file=target, hint="name the place it points to")
-    if not target.exists() or (folder and target.is_dir() and not files.listed(target)):
+    if not target.exists() or (folder and target.is_dir() and _is_empty(target)):
         return
     if folder != target.is_dir():
         kind = "file" if folder else "folder"
@@ -330,6 +318,11 @@ def check_target(target: Path, *, folder: bool, may_replace: Callable[[], bool])
             file=target,
             hint="choose another name with -o; --force replaces only what lora-cli wrote",
         )
+
+
+def _is_empty(folder: Path) -> bool:
+    with write_errors(str(folder)):
+        return not files.listed(folder)
 
 
 def check_apart(target: Path, inputs: Iterable[Path]) -> None:
@@ -370,4 +363,5 @@ def check_space(target: Path, needed: int) -> None:
 
 def free_bytes(target: Path) -> int:
     """Bytes free for this user where `target` will be."""
-    return files.free_bytes(target.parent if target.parent.exists() else Path.cwd())
+    with write_errors(target.name):
+        return files.free_bytes(target.parent if target.parent.exists() else Path.cwd())

@@ -14,8 +14,8 @@ import yaml
 
 from lora_cli.errors import MalformedFileError, UnsafeInputError
 
-YAML_LIMIT = 1 << 20
-"""Longest file; the loader is slow, and nobody writes more by hand."""
+YAML_LIMIT = 256 << 10
+"""Longest file; the loader takes seconds for it, and nobody writes more by hand."""
 
 _DEPTH_LIMIT = 20
 

@@ -27,7 +27,7 @@ from lora_cli.checkpoint.digests import bytes_digest
 from lora_cli.checkpoint.dtypes import DTYPES, DType
 from lora_cli.checkpoint.header import HEADER_LIMIT, Header, parse_header, render_header
 from lora_cli.checkpoint.manifest import MANIFEST_LIMIT, Manifest, read_manifest, write_manifest
-from lora_cli.checkpoint.source import look_at
+from lora_cli.checkpoint.source import SourceFile
 from lora_cli.checkpoint.staged import StagedFile
 from lora_cli.checkpoint.staging import Staging
 from lora_cli.errors import MalformedFileError, UnsupportedError
@@ -196,9 +196,8 @@ def copied(name: str, tensor: StoredTensor) -> Part:
     return Part(name, tensor.nbytes, write, tensor.dtype, tensor.shape)
 
 
-def copied_file(name: str, path: Path) -> Part:
+def copied_file(name: str, source: SourceFile) -> Part:
     """A file that is copied whole."""
-    source = look_at(path)
 
     def write(file: StagedFile, at: int) -> None:
         with source.open() as reader:

@@ -9,7 +9,7 @@ from math import ceil
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from lora_cli.cli.text import shown
+from lora_cli.cli.text import EMPTY, shown
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
@@ -101,7 +101,9 @@ def grid(
         right: Columns of numbers.
         named: Columns of dotted names.
     """
-    return NameTable(heads, [list(row) for row in rows], frozenset(right), frozenset(named))
+    columns = frozenset(named)
+    named_rows = [[EMPTY if cell == "" and at in columns else cell for at, cell in enumerate(row)] for row in rows]
+    return NameTable(heads, named_rows, frozenset(right), columns)
 
 
 _GAP = 3

@@ -93,6 +93,7 @@ def inject(
     ] = None,
     dry: opt.DryRunOption = False,
     force: opt.ForceOption = False,
+    resume: opt.ResumeOption = False,
     threads: opt.ThreadsOption = None,
     memory: opt.MemoryOption = None,
 ) -> None:
@@ -140,6 +141,7 @@ def inject(
         base_out=base_out,
         **options.arguments(),
         force=force,
+        resume=resume,
         threads=threads,
         memory=budget,
         progress=output.progress(),

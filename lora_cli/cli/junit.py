@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
-from lora_cli.checkpoint.source import look_at
+from lora_cli.checkpoint.hub import local_path
+from lora_cli.checkpoint.source import check_path, look_at
 from lora_cli.checkpoint.staged import write_beside
 from lora_cli.checkpoint.staging import check_apart
 from lora_cli.cli.text import count, number, shown, ulps
@@ -52,7 +53,7 @@ class Report:
         self._path = None if path is None else Path(path)
         self._inputs = inputs
         if self._path is not None:
-            _check(self._path, [Path(name) for _, name in inputs if Path(name).exists()])
+            _check(self._path, [place for _, name in inputs if (place := local_path(name)) is not None])
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -77,6 +78,7 @@ class Report:
 
 
 def _check(path: Path, inputs: Sequence[Path]) -> None:
+    check_path(path)
     if not path.parent.is_dir():
         raise UsageError("The folder of the JUnit file does not exist", file=path.parent, hint="make it first")
     if path.exists() and not path.is_file():

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from lora_cli.cli.document import rendered, unfolded
-from lora_cli.cli.text import duration, shown, size
+from lora_cli.cli.text import EMPTY, duration, shown, size
 from lora_cli.errors import LoraCliError
 from lora_cli.progress import Progress
 
@@ -226,7 +226,7 @@ def error_fields(error: LoraCliError) -> dict[str, Any]:
 
 
 def _sentence(error: LoraCliError) -> str:
-    where = ": ".join(shown(part) for part in (error.file, error.tensor) if part)
+    where = ": ".join(shown(part) or EMPTY for part in (error.file, error.tensor) if part is not None)
     message = shown(error.message, 1000)
     return f"{where}: {message}" if where else message
 

@@ -105,9 +105,16 @@ def summary(plan: Plan, *, undo: bool = False) -> Iterator[RenderableType]:
             *(_reordered(plan)),
             *(_exceptions(plan)),
             *(effects.rows(effects_of(plan))),
+            *_code(plan),
             ("left out", few(plan.left_out)),
         ]
     )
+
+
+def _code(plan: Plan) -> Iterator[tuple[str, str]]:
+    """Program text that comes with a model: people should know before they let anything run it."""
+    if code := [side.name for side in plan.side_files if side.name.lower().endswith(".py")]:
+        yield "code", f"{few(code, NAMED)}: copied, never run"
 
 
 def _reordered(plan: Plan) -> Iterator[tuple[str, str]]:

@@ -9,6 +9,9 @@ from collections.abc import Iterable, Sequence
 LONGEST = 300
 """Characters of one name that are shown; JSON has the whole."""
 
+EMPTY = '""'
+"""How a name is shown that has no characters."""
+
 _INVISIBLE = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 _COMBINING = {"Mn", "Me", "Mc"}
 _BLANK = frozenset(
@@ -87,7 +90,7 @@ def few(names: Iterable[object], most: int = 8) -> str:
     """The first names in one line, and how many more there are."""
     listed = list(names)
     more = f" … and {len(listed) - most:,} more" if len(listed) > most else ""
-    return ", ".join(map(str, listed[:most])) + more
+    return ", ".join(str(name) or EMPTY for name in listed[:most]) + more
 
 
 def spans(numbers: Iterable[int]) -> str:

@@ -6,14 +6,17 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
+from lora_cli.checkpoint.leftovers import with_leftovers
 from lora_cli.checkpoint.sidefiles import SideFile
 from lora_cli.checkpoint.staging import Staging, check_apart, check_space
+from lora_cli.errors import DiskFullError
 from lora_cli.progress import SILENT, Progress
 from lora_cli.surgery.budget import Budget
 from lora_cli.surgery.filling import Filler, Tap
 from lora_cli.surgery.plan import Plan
 from lora_cli.surgery.receipt import ours_beside
 from lora_cli.surgery.repacking import in_order
+from lora_cli.surgery.resuming import Request, prepare, told_of_kept
 
 Closing = Callable[[Staging], Iterable[SideFile]]
 """Writes what is only known when all tensors are there, and returns the small files that go in last."""
@@ -28,6 +31,7 @@ def execute(
     see_copies: bool = False,
     closing: Closing = lambda _: (),
     may_replace: Callable[[], bool] = lambda: False,
+    request: Request | None = None,
     progress: Progress = SILENT,
 ) -> int:
     """Write what the plan says to `out`: all of it, or nothing.
@@ -40,6 +44,8 @@ def execute(
         see_copies: Whether tensors that are only copied pass the taps too.
         closing: Is called with all tensors written, and not yet published. The last file it returns is the receipt.
         may_replace: Says whether what stands at `out` may be replaced.
+        request: What was asked for, as far as the plan does not say it, and whether to go on with a run that was cut
+            off; without it no other run can go on with this one.
         progress: Hears of every unit.
 
     Returns:
@@ -49,6 +55,8 @@ def execute(
         OutputExistsError: `out` exists, or is an input.
         DiskFullError: No space, before or during the work.
         WriteError: Anything else that kept a file from being written.
+        LockedError: Another run writes to `out`.
+        WrongInputError: A run that was cut off is to be gone on with, and was asked for something else.
     """
     staged = staging_of(
         plan,
@@ -58,6 +66,7 @@ def execute(
         see_copies=see_copies,
         closing=closing,
         may_replace=may_replace,
+        request=request,
         progress=progress,
     )
     with staged as staging:
@@ -76,6 +85,7 @@ def staging_of(
     see_copies: bool = False,
     closing: Closing = lambda _: (),
     may_replace: Callable[[], bool] = lambda: False,
+    request: Request | None = None,
     progress: Progress = SILENT,
 ) -> Iterator[Staging]:
     """Write what the plan says beside `out`, complete and not yet published; leaving takes away what was not.
@@ -86,12 +96,22 @@ def staging_of(
     check_apart(out, plan.inputs)
     # What is recorded is gathered first, and then copied together.
     recorded = 2 * plan.bytes_to_undo if see_copies else 0
-    check_space(out, plan.bytes_to_write + recorded + plan.bytes_to_reorder)
-    with Staging(out, folder=folder, may_replace=may_replace).opened() as staging:
-        names = [file.name if folder else out.name for file in plan.files]
-        staged = [staging.create(name, file.size) for name, file in zip(names, plan.files, strict=True)]
+    needed = plan.bytes_to_write + recorded + plan.bytes_to_reorder
+    with Staging(out, folder=folder, may_replace=may_replace).opened() as staging, told_of_kept(staging, progress):
+        resumption = prepare(staging, plan, request, progress)
+        finished = resumption.finished
+        try:
+            check_space(out, needed - sum(plan.files[number].size for number in finished))
+        except DiskFullError as error:
+            with_leftovers(error, out, but=[staging.name])
+            raise
+        staged = [
+            (staging.adopt if number in finished else staging.create)(file.name if folder else out.name, file.size)
+            for number, file in enumerate(plan.files)
+        ]
         with in_order(plan, staging.work) as ready:
-            Filler(ready, staged, see_copies=see_copies).fill(lambda: taps(staging), budget, progress)
+            filler = Filler(ready, staged, see_copies=see_copies, resumption=resumption)
+            filler.fill(lambda: taps(staging), budget, progress)
         # The index, and then the receipt, come last: without them a folder does not look complete.
         smalls = sorted(plan.side_files, key=lambda side: side.name.endswith(".index.json"))
         for side in [*smalls, *closing(staging)]:

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 from safetensors import safe_open
 
 from lora_cli.checkpoint.advice import crowds, forget
-from lora_cli.checkpoint.staged import StagedFile
+from lora_cli.checkpoint.staged import Span, StagedFile
 from lora_cli.errors import WriteError
 from lora_cli.progress import Progress
 from lora_cli.surgery.ahead import while_torch_loads
 from lora_cli.surgery.budget import Budget
 from lora_cli.surgery.plan import Plan
+from lora_cli.surgery.resumption import Resumption
 from lora_cli.surgery.units import Unit, units_of
 from lora_cli.surgery.workers import run_units
 
@@ -25,7 +26,15 @@ if TYPE_CHECKING:
 
 
 class Tap(Protocol):
-    """Watches the pieces of a unit as they pass, in the worker's process, and is told in ours what it found."""
+    """Watches the pieces of a unit as they pass, in the worker's process, and is told in ours what it found.
+
+    What it finds goes into the journal of the run too, from which another takes it that goes on.
+    """
+
+    @property
+    def kind(self) -> Any:
+        """The type of what is found, as msgspec reads it."""
+        ...
 
     def watch(self, unit: Unit, pieces: Pieces, found: list[Any]) -> Pieces:
         """Pass pieces on; append to `found` what is to be known of the unit."""
@@ -33,6 +42,14 @@ class Tap(Protocol):
 
     def take(self, unit: Unit, found: Any) -> None:
         """Keep what was found in a unit."""
+        ...
+
+    def digest(self, number: int) -> str:
+        """Digest of an output file whose units were all taken; nothing if this tap does not know it."""
+        ...
+
+    def gathered(self, number: int) -> tuple[tuple[Span, ...], str]:
+        """Where bytes that were gathered of a file lie, synced, and their digest; nothing if there are none."""
         ...
 
 
@@ -43,11 +60,15 @@ class Filler:
         plan: What to write.
         staged: Its files, in their order.
         see_copies: Whether tensors that are only copied pass the taps too.
+        resumption: Which files are finished already, and where to note others.
     """
 
-    def __init__(self, plan: Plan, staged: Sequence[StagedFile], *, see_copies: bool) -> None:
+    def __init__(
+        self, plan: Plan, staged: Sequence[StagedFile], *, see_copies: bool, resumption: Resumption | None = None
+    ) -> None:
         self._plan = plan
         self._staged = staged
+        self._resumption = resumption or Resumption()
         self._see_copies = see_copies
         self._taps: Sequence[Tap] = ()
         self._crowds = crowds(2 * sum(file.size for file in plan.files))
@@ -63,11 +84,14 @@ class Filler:
         nbytes = sum(file.size for file in self._plan.files)
         progress.begin(self._plan.operation, nbytes)
         files = enumerate(self._plan.files)
-        units = [unit for number, file in files for unit in units_of(number, file, seen=self._see_copies)]
+        by_file = {number: list(units_of(number, file, seen=self._see_copies)) for number, file in files}
+        units = [unit for number in by_file if number not in self._resumption.finished for unit in by_file[number]]
         copies = [unit for unit in units if unit.source is not None]
         alone = budget.threads == 1  # then there is to be no other process
         copied = [] if alone else copies[: while_torch_loads(copies, self._copy_ahead, lambda unit: unit.nbytes)]
         self._taps = taps()
+        self._resumption.begin(by_file, self._taps)
+        progress.advance(sum(self._plan.files[number].size for number in self._resumption.finished))
         from lora_cli.surgery.engine import Workshop
 
         done = _Files(self, Counter(unit.file for unit in units), progress)
@@ -82,6 +106,7 @@ class Filler:
                 for tap, findings in zip(self._taps, found, strict=True):
                     for finding in findings:
                         tap.take(unit, finding)
+                self._resumption.keep(unit, found)
                 done.count(unit)
                 done.hand_over(unit)
 
@@ -140,6 +165,7 @@ class Filler:
         with safe_open(staged.path, framework="numpy") as opened:
             if len(opened.keys()) != len(self._plan.files[number].edits):
                 raise WriteError("The output does not read back as it was planned", file=staged.name)
+        self._resumption.note(number, staged, self._taps)
         return staged
 
 

@@ -76,4 +76,4 @@ class Finishing:
 
     def _output_digests(self, recorder: Recorder) -> dict[str, str]:
         names = output_names(self._plan, self._target)[: len(self._plan.files)]
-        return {name: recorder.output_digest(number) for number, name in enumerate(names)}
+        return {name: recorder.digest(number) for number, name in enumerate(names)}

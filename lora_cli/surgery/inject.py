@@ -96,6 +96,7 @@ def inject(
     dtype: str = "fp32",
     seed: int = 0,
     force: bool = False,
+    resume: bool = False,
     threads: int | None = None,
     memory: int | None = None,
     progress: Progress = SILENT,
@@ -129,6 +130,8 @@ def inject(
         dtype: `fp32`, `bf16` or `fp16`, for the factors.
         seed: Decides the numbers of A, together with the names of the modules.
         force: Replace outputs where a receipt says that lora-cli wrote all of them.
+        resume: Go on with a run of the same request that was cut off, and leave finished files to another if this one
+            is; see `surgery.resuming`.
         threads: Units of work at once; all cores by default.
         memory: Bytes that buffers and factors may take; 256 MiB, or what one tensor needs, unless given.
         progress: Hears of every step.
@@ -160,7 +163,7 @@ def inject(
         check_injection_output(made, target, left, options, force=force)
         if on_plan:
             on_plan(made)
-        how = Writing(injection, made, target, left, force, threads or default_threads(), memory, progress)
+        how = Writing(injection, made, target, left, force, resume, threads or default_threads(), memory, progress)
         written, residual = how.write()
     parameters = sum(math.prod(fresh.shape) for m in injection.modules for fresh in injection.factors(m))
     base_parameters = sum(math.prod(tensor.shape) for tensor in injection.base.tensors.values())
@@ -198,7 +201,7 @@ def residual_base(injection: Injection, target: Path, base_out: Reference) -> Re
         raise UsageError(
             f"The init {init} leaves the base as it is", found=f"--base-out {base_out}", hint="leave out --base-out"
         )
-    return ResidualBase(injection, target, Path(base_out)) if principal else None
+    return ResidualBase(injection, target, output_path(base_out)) if principal else None
 
 
 def prepare(base: Reference, options: InjectOptions, *, progress: Progress = SILENT) -> Injection:

@@ -33,6 +33,7 @@ class Writing:
         target: Where it goes.
         left: What is left of the base, where that is written besides.
         force: Replace what a receipt says that lora-cli wrote.
+        resume: As for `inject`.
         threads: As for `inject`.
         memory: As for `inject`.
         progress: Hears of every step.
@@ -43,6 +44,7 @@ class Writing:
     target: Path
     left: ResidualBase | None
     force: bool
+    resume: bool
     threads: int
     memory: int | None
     progress: Progress
@@ -60,6 +62,7 @@ class Writing:
         """Write all of it, or nothing; returns the bytes of the adapter or wrapped checkpoint."""
         # torch is loaded only here, after the plan is on the screen.
         from lora_cli.surgery.execute import publish, staging_of
+        from lora_cli.surgery.resuming import Request, options_of
 
         budget = settle_budget(self.made, memory=self.memory, threads=self.threads)
         staged = staging_of(
@@ -69,6 +72,7 @@ class Writing:
             taps=lambda staging: self._take(staging, budget),
             closing=lambda _: [] if self.left else self._extras(),
             may_replace=written_by_us(self.target) if self.force else lambda: False,
+            request=Request(options_of(self.injection.options), self.resume),
             progress=self.progress,
         )
         with staged as adapter:
@@ -101,6 +105,7 @@ class Writing:
             adapter,
             _receipt_content(self.injection, None),
             force=self.force,
+            resume=self.resume,
             threads=self.threads,
             memory=self.memory,
             progress=self.progress,

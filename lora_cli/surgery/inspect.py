@@ -10,7 +10,7 @@ from lora_cli.adapters.ties import ties
 from lora_cli.adapters.wrapped import unwrap, wrapped_modules
 from lora_cli.checkpoint.checkpoint import ADAPTER_FILE, Checkpoint, open_checkpoint, open_shard
 from lora_cli.checkpoint.hub import Location, local_path, locate
-from lora_cli.checkpoint.links import is_there
+from lora_cli.checkpoint.links import check_link, is_there
 from lora_cli.checkpoint.quantised import Quantised, method
 from lora_cli.checkpoint.source import listing
 from lora_cli.errors import LoraCliError, UsageError
@@ -75,7 +75,10 @@ def is_adapter(path: Path) -> bool:
         if is_there(path / CONFIG_FILE) or is_there(path / ADAPTER_FILE):
             return True
         files = [entry for entry in listing(path) if entry.suffix == ".safetensors" and entry.name[:1] != "."]
-        return len(files) == 1 and not (path / "config.json").exists() and is_adapter(files[0])
+        if len(files) != 1 or (path / "config.json").exists():
+            return False
+        check_link(files[0])
+        return is_adapter(files[0])
     if path.suffix != ".safetensors" or not path.exists():
         return False
     # A file is an adapter when its tensors are factors; a wrapped checkpoint holds base weights as well.

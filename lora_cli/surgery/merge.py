@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli.checkpoint.sidefiles import SideFile, tokenizer_files
+from lora_cli.checkpoint.source import check_path
 from lora_cli.checkpoint.staging import check_apart, check_target
 from lora_cli.checkpoint.undo_file import UNDO_FILE
 from lora_cli.errors import UsageError
@@ -123,6 +124,7 @@ def merge(
     embed_adapter: bool = False,
     again: bool = False,
     force: bool = False,
+    resume: bool = False,
     threads: int | None = None,
     memory: int | None = None,
     progress: Progress = SILENT,
@@ -141,6 +143,8 @@ def merge(
         embed_adapter: Put the adapters' factors into it, so that unmerging needs nothing else.
         again: As for `plan_merge`.
         force: Replace `out` where a receipt says that lora-cli wrote all of it.
+        resume: Go on with a run of the same request that was cut off, and leave finished files to another if this one
+            is; see `surgery.resuming`.
         threads: Units of work at once; all cores by default.
         memory: Bytes that buffers and factors may take; 256 MiB, or what one tensor needs, unless given.
         progress: Hears of every step.
@@ -161,6 +165,7 @@ def merge(
         # torch is loaded only here, after the plan is on the screen.
         from lora_cli.surgery.execute import execute
         from lora_cli.surgery.finishing import Finishing
+        from lora_cli.surgery.resuming import Request, options_of
 
         doubtful = [*_doubts(made, options)]
         for words in doubtful:
@@ -174,6 +179,7 @@ def merge(
             see_copies=undo,
             closing=finishing.close,
             may_replace=written_by_us(target) if force else lambda: False,
+            request=Request(options_of(options) | {"undo": undo, "embed_adapter": embed_adapter}, resume),
             progress=progress,
         )
     survival = finishing.survivals.report()
@@ -263,10 +269,12 @@ def output_path(out: Reference) -> Path:
     """The place of an output.
 
     Raises:
-        UsageError: None was given.
+        UsageError: None was given, or one that no file system takes.
     """
     if not str(out):
         raise UsageError("No output given", hint="say where with -o OUT")
+    for longest in (Path(out), receipt_path(Path(out), "unmerge")):
+        check_path(longest)
     return Path(out)
 
 

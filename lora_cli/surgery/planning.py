@@ -189,7 +189,7 @@ class _Layout:
         if index is None:
             return ()
         if all(file.header is file.base.header for file in files) and len(files) == len(self.base.shards):
-            return (SideFile(index.name, self.base.path / index.name, len(index.raw)),)
+            return (SideFile.of(index.name, self.base.looks.at(self.base.path / index.name)),)
         weight_map = {edit.key: file.name for file in files for edit in file.edits}
         total = sum(edit.nbytes for file in files for edit in file.edits)
         data = index.rewritten(weight_map, total)

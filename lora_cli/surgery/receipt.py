@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from lora_cli.adapters.wrapped import WRAP_FILE
 from lora_cli.checkpoint.checkpoint import Checkpoint, read_config
+from lora_cli.checkpoint.leftovers import leftovers
 from lora_cli.checkpoint.sidefiles import SIDE_FILE_LIMIT, SideFile, lies_inside
-from lora_cli.checkpoint.source import listing
+from lora_cli.checkpoint.source import SourceFile, listing
+from lora_cli.checkpoint.staged import ASIDE
+from lora_cli.checkpoint.staging import OUTPUT
 from lora_cli.checkpoint.undo_file import UNDO_FILE
-from lora_cli.errors import LoraCliError
+from lora_cli.errors import LoraCliError, MalformedFileError, WriteError
 from lora_cli.version import __version__
 
 SCHEMA = "lora-cli/receipt/1"
@@ -32,11 +36,12 @@ OWN_FILES = ("lora_inject.json", "lora_merge.json", UNDO_FILE, WRAP_FILE)
 """Files of ours that say what a checkpoint is, and come back with it when a merge is undone."""
 
 
-def own_files(checkpoint: Checkpoint) -> dict[str, Path]:
-    """The files of ours that are with a checkpoint and can come back with it: name in a folder → where it is."""
+def own_files(checkpoint: Checkpoint) -> dict[str, SourceFile]:
+    """The files of ours that are with a checkpoint and can come back with it, by their names in a folder."""
     places = {name: beside(checkpoint.path, name) for name in OWN_FILES}
     there = {name: place for name, place in places.items() if place.is_file() and lies_inside(checkpoint, place)}
-    return {name: place for name, place in there.items() if name == UNDO_FILE or _length(place) <= SIDE_FILE_LIMIT}
+    seen = {name: checkpoint.looks.at(place) for name, place in there.items()}
+    return {name: source for name, source in seen.items() if name == UNDO_FILE or source.size <= SIDE_FILE_LIMIT}
 
 
 def make_receipt(
@@ -87,27 +92,59 @@ def find_receipt(path: Path) -> Mapping[str, Any] | None:
 def ours_beside(out: Path) -> list[str]:
     """Names of the small files beside an output of one file that are ours: receipts, and what these list."""
     places = [receipt_path(out, operation) for operation in OPERATIONS]
-    receipts = {place.name: said for place in places if place.is_file() and (said := _read_receipt(place)) is not None}
-    lists = [said.get("files") for said in receipts.values()]
+    with _read_at(out):
+        found = {place.name: _read_receipt(place) for place in places if place.is_file()}
+        cut_off = _cut_off(out, leftovers(out))
+    receipts = {name: said for name, said in found.items() if said is not None}
+    lists = [said.get("files") for said in [*receipts.values(), *cut_off]]
     listed = {str(name) for names in lists if isinstance(names, list) for name in names}
-    return sorted({*receipts, *listed.intersection(beside(out, name).name for name in OWN_FILES)})
+    ours = {*receipts, *listed.intersection(beside(out, name).name for name in OWN_FILES)}
+    return sorted(name for name in ours if out.with_name(name).exists())
+
+
+def _cut_off(out: Path, folders: Iterable[Path]) -> list[Mapping[str, Any]]:
+    """Receipts in what runs left that were cut off while they put an output of one file in its place, part by part.
+
+    There is the one that was to come last, or the one that it took the place of.
+    """
+    if out.suffix != ".safetensors":
+        return []
+    names = [receipt_path(out, operation).name for operation in OPERATIONS]
+    places = [folder / OUTPUT / f"{name}{suffix}" for folder in folders for name in names for suffix in ("", ASIDE)]
+    found = [_read_receipt(place) for place in places if place.is_file() and not place.is_symlink()]
+    return [said for said in found if said is not None]
 
 
 def _read_receipt(place: Path) -> Mapping[str, Any] | None:
     try:
         document = read_config(place)
-    except LoraCliError:
+    except LoraCliError as error:
+        if isinstance(error, MalformedFileError) and isinstance(error.__cause__, OSError):
+            raise  # what cannot be read is not what is not there
         return None
     return document if document.get("schema") == SCHEMA else None
 
 
+@contextmanager
+def _read_at(out: Path) -> Iterator[None]:
+    """Within it what stands at an output is read, which is no input."""
+    try:
+        yield
+    except MalformedFileError as error:
+        why = f"{error.message} ({error.file})"
+        raise WriteError("What stands at the output cannot be read", file=out, found=why) from error
+
+
 def written_by_us(out: Path) -> Callable[[], bool]:
     """Return a check that `out` holds nothing but what a receipt lists: the only thing that `--force` replaces."""
+    left = leftovers(out)  # before this run makes a folder of its own there
 
     def check() -> bool:
         places = (receipt_path(out, operation) for operation in OPERATIONS)
-        # What was unmerged once may hold the receipt of an earlier merge besides its own.
-        return any(_lists_all(out, said) for place in places if place.is_file() and (said := _read_receipt(place)))
+        with _read_at(out):
+            receipts = [said for place in places if place.is_file() and (said := _read_receipt(place))]
+            # What was unmerged once may hold the receipt of an earlier merge besides its own.
+            return any(_lists_all(out, said) for said in [*receipts, *_cut_off(out, left)])
 
     return check
 
@@ -129,6 +166,9 @@ def _lists_all(out: Path, receipt: Mapping[str, Any]) -> bool:
     # A file of another size is somebody's own work under one of our names.
     if any(_length(root / name) not in (-1, size) for name, size in sizes.items()):
         return False
+    # What has no size there could be anybody's: none but the receipts themselves and the undo file.
+    own = {beside(out, UNDO_FILE).name, *(receipt_path(out, operation).name for operation in OPERATIONS)}
+    listed &= sizes.keys() | own
     if not out.is_dir():
         return out.name in listed
     folders = {parent.as_posix() for name in listed for parent in Path(name).parents}

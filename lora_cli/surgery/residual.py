@@ -89,6 +89,7 @@ class ResidualBase:
         content: dict[str, Any],
         *,
         force: bool,
+        resume: bool,
         threads: int,
         memory: int | None,
         progress: Progress,
@@ -99,11 +100,13 @@ class ResidualBase:
             adapter: The adapter, written and not yet published.
             content: What the receipt is to say.
             force: Replace what a receipt says that lora-cli wrote.
+            resume: As for `inject`.
             threads: As for `inject`.
             memory: As for `inject`.
             progress: Hears of every unit.
         """
         from lora_cli.surgery.execute import staging_of
+        from lora_cli.surgery.resuming import Request, options_of
 
         made = self._plan(open_shard(adapter.place / ADAPTER_FILE)).for_output(self.out)
         receipts: list[SideFile] = []
@@ -116,7 +119,19 @@ class ResidualBase:
 
         may_replace: Callable[[], bool] = written_by_us(self.out) if force else lambda: False
         budget = settle_budget(made, memory=memory, threads=threads)
-        with staging_of(made, self.out, budget, closing=closing, may_replace=may_replace, progress=progress) as staging:
+        # The factors are what they are by content: where they lie is another place each time.
+        factors = {record.label: record.digest for record in adapter_records(made, embed=False)}
+        request = Request(options_of(self.injection.options) | {"factors": factors}, resume, aside=adapter.place)
+        staged = staging_of(
+            made,
+            self.out,
+            budget,
+            closing=closing,
+            may_replace=may_replace,
+            request=request,
+            progress=progress,
+        )
+        with staged as staging:
             names = (*output_names(made, self.out), *(receipt.name for receipt in receipts))
             yield staging, Residual(str(self.out), names, made.left_out, staging.bytes_written)
 

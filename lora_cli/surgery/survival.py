@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lora_cli.arithmetic.strength import Strength
+    from lora_cli.checkpoint.staged import Span
     from lora_cli.surgery.engine import Pieces
     from lora_cli.surgery.units import Unit
 
@@ -41,6 +42,21 @@ class Survivals:
 
     def __init__(self) -> None:
         self._sums: defaultdict[str, dict[int, Strength]] = defaultdict(dict)
+
+    @property
+    def kind(self) -> type[Strength]:
+        """What is found in a unit."""
+        from lora_cli.arithmetic.strength import Strength
+
+        return Strength
+
+    def digest(self, number: int) -> str:
+        """Nothing: it sees only what changes."""
+        return ""
+
+    def gathered(self, number: int) -> tuple[tuple[Span, ...], str]:
+        """Nothing: sums are small."""
+        return (), ""
 
     def watch(self, unit: Unit, pieces: Pieces, found: list[Strength]) -> Pieces:
         """Pass the pieces of a unit on; what survived in those that carry a delta is found at their end."""

@@ -149,6 +149,7 @@ def unmerge(
     undo: Reference | None = None,
     approximate: bool = False,
     force: bool = False,
+    resume: bool = False,
     threads: int | None = None,
     memory: int | None = None,
     progress: Progress = SILENT,
@@ -168,6 +169,8 @@ def unmerge(
         undo: The undo file; the one beside the merged checkpoint unless given.
         approximate: Subtract: the caller says that a base with undecided weights will do.
         force: Replace `out` where a receipt says that lora-cli wrote all of it.
+        resume: Go on with a run of the same request that was cut off, and leave finished files to another if this one
+            is; see `surgery.resuming`.
         threads: Units of work at once; all cores by default.
         memory: Bytes that buffers and factors may take; 256 MiB, or what one tensor needs, unless given.
         progress: Hears of every step.
@@ -187,8 +190,8 @@ def unmerge(
         check_output(made, target, force=force, beside=own)
         if on_plan:
             on_plan(made)
-        how = _How(target, made, force, threads or default_threads(), memory, progress)
-        outcome = how.restore(found) if isinstance(found, Undoing) else how.subtract(options)
+        how = _How(target, made, force, options, resume, threads or default_threads(), memory, progress)
+        outcome = how.restore(found) if isinstance(found, Undoing) else how.subtract()
     return UnmergeResult(
         out=str(out),
         exact=outcome.exact,
@@ -221,6 +224,8 @@ class _How:
     target: Path
     made: Plan
     force: bool
+    options: PlanOptions
+    resume: bool
     threads: int
     memory: int | None
     progress: Progress
@@ -233,13 +238,13 @@ class _How:
         written = self._execute(self._budget(blocks=True), [restoring.checker], restoring.close, see_copies=True)
         return _Outcome(not found.lost, restoring.files, written)
 
-    def subtract(self, options: PlanOptions) -> _Outcome:
+    def subtract(self) -> _Outcome:
         """Write what subtracting gives, and prove what can be proved."""
         stays = kept(self.made)
         for name in stays:
             self.progress.warn(f"{name}: the adapter replaced it, or rows of it; these stay, what was there is lost")
         sizes = output_sizes(self.made, self.target)
-        content = receipt_content(self.made, options)
+        content = receipt_content(self.made, self.options)
         taken = {record.digest for record in adapter_records(self.made, embed=False)}
         before = merged_before(find_receipt(self.made.checkpoint.path))
         content["earlier"] = [said for said in before if said["digest"] not in taken]
@@ -256,6 +261,7 @@ class _How:
 
     def _execute(self, budget: Budget, taps: Sequence[Tap], closing: Closing, *, see_copies: bool) -> int:
         from lora_cli.surgery.execute import execute
+        from lora_cli.surgery.resuming import Request, options_of
 
         return execute(
             self.made,
@@ -265,5 +271,6 @@ class _How:
             see_copies=see_copies,
             closing=closing,
             may_replace=written_by_us(self.target) if self.force else lambda: False,
+            request=Request({**options_of(self.options), "approximate": not see_copies}, self.resume),
             progress=self.progress,
         )

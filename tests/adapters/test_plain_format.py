@@ -20,6 +20,7 @@ from lora_cli.errors import (
     MalformedFileError,
     MissingScaleError,
     NamesError,
+    NumericError,
     ShapeError,
     UnsupportedError,
     UsageError,
@@ -172,7 +173,7 @@ def test_a_square_base_decides_nothing(tmp_path: Path, said: Any, transposed: bo
 SCALES: dict[str, tuple[ReadOptions, dict[str, Any] | None, dict[str, str] | None, float, str]] = {
     "--scale": (ReadOptions(scale=0.7), {"lora_alpha": 9}, {"alpha": "9"}, 0.7, "--scale"),
     "--alpha": (ReadOptions(alpha=6), {"lora_alpha": 9}, {"alpha": "9"}, 2.0, "--alpha / rank of the factors"),
-    "config": (ReadOptions(), {"lora_alpha": 6}, {"alpha": "9"}, 2.0, "lora_alpha of adapter_config.json"),
+    "config": (ReadOptions(), {"lora_alpha": 6}, {"alpha": "6.0"}, 2.0, "lora_alpha of adapter_config.json"),
     "config scale": (ReadOptions(), {"scale": 20}, None, 20.0, "scale of adapter_config.json"),
     "config rslora": (ReadOptions(), {"lora_alpha": 6, "use_rslora": True}, None, 6 / math.sqrt(3), "lora_alpha of"),
     "metadata": (ReadOptions(), None, {"alpha": "6", "rank": "3"}, 2.0, "alpha of header metadata"),
@@ -196,6 +197,28 @@ def test_where_the_scale_comes_from(
     assert target.delta.scale.source.startswith(source)
 
 
+DISAGREEING: list[tuple[dict[str, Any] | None, dict[str, str] | None]] = [
+    ({"lora_alpha": 6}, {"alpha": "9"}),
+    ({"lora_alpha": 6, "alpha": 9}, None),
+    (None, {"scale": "2", "scaling": "3"}),
+    (None, {"alpha": "6", "scale": "2"}),
+    ({"scale": 2}, {"alpha": "6"}),
+]
+
+
+@pytest.mark.parametrize(("config", "metadata"), DISAGREEING, ids=str)
+def test_fields_that_disagree_about_the_scale(
+    tmp_path: Path, config: dict[str, Any] | None, metadata: dict[str, str] | None
+) -> None:
+    """R087: two readers of such a file would apply it at two strengths."""
+    with pytest.raises(MalformedFileError, match="Two fields say how strong") as caught:
+        opened(tmp_path, options=ReadOptions(), config=config, metadata=metadata)
+    fields = [*(config or {}), *(metadata or {})]
+    assert all(field in str(caught.value.found) for field in fields)
+    (target,) = opened(tmp_path, options=ReadOptions(alpha=6), config=config, metadata=metadata).targets
+    assert target.delta.scale.times() == 2
+
+
 @pytest.mark.parametrize(("config", "metadata"), [(None, None), ({}, {}), ({"r": 3, "alpha": None}, {"format": "pt"})])
 def test_a_scale_is_never_assumed(
     tmp_path: Path, config: dict[str, Any] | None, metadata: dict[str, str] | None
@@ -216,6 +239,9 @@ BAD_SCALES: list[tuple[dict[str, Any] | None, dict[str, str] | None, type[LoraCl
     (None, {"alpha": "nan"}, MalformedFileError),
     (None, {"scale": "inf"}, MalformedFileError),
     (None, {"alpha": ""}, MalformedFileError),
+    (None, {"alpha": "1e30"}, MalformedFileError),
+    (None, {"alpha": "0"}, NumericError),
+    (None, {"scale": "-0.0"}, NumericError),
     ({"alpha": 6, "r": 4}, None, ShapeError),
     (None, {"alpha": "6", "rank": "2"}, ShapeError),
     ({"alpha": 6, "r": "three"}, None, MalformedFileError),

@@ -182,6 +182,30 @@ def test_letters_that_older_clients_let_through(
     refused("ö/n", UsageError)
 
 
+@pytest.mark.parametrize(
+    "reference",
+    [
+        f"https://someone:{TOKEN}@huggingface.co/o/n",
+        f"https://{TOKEN}@huggingface.co/o/n",
+        f"https://huggingface.co/o/n/resolve/main/model.safetensors?token={TOKEN}&{SIGNATURE}=1",
+        f"hf://{TOKEN}@o/n",
+        f"hf://someone:pa55w0rd-{TOKEN}@o/n",
+        f"hf://o/n@{TOKEN}?",
+        f"./no/such/{TOKEN}",
+        TOKEN,
+        TOKEN + "x" * 300,
+    ],
+)
+def test_a_token_in_an_address_is_not_repeated(
+    reference: str, hub_server: HubServer, refused: Callable[..., LoraCliError]
+) -> None:
+    """R137: what somebody pasted with a password in it must not end in the log of a CI job."""
+    error = refused(reference, UsageError)
+    assert "…" in f"{error.file}{error.found}"
+    assert "pa55w0rd" not in said(error)
+    assert not hub_server.requests
+
+
 def test_a_link_that_leads_nowhere_is_no_question_to_the_hub(
     hub_server: HubServer, refused: Callable[..., LoraCliError], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -244,6 +268,7 @@ def test_only_needed_files(weights: Mapping[str, bytes], role: Role, hub_server:
 
 
 def test_everything_is_asked_for_at_the_one_commit(hub_server: HubServer) -> None:
+    """R133: a branch that moves meanwhile cannot mix two versions."""
     commit = hub_server.publish("owner/name", {**SIDE, **sharded()})
     locate("owner/name", role="checkpoint")
     first, *rest = hub_server.requests
@@ -305,6 +330,7 @@ def test_revisions(kind: str, spelling: str, hub_server: HubServer) -> None:
 
 
 def test_a_branch_that_moves_is_followed_and_a_commit_stays(hub_server: HubServer) -> None:
+    """R133: and the label, which receipts record, has the commit."""
     old = hub_server.publish("owner/name", {**SINGLE, "config.json": b"old"})
     assert locate("owner/name", role="checkpoint").path.name == old
     new = hub_server.publish("owner/name", {**SINGLE, "config.json": b"new"})
@@ -536,6 +562,7 @@ def test_answers_that_are_errors(  # noqa: PLR0917
     refused: Callable[..., LoraCliError],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """R177: gated, rate-limited, gone, half an answer: each has its words, and nothing half fetched is used."""
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     hub_server.publish("owner/name", {**SIDE, **SINGLE})
     hub_server.fail(path, status, headers, body=body)
@@ -575,6 +602,7 @@ def test_tls_fails(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """R177: a proxy that breaks TLS."""
     use_hub(hub_server.endpoint.replace("http:", "https:"), tmp_path / "other", monkeypatch)
     error = refused("owner/name", HubError)
     assert "TLS" in error.message
@@ -584,6 +612,7 @@ def test_tls_fails(
 def test_a_token_that_cannot_be_sent_is_not_shown(
     hub_server: HubServer, refused: Callable[..., LoraCliError], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """R137."""
     hub_server.publish("owner/name", SINGLE)
     monkeypatch.setenv("HF_TOKEN", f"{TOKEN}ß")
     assert refused("owner/name", HubError).message == "The token cannot be sent"
@@ -726,6 +755,7 @@ def test_hostile_endpoint(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """R136: an address from the environment is checked like an option, and not shown."""
     use_hub(endpoint, tmp_path / "other", monkeypatch)
     error = refused("owner/name", UsageError)
     assert "HF_ENDPOINT" in str(error.hint)

@@ -56,7 +56,7 @@ def merge_with_a_signal(
     )
     try:
         deadline = time.monotonic() + 60
-        while len(list(work.glob(".out*/*.safetensors"))) < 2:
+        while len(list(work.glob(".out*/*/*.safetensors"))) < 2:
             assert started.poll() is None, started.communicate()
             assert time.monotonic() < deadline
             time.sleep(0.01)

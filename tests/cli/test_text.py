@@ -20,6 +20,10 @@ from lora_cli.cli.text import LONGEST, count, duration, number, parse_size, show
 
 INVISIBLE = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 COMBINING = {"Mn", "Me", "Mc"}
+BLANK = "\u034f\u115f\u1160\u17b4\u17b5\u3164\uffa0" + "".join(
+    map(chr, (*range(0x180B, 0x1810), *range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0)))
+)
+"""Letters and marks that Unicode wants to be drawn as nothing (Default_Ignorable_Code_Point)."""
 HOSTILE = {
     "clear screen": "\x1b[2J\x1b[H",
     "window title": "\x1b]0;owned\x07",
@@ -34,6 +38,7 @@ HOSTILE = {
     "bidi isolate": "\u2066a\u2069\u200f\u061c",
     "zero width": "a\u200bb\u200d\u2060\ufeffc",
     "combining storm": "Z" + "\u0301\u0327\u20dd" * 30,
+    "unseen letters and marks": "a\ufe0fb\u3164c\U000e0101d\u034fe\u180b",
     "private and unassigned": "\ue000\U000e0001\U000e0041\uffff",
     "markup": "[red]x[/red]",
     "closing markup": "[/x]",
@@ -56,7 +61,7 @@ def combining(text: str) -> int:
 
 def assert_harmless(text: str) -> None:
     lines = text.split("\n")
-    steering = {c for one in lines for c in one if unicodedata.category(c) in INVISIBLE}
+    steering = {c for one in lines for c in one if unicodedata.category(c) in INVISIBLE or c in BLANK}
     assert steering == set()
     assert max(map(combining, lines)) <= 4
 
@@ -80,9 +85,14 @@ def test_plain_ascii_is_shown_as_it_is(text: str) -> None:
     assert shown(text) == text
 
 
-@given(st.text(st.characters(categories=["L", "N", "P", "S", "Zs"]), max_size=LONGEST))
+@given(st.text(st.characters(categories=["L", "N", "P", "S", "Zs"], exclude_characters=BLANK), max_size=LONGEST))
 def test_letters_of_every_script_are_shown_as_they_are(text: str) -> None:
     assert shown(text) == text
+
+
+def test_names_that_differ_by_what_nobody_sees_look_different() -> None:
+    for character in BLANK:
+        assert shown(f"a{character}b") == f"a{character.encode('ascii', 'backslashreplace').decode()}b"
 
 
 @given(everything)

@@ -14,6 +14,7 @@ from lora_cli.surgery.undo.undoing import Undoing
 from lora_cli.surgery.units import Unit
 
 if TYPE_CHECKING:
+    from lora_cli.checkpoint.staged import Span
     from lora_cli.surgery.engine import Pieces
 
 Finding = Literal["right", "changed", "broken"]
@@ -37,6 +38,16 @@ class Checker:
         self._left = {place: len(record.digests) for place, record in self._said.items()}
         self._changed: set[str] = set()
         self._broken: set[str] = set()
+
+    kind = Finding
+
+    def digest(self, number: int) -> str:
+        """Digest that an output file must have."""
+        return self._undoing.undo.manifest.files[number].digest
+
+    def gathered(self, number: int) -> tuple[tuple[Span, ...], str]:
+        """Nothing: a finding is one word."""
+        return (), ""
 
     def watch(self, unit: Unit, pieces: Pieces, found: list[Finding]) -> Pieces:
         """Pass the pieces of a unit on, and compare both sides with what the undo file says."""

@@ -45,7 +45,7 @@ def undo_bytes(plan: Plan, budget: Budget, *, embed: bool = False) -> int:
     stored = sum(tensor.nbytes for key, tensor in plan.checkpoint.tensors.items() if key not in touched)
     numbers = range(len(plan.opened)) if embed else ()
     embedded = sum(tensor.nbytes for number in numbers for tensor in factors_of(plan, number).values())
-    older = sum(path.stat().st_size for path in own_files(plan.checkpoint).values())
+    older = sum(source.size for source in own_files(plan.checkpoint).values())
     fixed = _RECORD * len(plan.checkpoint.tensors) + _CHANGED_RECORD * len(changing) + stored + older + embedded
     return int(share * sum(edit.nbytes for edit in changing)) + fixed
 

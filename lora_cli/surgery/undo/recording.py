@@ -48,6 +48,8 @@ class Recorder:
         self._scratch = scratch
         self._cuts: defaultdict[tuple[int, str], dict[int, Cut]] = defaultdict(dict)
 
+    kind = Cut
+
     def watch(self, unit: Unit, pieces: Pieces, found: list[Cut]) -> Pieces:
         """Pass the pieces of a unit on; what undoing them needs is found at their end."""
         edit = unit.edit
@@ -101,7 +103,13 @@ class Recorder:
         """What was kept of a tensor of an output file, cut by cut."""
         return [cut for _, cut in sorted(self._cuts[number, edit.key].items())]
 
-    def output_digest(self, number: int) -> str:
+    def gathered(self, number: int) -> tuple[tuple[Span, ...], str]:
+        """Where the fragments of an output file are, synced, and their digest."""
+        cuts = (cut for edit in self._plan.files[number].edits for cut in self.cuts(number, edit))
+        spans = tuple(span for cut in cuts for span in cut.spans)
+        return spans, self._scratch.seal(spans) if spans else ""
+
+    def digest(self, number: int) -> str:
         """Digest of an output file."""
         file = self._plan.files[number]
         return file_digest(file.header, (cut.after for edit in file.edits for cut in self.cuts(number, edit)))

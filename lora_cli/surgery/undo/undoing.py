@@ -16,7 +16,7 @@ from lora_cli.checkpoint.digests import bytes_digest, cuts, file_digest, span_di
 from lora_cli.checkpoint.header import Header, TensorInfo
 from lora_cli.checkpoint.manifest import AdapterRecord, FileRecord, SideRecord, TensorRecord
 from lora_cli.checkpoint.sidefiles import SIDE_FILE_LIMIT, SideFile, belongs, lies_inside
-from lora_cli.checkpoint.source import listing, look_at
+from lora_cli.checkpoint.source import listing
 from lora_cli.checkpoint.undo_file import UndoFile, factor_part, gains_part, side_part, stored_part, undo_part
 from lora_cli.errors import MalformedFileError, UnsafeInputError, UnsupportedError, UsageError, WrongInputError
 from lora_cli.surgery.edit import MERGEABLE, Contribution, Edit, Forgotten, Operation
@@ -328,7 +328,7 @@ class _Undoing:
             what = "is missing from the merged checkpoint" if not path.is_file() else "is a link that leads out of it"
             self._lose(name, what)
             return None
-        side = SideFile(name, path, look_at(path, name).size)
+        side = SideFile.of(name, self._merged.looks.at(path, name))
         if bytes_digest(side.read()) != said.digest:
             self._lose(name, "was changed since the merge, and comes as it is now")
         return side
@@ -339,7 +339,7 @@ class _Undoing:
         part = self._undo.part(side_part(said.name))
         with part.shard.source.open() as reader:
             if part.nbytes != said.size or span_digest(reader, part.offset, said.size) != said.digest:
-                raise damaged(self._undo, f"the file {said.name}")
+                raise damaged(self._undo, f"the file {said.name}, of {said.size} bytes")
         return OwnFile(said.name, said.digest, part)
 
     def _packed(self, said: SideRecord) -> bytes:

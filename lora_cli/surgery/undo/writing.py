@@ -150,15 +150,15 @@ class UndoWriter:
         planned = {side.name: side.source for side in self._plan.side_files}
         sides = [*side_files(base)[0]] if planned else []
         if base.index is not None:
-            sides.append(SideFile(base.index.name, base.path / base.index.name, len(base.index.raw)))
+            sides.append(SideFile.of(base.index.name, base.looks.at(base.path / base.index.name)))
         for side in sides:
             stored = planned.get(side.name) != side.source
             if stored:
                 self._parts.append(packed(side_part(side.name), side.read()))
             yield SideRecord(side.name, side.size, bytes_digest(side.read()), "packed" if stored else "")
-        for name, path in own_files(base).items():
+        for name, source in own_files(base).items():
             # An older undo file can be long, and is noise.
-            part = copied_file(side_part(name), path)
-            small = packed(part.name, read_whole(path, limit=SIDE_FILE_LIMIT)) if name != UNDO_FILE else None
+            part = copied_file(side_part(name), source)
+            small = packed(part.name, read_whole(source, limit=SIDE_FILE_LIMIT)) if name != UNDO_FILE else None
             self._parts.append(small or part)
-            yield SideRecord(name, part.size, path_digest(path), "raw" if name == UNDO_FILE else "packed")
+            yield SideRecord(name, part.size, path_digest(source), "raw" if name == UNDO_FILE else "packed")

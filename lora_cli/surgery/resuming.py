@@ -1,0 +1,182 @@
+"""Going on with a run that was cut off: its finished files are taken over, once they are checked.
+
+A file is taken over if the run was asked for the same, of inputs that did not change, and if its bytes have the digest
+that the journal says. What the taps had found in it comes from the journal too, so that the result is byte for byte
+that of a run that was never cut off.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lora_cli.adapters.source import CONFIG_FILE
+from lora_cli.arithmetic import ARITHMETIC
+from lora_cli.checkpoint.checkpoint import open_shard
+from lora_cli.checkpoint.digests import bytes_digest, shard_digest
+from lora_cli.checkpoint.journal import Finished, read_journal
+from lora_cli.checkpoint.leftovers import bytes_in, leftovers
+from lora_cli.checkpoint.source import listing
+from lora_cli.checkpoint.staged import Scratch
+from lora_cli.checkpoint.staging import Staging
+from lora_cli.errors import LoraCliError, WrongInputError
+from lora_cli.progress import Progress
+from lora_cli.surgery.plan import Plan
+from lora_cli.surgery.receipt import OPERATIONS, OWN_FILES, beside, receipt_path
+from lora_cli.surgery.resumption import Resumption
+from lora_cli.version import __version__
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a run was asked for, besides its plan.
+
+    Attributes:
+        options: All options that decide which bytes are written, by name.
+        resume: Go on with a run that was cut off, and leave finished files to the next if this one is.
+        aside: A folder of inputs that the options tell of.
+    """
+
+    options: Mapping[str, object] = field(default_factory=dict)
+    resume: bool = False
+    aside: Path | None = None
+
+
+def options_of(options: object) -> dict[str, object]:
+    """The fields of a dataclass of options, and of those in it, by name."""
+    assert dataclasses.is_dataclass(options)  # noqa: S101 (who calls knows)
+    found: dict[str, object] = {}
+    for one in dataclasses.fields(options):
+        value = getattr(options, one.name)
+        found |= options_of(value) if dataclasses.is_dataclass(value) else {one.name: value}
+    return found
+
+
+def facts_of(plan: Plan, request: Request) -> dict[str, str]:
+    """Everything that decides what a run writes, each by the name that a person knows it by."""
+    facts = {
+        "the version of lora-cli": f"{__version__}, arithmetic {ARITHMETIC}",
+        "the command": plan.operation,
+        **{f"the option {name}": repr(value) for name, value in request.options.items()},
+        **{f"the planned {file.name}": bytes_digest(file.header.prefix) for file in plan.files},
+    }
+    for path in (path for path in plan.inputs if request.aside not in path.parents):
+        facts |= {f"the input {file}": _identity(file) for file in _files_of(path)}
+    return facts
+
+
+def _files_of(path: Path) -> Iterator[Path]:
+    """The files that are read where an input is: all of a folder, or a file and what tells of it beside it."""
+    if path.is_dir():
+        yield from (file for file in listing(path, below=True) if file.is_file())
+        return
+    ours = [beside(path, name) for name in OWN_FILES] + [receipt_path(path, name) for name in OPERATIONS]
+    names = {path, path.with_name(CONFIG_FILE), path.with_name("config.json"), *ours}
+    yield from sorted(file for file in names if file.is_file())
+
+
+def _identity(path: Path) -> str:
+    """What changes when a file does; the time of the last change of its entry cannot be set back by anybody."""
+    status = path.stat()
+    return f"{status.st_size} bytes, inode {status.st_ino}, {status.st_mtime_ns}, {status.st_ctime_ns}"
+
+
+def prepare(staging: Staging, plan: Plan, request: Request | None, progress: Progress) -> Resumption:
+    """Begin a run anew, or where another was cut off; and let others go on with this one, file by file.
+
+    Raises:
+        WrongInputError: Only runs of other requests were cut off here.
+    """
+    finished: dict[int, Finished] = {}
+    facts = facts_of(plan, request) if request else {}
+    if request and request.resume:
+        finished = _take_up(staging, plan, facts, progress)
+    else:
+        _tell_of_leftovers(staging, progress)
+    if request is None or len(plan.files) == 1:
+        return Resumption(finished)  # a file that is alone is not finished before all is
+    return Resumption(finished, staging.journal(facts, keep=request.resume), read_back=request.resume)
+
+
+def _take_up(staging: Staging, plan: Plan, facts: Mapping[str, str], progress: Progress) -> dict[int, Finished]:
+    """Take over what a run of the same request has left, and return its finished files by their place in the plan.
+
+    Raises:
+        WrongInputError: Runs were cut off here, and all were of other requests; says what is different.
+    """
+    found = [(path, *read) for path in leftovers(staging.target, but=[staging.name]) if (read := read_journal(path))]
+    same = [(path, finished) for path, begun, finished in found if begun.facts == facts]
+    if not same:
+        if found:
+            path, begun, _ = found[0]
+            raise WrongInputError(
+                "The run that was cut off was another one",
+                file=path.name,
+                details=_differences(begun.facts, facts),
+                hint=f"run without --resume to begin anew, and remove {path.name}",
+            )
+        progress.note("--resume: no run was cut off here, so this one begins anew")
+        return {}
+    path, finished = max(same, key=lambda one: len(one[1]))
+    numbers = {file.name: number for number, file in enumerate(plan.files)}
+    progress.note(f"checking {len(finished)} finished files in {path.name}")
+    staging.take_over(path.name)
+    scratch = staging.scratch()
+    good = {
+        number: one
+        for one in finished
+        if (number := numbers.get(one.name)) is not None
+        and _is_right(staging.place / one.name, plan, number, one)
+        and _is_sealed(scratch, one)
+    }
+    staging.clean(
+        {one.name for one in good.values()}, gathered={span.file for one in good.values() for span in one.spans}
+    )
+    return good
+
+
+def _is_sealed(scratch: Scratch, one: Finished) -> bool:
+    """Whether what was gathered of a file is there."""
+    try:
+        return not one.spans or scratch.seal(one.spans) == one.seal
+    except LoraCliError:
+        return False
+
+
+def _is_right(path: Path, plan: Plan, number: int, one: Finished) -> bool:
+    """Whether a file is what was planned, and has the digest that the journal says."""
+    try:
+        shard = open_shard(path)
+        as_planned = not path.is_symlink() and shard.header.raw == plan.files[number].header.raw
+        return as_planned and shard_digest(shard) == one.digest
+    except LoraCliError:
+        return False
+
+
+def _differences(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    words = [f"{name} is not what it was" for name in now if name in before and before[name] != now[name]]
+    words += [f"{name} is new" for name in now if name not in before]
+    return words + [f"{name} is gone" for name in before if name not in now]
+
+
+@contextlib.contextmanager
+def told_of_kept(staging: Staging, progress: Progress) -> Iterator[None]:
+    """If the run ends in it, say what of it stays for another."""
+    try:
+        yield
+    except BaseException:
+        if staging.kept:
+            progress.note(f"{staging.kept} finished files stay in {staging.name}: --resume goes on from there")
+        raise
+
+
+def _tell_of_leftovers(staging: Staging, progress: Progress) -> None:
+    """Warn of what runs left that were cut off: it takes space, and may be gone on from."""
+    for path in leftovers(staging.target, but=[staging.name]):
+        left = read_journal(path)
+        what = f"a run that was cut off left {path.name} ({bytes_in(path):,} bytes)"
+        done = f" with {len(left[1])} finished files: --resume goes on from there, or" if left else ":"
+        progress.warn(f"{what}{done} it can be removed")

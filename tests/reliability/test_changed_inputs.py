@@ -1,0 +1,313 @@
+"""R172: inputs that change while a command runs: what comes out is that of the old or of the new file, or nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from catalogue import entries
+from cli_world import Call, Ran, World, call_fixture, world_fixture  # noqa: F401 (fixtures)
+from tiny import write_json
+
+from lora_cli.checkpoint import files
+
+Change = Callable[[Path], None]
+REWRITTEN = (
+    ('"float32"', '"float16"'),
+    ('"lora_alpha": 4', '"lora_alpha": 8'),
+    ("total", "TOTAL"),
+    ('"base"', '"bass"'),
+)
+"""What makes another config, adapter, index and receipt."""
+
+
+def truncated(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def grown(path: Path) -> None:
+    with path.open("ab") as file:
+        file.write(b" " * 64)
+
+
+def overwritten(path: Path) -> None:
+    """In place, at the same length, and still what its name says."""
+    data = other(path)
+    with path.open("r+b") as file:
+        file.write(data)
+
+
+def replaced(path: Path) -> None:
+    """By another file that is put in its place, as downloads and editors do; the old one lives on where it is open."""
+    beside = path.with_name(f"{path.name}.new")
+    beside.write_bytes(other(path))
+    beside.rename(path)
+
+
+def gone(path: Path) -> None:
+    path.unlink()
+
+
+def other(path: Path) -> bytes:
+    """Another file of the same kind and length: its numbers are others."""
+    data = path.read_bytes()
+    if path.suffix == ".json":
+        text = data.decode()
+        for old, new in REWRITTEN:
+            if old in text:
+                return text.replace(old, new).encode()
+        return data[:-1] + b"]"
+    return data[:-32] + bytes(byte ^ 1 for byte in data[-32:])
+
+
+CHANGES: dict[str, Change] = {change.__name__: change for change in (truncated, grown, overwritten, replaced, gone)}
+
+
+COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "merge": (
+        "merge {base} {adapter} -o {out} --tokenizer adapter",
+        (
+            "base/model-00001-of-00002.safetensors",
+            "base/model-00002-of-00002.safetensors",
+            "base/model.safetensors.index.json",
+            "base/config.json",
+            "base/LICENSE",
+            "adapter/adapter_model.safetensors",
+            "adapter/adapter_config.json",
+            "adapter/tokenizer.json",
+        ),
+    ),
+    "unmerge": (
+        "unmerge {merged} {adapter} -o {out}",
+        (
+            "merged/model-00001-of-00002.safetensors",
+            "merged/model-00002-of-00002.safetensors",
+            "merged/lora_merge.undo",
+            "merged/config.json",
+            "adapter/adapter_model.safetensors",
+            "adapter/adapter_config.json",
+        ),
+    ),
+    "merge once more": (
+        "merge {merged} {adapter} -o {out} --again",
+        ("merged/lora_merge.json", "merged/lora_merge.undo", "merged/README.md"),
+    ),
+    "verify": (
+        "verify {merged} --base {base} --adapter {adapter} --roundtrip",
+        (
+            "merged/model-00001-of-00002.safetensors",
+            "merged/lora_merge.undo",
+            "base/model-00001-of-00002.safetensors",
+            "base/model-00002-of-00002.safetensors",
+            "base/config.json",
+            "adapter/adapter_model.safetensors",
+        ),
+    ),
+    "diff": (
+        "diff {base} {merged} --rank",
+        ("base/model-00001-of-00002.safetensors", "merged/model-00002-of-00002.safetensors"),
+    ),
+    "inject": (
+        "inject {base} -o {out} --rank 1 --init pissa --base-out {out}-base",
+        ("base/model-00001-of-00002.safetensors", "base/model-00002-of-00002.safetensors", "base/config.json"),
+    ),
+    "wrap": (
+        "inject {base} -o {out} --rank 1 --layout wrapped",
+        ("base/model-00001-of-00002.safetensors", "base/config.json", "base/LICENSE"),
+    ),
+    "inspect": (
+        "inspect {adapter} --base {base} --spectrum",
+        ("adapter/adapter_model.safetensors", "adapter/adapter_config.json", "base/model.safetensors.index.json"),
+    ),
+}
+CASES = [(name, file) for name, (_, changed) in COMMANDS.items() for file in changed]
+
+
+@dataclass
+class Watch:
+    """Counts what is done with one file, and changes it before a step of that.
+
+    Attributes:
+        file: The file.
+        change: What is done to it.
+        before: Before which step; never if that many do not come.
+        steps: How many came.
+    """
+
+    file: Path
+    change: Change
+    before: int
+    steps: int = 0
+    open: set[int] = field(default_factory=set)
+
+    def step(self) -> None:
+        if self.steps == self.before:
+            self.change(self.file)
+        self.steps += 1
+
+
+@contextmanager
+def watched(watch: Watch) -> Iterator[None]:
+    """Every opening, look, read and copy of a file passes through `files`."""
+
+    def opened(path: Path) -> int:
+        if path.name == watch.file.name and path.resolve() == watch.file.resolve():
+            watch.step()
+            watch.open.add(descriptor := was["open_to_read"](path))
+            return descriptor
+        return was["open_to_read"](path)
+
+    def closed(descriptor: int) -> None:
+        watch.open.discard(descriptor)
+        was["close"](descriptor)
+
+    def stepping(name: str) -> Callable[..., Any]:
+        def call(descriptor: int, *arguments: Any) -> Any:
+            if descriptor in watch.open:
+                watch.step()
+            return was[name](descriptor, *arguments)
+
+        return call
+
+    names = ("open_to_read", "close", "status", "read_at", "copy_range")
+    was = {name: getattr(files, name) for name in names}
+    ours = {"open_to_read": opened, "close": closed} | {name: stepping(name) for name in names[2:]}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, function in ours.items():
+            patch.setattr(files, name, function)
+        yield
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command came to: its exit code, what it found, and every byte that it wrote."""
+
+    code: int
+    found: str
+    written: tuple[tuple[str, bytes], ...]
+
+
+NOISE = (
+    "out",
+    "seconds",
+    "peak_rss_bytes",
+    "file",
+    "hint",
+    "message",
+    "expected",
+    "found",
+    "details",
+    "tensor",
+    "code",
+)
+
+
+def outcome(ran: Ran, folder: Path) -> Outcome:
+    document = {name: said for name, said in ran.document.items() if name not in NOISE}
+    document.get("residual", {}).pop("out", None) if isinstance(document.get("residual"), dict) else None
+    written = [path for place in sorted(folder.glob("out*")) for path in sorted(place.rglob("*"))]
+    return Outcome(
+        ran.code,
+        json.dumps(document, sort_keys=True),
+        tuple((path.relative_to(folder).as_posix(), path.read_bytes()) for path in written),
+    )
+
+
+@dataclass
+class Trial:
+    """Runs a command again and again on fresh copies of its inputs."""
+
+    call: Call
+    world: World
+    folder: Path
+    line: str
+    tries: int = 0
+
+    def fresh(self) -> Path:
+        """A folder with all inputs in it."""
+        self.tries += 1
+        place = self.folder / str(self.tries)
+        for name in ("base", "adapter", "merged"):
+            shutil.copytree(getattr(self.world, name), place / name)
+        (place / "base" / "LICENSE").write_text("Do what you want, whoever you are, with all of this.")
+        write_json(place / "adapter" / "tokenizer.json", {"version": "1.0", "model": {}})
+        return place
+
+    def run(self, place: Path) -> Outcome:
+        paths = {name: str(place / name) for name in ("base", "adapter", "merged", "out")}
+        ran = self.call(*(part.format(**paths) for part in self.line.split()), "--json")
+        assert "Traceback" not in ran.err
+        return outcome(ran, place)
+
+
+def check(trial: Trial, file: str, points: Callable[[int], Sequence[tuple[int, Change]]]) -> None:
+    """Change a file before steps that are taken with it, one run for each.
+
+    Args:
+        trial: The command.
+        file: The file.
+        points: Which of so many steps, with what is done before each.
+    """
+    place = trial.fresh()
+    counting = Watch(place / file, gone, -1)
+    with watched(counting):
+        old = trial.run(place)
+    assert counting.steps > 2
+    new: dict[Change, Outcome] = {}
+    for at, change in points(counting.steps):
+        if change not in new:
+            place = trial.fresh()
+            change(place / file)
+            new[change] = trial.run(place)
+        place = trial.fresh()
+        before = entries(place).keys()
+        with watched(Watch(place / file, change, at)):
+            found = trial.run(place)
+        # A file that was listed, and is gone at the first look. An adapter that an undo file names by its digest.
+        refused = found.code == 10 or (change is gone and at == 0 and found.code == 2) or found.code == 23
+        if refused:
+            added = entries(place).keys() - before
+            assert {name for name in added if not name.endswith(".new")} == set(), "something was left"
+        else:
+            assert found in (old, new[change]), f"{found.code} after {change.__name__} before step {at}"
+        shutil.rmtree(place)
+
+
+def some(steps: int) -> list[tuple[int, Change]]:
+    """Two changes before each of the first and last steps, and before some in between."""
+    kinds = list(CHANGES.values())
+    chosen = sorted({*range(3), *range(3, steps, max(1, steps // 8)), *range(max(0, steps - 3), steps)})
+    return [(at, kinds[(n + more) % 5]) for n, at in enumerate(chosen) for more in (0, 2)]
+
+
+def every(steps: int) -> list[tuple[int, Change]]:
+    """Every change before every step."""
+    return [(at, change) for at in range(steps) for change in CHANGES.values()]
+
+
+every_case = pytest.mark.parametrize(
+    ("command", "file"), CASES, ids=[f"{name}-{Path(file).name}" for name, file in CASES]
+)
+
+
+@every_case
+def test_r172_a_change_is_noticed_or_makes_no_difference(
+    call: Call, world: World, tmp_path: Path, command: str, file: str
+) -> None:
+    """Never a mixture of old and new, and never a trace of what was refused."""
+    check(Trial(call, world, tmp_path, COMMANDS[command][0]), file, some)
+
+
+@pytest.mark.slow
+@every_case
+def test_r172_a_change_at_any_time_is_noticed(
+    call: Call, world: World, tmp_path: Path, command: str, file: str
+) -> None:
+    check(Trial(call, world, tmp_path, COMMANDS[command][0]), file, every)

@@ -1,0 +1,182 @@
+"""Every call to the system fails once, or from then on: the right code, nothing half made, nothing left (R156 to R160).
+
+What CI tries is a sample of the calls, with all of the last; `-m slow` tries every one.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fault_jobs import NAMES, Ended, Job, Jobs, is_leftover, jobs_fixture, without_leftovers  # noqa: F401 (fixture)
+from faults import Act, At, Double, Failing, Operation, both
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+LAST, SAMPLE = 12, 6
+"""Of how many calls the sample is: the last ones, which publish, and about so many of all others."""
+MUST_SUCCEED = {"create", "mkdir", "pwrite", "posix_fallocate", "fsync", "rename", "link", "swap"}
+READING = {"open", "fstat", "preadv"}
+
+every_job = pytest.mark.parametrize("name", NAMES)
+sample_and_all = pytest.mark.parametrize("all_calls", [False, pytest.param(True, marks=pytest.mark.slow)])
+once_or_for_good = pytest.mark.parametrize("good", [False, True], ids=["once", "for-good"])
+
+
+def chosen(calls: int, seed: str, *, all_calls: bool) -> Iterator[int]:
+    """Which calls are tried, from one to how many there are; others for each seed."""
+    step = 1 if all_calls else max(1, (calls - LAST) // SAMPLE)
+    yield from range(1 + sum(seed.encode()) % step, max(1, calls - LAST), step)
+    yield from range(max(1, calls - LAST), calls + 1)
+
+
+def codes_for(met: Operation, number: int, place: str, *, good: bool) -> set[int]:
+    """What the program may end with when a call failed."""
+    if number in FULL:
+        return {31}
+    if good:  # it may go on from the first call, and meet it elsewhere
+        return {10, 32}
+    if not met.path.startswith(place):
+        return {10}
+    # What was written is read again as any file is.
+    return {10, 32} if met.name in READING else {32}
+
+
+def check(job: Job, ended: Ended, met: Operation, number: int, *, good: bool) -> None:
+    """Hold what was promised against what is there."""
+    found, told = job.found(), (met, ended)
+    seen, left = without_leftovers(found), [name for name in found if is_leftover(name)]
+    assert job.inputs_untouched(), told
+    assert "Traceback" not in ended.err, told
+    # What could not be taken away stays, under a name that says whose it is. It may be the lock, which locks nobody out.
+    assert not left or (good and number not in FULL) or (met.name == "unlink" and met.path.endswith("lock")), left
+    if ended.code == 0:
+        assert seen == job.complete, told
+        assert good or met.name not in MUST_SUCCEED, told
+        return
+    # Complete in its place, and only its name not synced: it cannot be taken back where nothing can be renamed.
+    stays = good and seen == job.complete != job.before
+    assert stays or seen == job.before, told
+    assert ended.code in codes_for(met, number, str(job.place), good=good), told
+    assert ended.document["file"], told
+    assert ended.document["message"], told
+    assert not ended.err, told
+
+
+def loop(job: Job, number: int, *, good: bool, all_calls: bool, besides: Act = lambda _: None) -> int:
+    """Let one call of each run fail, and see the next run succeed; returns how many calls there are."""
+    counting = Failing(number, 0)
+    job.prepare()
+    with Double(before=both(counting, besides)).installed():
+        ended = job.run()
+    assert (ended.code, job.found()) == (0, job.complete), ended
+    for at in chosen(counting.calls, f"{job.name}{number}{good}", all_calls=all_calls):
+        job.prepare()
+        failing = Failing(number, at, good=good)
+        with Double(before=both(failing, besides)).installed():
+            ended = job.run()
+        assert failing.met is not None
+        check(job, ended, failing.met, number, good=good)
+    ended = job.run_again()
+    assert (ended.code, without_leftovers(job.found())) == (0, job.complete), ended
+    return counting.calls
+
+
+@every_job
+@sample_and_all
+@once_or_for_good
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO], ids=["R156-full", "R158-broken"])
+def test_a_call_fails(jobs: Jobs, name: str, number: int, good: bool, all_calls: bool) -> None:
+    assert loop(jobs[name], number, good=good, all_calls=all_calls) > 20
+
+
+OTHERS = {
+    "R157-quota": errno.EDQUOT,
+    "R157-file-too-large": errno.EFBIG,
+    "R154-read-only": errno.EROFS,
+    "R163-stale": errno.ESTALE,
+    "denied": errno.EACCES,
+    "no-memory": errno.ENOMEM,
+}
+
+
+@pytest.mark.parametrize("name", ["merge", "merge one file over a merge"])
+@sample_and_all
+@pytest.mark.parametrize("number", OTHERS.values(), ids=OTHERS)
+def test_a_call_fails_otherwise(jobs: Jobs, name: str, number: int, all_calls: bool) -> None:
+    loop(jobs[name], number, good=False, all_calls=all_calls)
+
+
+def lacking(*names: str) -> Act:
+    """A system that has not these calls; `sync` is that of folders."""
+
+    def refuse(operation: Operation) -> None:
+        of_folder = operation.name == "fsync" and Path(operation.path).is_dir()
+        if ("sync" if of_folder else operation.name) in names:
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    return refuse
+
+
+@every_job
+def test_a_system_that_lacks_calls(jobs: Jobs, name: str) -> None:
+    """R160, R163. Space that is not reserved, folders that are not synced, names not exchanged, locks that are none."""
+    job = jobs[name]
+    for lacks in ("posix_fallocate", "copy_file_range", "swap", "link", "flock", "sync"):
+        job.prepare()
+        with Double(before=lacking(lacks)).installed():
+            assert job.run().code == 0, lacks
+        assert job.found() == job.complete, lacks
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "one file" in name or "over" in name])
+@sample_and_all
+@once_or_for_good
+@pytest.mark.parametrize("lacks", [("swap",), ("swap", "link")], ids=["no-exchange", "no-links"])
+def test_a_call_fails_on_a_lesser_system(
+    jobs: Jobs, name: str, lacks: tuple[str, ...], good: bool, all_calls: bool
+) -> None:
+    """What stood there comes back also where two names cannot be exchanged in one step."""
+    loop(jobs[name], errno.ENOSPC, good=good, all_calls=all_calls, besides=lacking(*lacks))
+
+
+@every_job
+@sample_and_all
+def test_a_part_is_read_or_written(jobs: Jobs, name: str, all_calls: bool) -> None:
+    """R159. A call that moves fewer bytes than it was asked for is followed by another."""
+    job, counting = jobs[name], At(0)
+    job.prepare()
+    with Double(short=lambda operation: not counting(operation)).installed():
+        assert job.run().code == 0
+    assert job.found() == job.complete, "all of them short"
+    for at in range(1, counting.calls + 1) if all_calls else ():
+        job.prepare()
+        with Double(short=At(at)).installed():
+            assert job.run().code == 0
+        assert job.found() == job.complete, at
+
+
+def test_a_failed_sync_is_never_tried_again(jobs: Jobs) -> None:
+    """R158. Its pages may be lost, and a second sync would say that all is well."""
+    job = jobs["merge"]
+    synced = [at for at, operation in enumerate(log_of(job), 1) if operation.name == "fsync"]
+    for at in synced:
+        job.prepare()
+        failing = Failing(errno.EIO, at)
+        double = Double(before=failing)
+        with double.installed():
+            assert job.run().code == 32
+        assert failing.met is not None
+        again = [operation for operation in double.log[at:] if operation == failing.met]
+        assert not again or Path(failing.met.path) == job.place, failing.met
+
+
+def log_of(job: Job) -> list[Operation]:
+    """All calls of a run."""
+    double = Double()
+    job.prepare()
+    with double.installed():
+        assert job.run().code == 0
+    return double.log
