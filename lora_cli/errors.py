@@ -97,6 +97,12 @@ class MalformedFileError(LoraCliError):
     advice = "download or export the file again"
 
 
+class ChangedFileError(MalformedFileError):
+    """A file changed, ended or went away between two looks at it."""
+
+    advice = "wait until nothing writes to it, then run again"
+
+
 class UnsafeInputError(LoraCliError):
     """A file tries to reach outside itself, could be read in two ways, or could run code."""
 

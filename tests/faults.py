@@ -104,6 +104,7 @@ class Double:
             # The disk itself is not what is tried here.
             result = None if name in ("fsync", "close") else real(*arguments, **named)
             if name == "open":
+                assert isinstance(result, int)
                 self._paths[result] = operation.path
             self._after(operation)
             return result
@@ -126,7 +127,7 @@ class Double:
     def _path(self, what: object, folder: int | None = None) -> str:
         if isinstance(what, int):
             return self._paths.get(what, f"descriptor {what}")
-        return os.fspath(what) if folder is None else f"{self._paths[folder]}/{what}"  # type: ignore[call-overload, no-any-return]
+        return os.fspath(what) if folder is None else f"{self._paths[folder]}/{what}"  # type: ignore[call-overload]
 
 
 class _System:

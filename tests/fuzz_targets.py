@@ -2,7 +2,7 @@
 
 A target returns where the bytes are accepted, raises a `LoraCliError` where they are refused, and an AssertionError
 where a law is broken. Anything else that comes out is a fault of the program. Corpus and fuzzer share these functions:
-`tests/reliability/test_corpus.py` runs every file of `tests/corpus` through them, `scripts/fuzz` what it makes of these.
+`tests/reliability/test_corpus.py` runs every file of `tests/corpus` through them, `scripts/fuzz` what it makes of them.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 from collections.abc import Callable, Mapping
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any, Final
@@ -36,10 +37,13 @@ from lora_cli.checkpoint.header import parse_header, read_header_length, render_
 from lora_cli.checkpoint.index import parse_index
 from lora_cli.checkpoint.quantised import Quantised
 from lora_cli.checkpoint.repairs import numbered_layers, repaired, untied, with_dtype, with_layers, with_vocabulary
+from lora_cli.checkpoint.sidefiles import SideFile
 from lora_cli.checkpoint.undo_file import open_undo_file
 from lora_cli.errors import LoraCliError
 from lora_cli.progress import SILENT
 from lora_cli.surgery.budget import STRIP_BYTES, Budget
+from lora_cli.surgery.card import model_card
+from lora_cli.surgery.card_section import HEADING
 from lora_cli.surgery.inspect import inspect
 from lora_cli.surgery.receipt import OPERATIONS, OWN_FILES, find_receipt, ours_beside, receipt_path, written_by_us
 from lora_cli.surgery.undo.codecs import LENGTHS, How, Summand, decode
@@ -249,6 +253,34 @@ def read_config(data: bytes) -> None:
     assert longer.keys() == config.keys()
 
 
+def read_card(data: bytes) -> None:
+    """A model's card tells of the merge and keeps what it said, or it stays and a warning says why."""
+    folder = worlds.folder("card")
+    place = folder / "README.md"
+    place.write_bytes(data)
+    side = SideFile("README.md", place, len(data))
+    made, warnings = model_card(worlds.base(), [side], (), ())
+    if made is None:
+        assert warnings
+        return
+    old, new = data.decode(), made.decode()
+    assert new.startswith(("---", "\ufeff---"))
+    assert HEADING in new
+    again, _ = model_card(worlds.base(), [SideFile("README.md", None, len(made), made)], (), ())
+    assert again is not None
+    before, after = (_metadata(text) for text in (old, new))
+    changed = {"tags", "base_model", "base_model_relation", "model-index", "library_name"}
+    assert {name: repr(said) for name, said in before.items() if name not in changed} == {
+        name: repr(said) for name, said in after.items() if name not in changed
+    }
+
+
+def _metadata(text: str) -> dict[str, Any]:
+    """What stands between the first two lines of dashes, by YAML's own loader."""
+    match = re.match(r"\ufeff?\s*---[^\S\r\n]*(?:\r\n|\r|\n)([\s\S]*?)(?:\r\n|\r|\n)---", text)
+    return (yaml.safe_load(match[1] + "\n") if match else None) or {}
+
+
 # Outputs: receipts and undo files
 
 
@@ -310,6 +342,7 @@ def read_streams(data: bytes) -> None:
 TARGETS: Final[Mapping[str, Target]] = {
     "adapter-config": read_adapter_config,
     "adapter-file": read_adapter_file,
+    "card": read_card,
     "config": read_config,
     "header": read_header,
     "index": read_index,

@@ -227,7 +227,7 @@ def _choose(names: Sequence[str], known: _Names, file: str) -> tuple[Rewrite, di
     """Take the rewrite that fits most names; names as they are win over any other that fits as many."""
     best: list[tuple[Rewrite, dict[str, tuple[Place, ...]]]] = []
     most = -1
-    sample = names[:: max(1, len(names) // 64)]
+    sample = sorted(names)[:: max(1, len(names) // 64)]  # whatever their order, the same ones
     for rewrite in known.rewrites():
         if best and not _apply(rewrite, sample, known):
             continue  # most rewrites concern none of the names; do not try them on all

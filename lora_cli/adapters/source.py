@@ -20,7 +20,7 @@ from lora_cli.checkpoint.checkpoint import (
     refuse_pickle,
 )
 from lora_cli.checkpoint.links import check_link, is_there
-from lora_cli.checkpoint.source import listing
+from lora_cli.checkpoint.source import as_text, listing
 from lora_cli.errors import MalformedFileError, UnsafeInputError, UsageError
 
 CONFIG_FILE = "adapter_config.json"
@@ -75,7 +75,7 @@ def look_at_adapter(path: Path, *, label: str | None = None) -> AdapterSource:
         UnsafeInputError: The weights are pickled, or a link leads out of the folder.
         MalformedFileError: The header or the config is broken.
     """
-    label = label or path.resolve().name
+    label = label or as_text(path.resolve().name)
     if not path.exists():
         raise UsageError("The path does not exist", file=path)
     folder = path if path.is_dir() else path.parent

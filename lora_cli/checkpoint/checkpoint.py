@@ -18,7 +18,7 @@ from lora_cli.checkpoint.dtypes import DType
 from lora_cli.checkpoint.header import Header, TensorInfo, parse_header, read_header_length
 from lora_cli.checkpoint.index import INDEX_LIMIT, Index, parse_index
 from lora_cli.checkpoint.links import check_link, is_there
-from lora_cli.checkpoint.source import Looks, SourceFile, listing, look_at, read_whole
+from lora_cli.checkpoint.source import Looks, SourceFile, as_text, listing, look_at, read_whole
 from lora_cli.errors import MalformedFileError, UnsafeInputError, UnsupportedError, UsageError
 
 CONFIG_LIMIT = 16 << 20
@@ -174,7 +174,7 @@ def open_checkpoint(path: Path, *, label: str | None = None) -> Checkpoint:
         MalformedFileError: A header or the index is broken, or a shard is missing.
         UnsafeInputError: Pickles, links that lead outside, a tensor in two shards.
     """
-    label = label or path.resolve().name
+    label = label or as_text(path.resolve().name)
     if not path.exists():
         raise UsageError("The path does not exist", file=path)
     if path.is_dir():

@@ -20,7 +20,7 @@ from lora_cli.checkpoint.files import make_folders
 from lora_cli.checkpoint.hub_client import client_calls, is_model_id
 from lora_cli.checkpoint.index import INDEX_LIMIT, parse_index
 from lora_cli.checkpoint.sidefiles import SIDE_FILE_LIMIT, belongs
-from lora_cli.checkpoint.source import listing, read_whole
+from lora_cli.checkpoint.source import as_text, listing, read_whole
 from lora_cli.checkpoint.staged import write_beside
 from lora_cli.errors import (
     DiskFullError,
@@ -102,7 +102,7 @@ def locate(reference: str, *, role: Role, progress: Progress = SILENT) -> Locati
     path = local_path(reference)
     if path is not None:
         name = path.name if path.name not in ("", "..") else path.resolve().name
-        return Location(path, name or "/", hub=False)
+        return Location(path, as_text(name) or "/", hub=False)
     if not reference.startswith("hf://") and Path(reference).parent.is_dir() and "/" in reference:
         hint = f"check the spelling; for a repository on the Hub write hf://{_without_secrets(reference)}"
         raise UsageError("Path not found, though its folder is there", file=_without_secrets(reference), hint=hint)

@@ -107,7 +107,7 @@ class Move:
         self._back = back
 
     def _keep_aside(self, *, link: bool) -> None:
-        """Put what is there into the staging folder: by a second name, so that it is there all the time, or by moving."""
+        """Put what is there into the staging folder: by a second name, so that it stays, or by moving it."""
         if link:
             try:
                 self._parent.link(self._target, self._staged, self._aside)

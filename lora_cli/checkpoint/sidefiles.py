@@ -73,7 +73,10 @@ def side_files(checkpoint: Checkpoint) -> tuple[list[SideFile], list[str]]:
         return taken, left
     root = checkpoint.folder
     own = {shard.name for shard in checkpoint.shards} | ({checkpoint.index.name} if checkpoint.index else set())
-    for path in listing(root, below=True):
+    inside = listing(root, below=True)
+    if root / "config.json" in checkpoint.looks and root / "config.json" not in inside:
+        read_whole(checkpoint.looks.at(root / "config.json"), limit=SIDE_FILE_LIMIT)  # which says that it went away
+    for path in inside:
         name = path.relative_to(root).as_posix()
         if name in own or path.is_dir() or any(part.startswith(".") for part in name.split("/")):
             continue
@@ -82,8 +85,6 @@ def side_files(checkpoint: Checkpoint) -> tuple[list[SideFile], list[str]]:
             taken.append(SideFile.of(name, checkpoint.looks.at(path, name)))
         else:
             left.append(name)
-    if root / CONFIG in checkpoint.looks and CONFIG not in {*left, *(side.name for side in taken)}:
-        checkpoint.looks.at(root / CONFIG).check_there()
     return taken, left
 
 

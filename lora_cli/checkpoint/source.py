@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from lora_cli.checkpoint import files
-from lora_cli.errors import MalformedFileError, UnsafeInputError, UsageError
+from lora_cli.errors import ChangedFileError, MalformedFileError, UnsafeInputError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 _SOCKET = {errno.ENXIO, errno.EOPNOTSUPP}
 """What opening a socket gives on Linux and macOS."""
-_WAIT = "wait until nothing writes to it, then run again"
 
 
 class Identity(NamedTuple):
@@ -59,12 +58,12 @@ class SourceFile:
         """Open for positioned reads; on leaving without an error, check that the file is still the same.
 
         Raises:
-            MalformedFileError: The file changed since it was first looked at.
+            ChangedFileError: The file changed since it was first looked at.
         """
         try:
             reader = Reader(self)
         except UsageError as error:
-            raise MalformedFileError("The file went away while it was needed", file=self.name, hint=_WAIT) from error
+            raise ChangedFileError("The file went away while it was needed", file=self.name) from error
         try:
             reader.check_unchanged()
             yield reader
@@ -85,13 +84,9 @@ class Reader:
         files.close_read(self.descriptor)
 
     def check_unchanged(self) -> None:
-        """Raise MalformedFileError if the file is not the one that was planned with."""
+        """Raise ChangedFileError if the file is not the one that was planned with."""
         if _identity(_status(self.descriptor, self.source.name)) != self.source.identity:
-            raise MalformedFileError(
-                "The file changed while it was read",
-                file=self.source.name,
-                hint=_WAIT,
-            )
+            raise ChangedFileError("The file changed while it was read", file=self.source.name)
 
     def read(self, offset: int, length: int) -> bytes:
         """Return exactly `length` bytes from `offset`."""
@@ -103,7 +98,8 @@ class Reader:
         """Fill `buffer` from `offset`.
 
         Raises:
-            MalformedFileError: The file ends before that, or the device cannot read it.
+            ChangedFileError: The file ends before that.
+            MalformedFileError: The device cannot read it.
         """
         done = 0
         while done < len(buffer):
@@ -115,14 +111,18 @@ class Reader:
                     file=self.source.name,
                 ) from error
             if count == 0:
-                raise MalformedFileError(
+                raise ChangedFileError(
                     "The file ended while it was read",
                     file=self.source.name,
                     expected=f"{offset + len(buffer)} bytes",
                     found=f"{offset + done} bytes",
-                    hint=_WAIT,
                 )
             done += count
+
+
+def as_text(name: str) -> str:
+    """Return the name of a file as text that every file can hold: bytes that are no UTF-8 are written as escapes."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def check_path(path: Path) -> None:

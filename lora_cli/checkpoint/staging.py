@@ -19,6 +19,7 @@ from lora_cli.checkpoint.staged import ASIDE, Scratch, StagedFile, hidden_name, 
 from lora_cli.errors import (
     DiskFullError,
     LockedError,
+    LoraCliError,
     OutputExistsError,
     UnsafeInputError,
     UsageError,
@@ -73,7 +74,7 @@ class Staging:
                 self._parent = Folder(self.target.parent)
                 stack.callback(self._parent.close)
                 stack.enter_context(self._locked())
-                stack.callback(self._clear)
+                stack.push(self._leave)
                 self._replacing = self._may_replace()
                 self._around.append(self._parent.make(self.name, 0o700))
                 self._folders[""] = self.work.make(OUTPUT)
@@ -93,6 +94,11 @@ class Staging:
             finally:
                 with held_back():
                     stack.close()
+
+    def _leave(self, _: object, error: BaseException | None, __: object) -> None:
+        if self._stuck and isinstance(error, LoraCliError):
+            error.details += (f"it could not be taken back, so nothing was removed: {self.name} has the rest",)
+        self._clear()
 
     def _clear(self) -> None:
         """Take everything away that is not published. What was replaced is in the staging folder by then."""

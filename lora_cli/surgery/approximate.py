@@ -60,7 +60,7 @@ def plan_subtraction(
         )
     if options.dtype != "keep":
         raise UsageError("Taking an adapter out keeps the storage types", found=f"dtype {options.dtype}")
-    receipt = find_receipt(merged.path) or {}
+    receipt = find_receipt(merged.path, merged.looks) or {}
     if receipt.get("operation") != "merge":
         receipt = {}
     _refuse_other_type(merged, receipt)
@@ -98,7 +98,7 @@ def beyond_subtraction(made: Plan) -> Beyond | None:
 
 def can_subtract(merged: Checkpoint, adapters: Sequence[Reference]) -> bool:
     """Whether subtracting may come near to the base, as far as the receipt and the adapters, if any, tell."""
-    receipt = find_receipt(merged.path) or {}
+    receipt = find_receipt(merged.path, merged.looks) or {}
     effects = recalled(receipt.get("effects")) if receipt.get("operation") == "merge" else None
     if effects and (effects.lengths or effects.multiplied or effects.remade or effects.layers is not None):
         return False
@@ -135,7 +135,7 @@ def kept(made: Plan) -> tuple[str, ...]:
 
 def left_behind(merged: Checkpoint) -> tuple[str, ...]:
     """What the merge did besides adding, as its receipt tells, and no subtraction takes back: a phrase for each."""
-    receipt = find_receipt(merged.path) or {}
+    receipt = find_receipt(merged.path, merged.looks) or {}
     effects = recalled(receipt.get("effects")) if receipt.get("operation") == "merge" else None
     return tuple(lasting(effects)) if effects else ()
 

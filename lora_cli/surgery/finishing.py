@@ -57,7 +57,7 @@ class Finishing:
         content["arithmetic"] = ARITHMETIC
         for said, record in zip(content["adapters"], self._adapters, strict=True):
             said["digest"] = record.digest
-        earlier = merged_before(find_receipt(self._plan.checkpoint.path))
+        earlier = merged_before(find_receipt(self._plan.checkpoint.path, self._plan.checkpoint.looks))
         if earlier:
             content["earlier"] = earlier
         others = []

@@ -12,6 +12,7 @@ from typing import Any
 
 from lora_cli.checkpoint.sidefiles import SideFile, tokenizer_files
 from lora_cli.checkpoint.source import check_path
+from lora_cli.checkpoint.staged import ASIDE
 from lora_cli.checkpoint.staging import check_apart, check_target
 from lora_cli.checkpoint.undo_file import UNDO_FILE
 from lora_cli.errors import UsageError
@@ -103,7 +104,7 @@ def plan_merge(
     options = options or PlanOptions()
     opened = open_base(base, progress)
     made = plan(opened, open_adapters(adapters, options.read, progress), options)
-    receipt = find_receipt(opened.path)
+    receipt = find_receipt(opened.path, opened.looks)
     if not again and (receipt or len(made.opened) > 1):
         refuse_again(made, adapter_records(made, embed=False), receipt)
     final = [] if undo else list(_never_undone(made))
@@ -273,8 +274,9 @@ def output_path(out: Reference) -> Path:
     """
     if not str(out):
         raise UsageError("No output given", hint="say where with -o OUT")
-    for longest in (Path(out), receipt_path(Path(out), "unmerge")):
-        check_path(longest)
+    receipt = receipt_path(Path(out), "unmerge")  # the longest name of all that is written beside an output
+    for place in (Path(out), receipt.with_name(receipt.name + ASIDE)):
+        check_path(place)
     return Path(out)
 
 

@@ -12,11 +12,11 @@ from lora_cli.adapters.wrapped import WRAP_FILE
 from lora_cli.checkpoint.checkpoint import Checkpoint, read_config
 from lora_cli.checkpoint.leftovers import leftovers
 from lora_cli.checkpoint.sidefiles import SIDE_FILE_LIMIT, SideFile, lies_inside
-from lora_cli.checkpoint.source import SourceFile, listing
+from lora_cli.checkpoint.source import Looks, SourceFile, as_text, listing
 from lora_cli.checkpoint.staged import ASIDE
 from lora_cli.checkpoint.staging import OUTPUT
 from lora_cli.checkpoint.undo_file import UNDO_FILE
-from lora_cli.errors import LoraCliError, MalformedFileError, WriteError
+from lora_cli.errors import ChangedFileError, LoraCliError, MalformedFileError, WriteError
 from lora_cli.version import __version__
 
 SCHEMA = "lora-cli/receipt/1"
@@ -38,9 +38,9 @@ OWN_FILES = ("lora_inject.json", "lora_merge.json", UNDO_FILE, WRAP_FILE)
 
 def own_files(checkpoint: Checkpoint) -> dict[str, SourceFile]:
     """The files of ours that are with a checkpoint and can come back with it, by their names in a folder."""
-    places = {name: beside(checkpoint.path, name) for name in OWN_FILES}
-    there = {name: place for name, place in places.items() if place.is_file() and lies_inside(checkpoint, place)}
-    seen = {name: checkpoint.looks.at(place) for name, place in there.items()}
+    places, looks = {name: beside(checkpoint.path, name) for name in OWN_FILES}, checkpoint.looks
+    there = (name for name, place in places.items() if place in looks or place.is_file())
+    seen = {name: looks.at(places[name]) for name in there if lies_inside(checkpoint, places[name])}
     return {name: source for name, source in seen.items() if name == UNDO_FILE or source.size <= SIDE_FILE_LIMIT}
 
 
@@ -65,26 +65,39 @@ def make_receipt(
         "files": sorted([*files, *others, name]),
         "bytes": dict(files),
     }
-    data = (json.dumps(document, indent=2, sort_keys=True, ensure_ascii=True, allow_nan=False) + "\n").encode()
-    return SideFile(name, None, len(data), data)
+    data = json.dumps(_readable(document), indent=2, sort_keys=True, ensure_ascii=True, allow_nan=False) + "\n"
+    return SideFile(name, None, len(data), data.encode())
+
+
+def _readable(value: Any) -> Any:
+    """The same, so that every reader of JSON takes it: with names as text."""
+    if isinstance(value, Mapping):
+        return {as_text(name): _readable(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_readable(inner) for inner in value]
+    return as_text(value) if isinstance(value, str) else value
 
 
 OPERATIONS = ("merge", "unmerge", "inject")
 """Commands that leave a receipt."""
 
 
-def find_receipt(path: Path) -> Mapping[str, Any] | None:
+def find_receipt(path: Path, looks: Looks | None = None) -> Mapping[str, Any] | None:
     """Read the receipt of a checkpoint or adapter that lora-cli wrote, or None.
 
     A file in the folder of an output has that folder's receipt, if it lists the file.
+
+    Raises:
+        ChangedFileError: It is not what was seen of it before.
     """
+    looks = looks or Looks()
     places = [receipt_path(path, operation) for operation in OPERATIONS]
-    place = next((place for place in places if place.is_file()), None)
+    place = next((place for place in places if place in looks or place.is_file()), None)
     if place is not None:
-        return _read_receipt(place)
+        return _read_receipt(place, looks)
     if path.suffix != ".safetensors":
         return None
-    around = find_receipt(path.parent)
+    around = find_receipt(path.parent, looks)
     files = around.get("files") if around else None
     return around if isinstance(files, list) and path.name in files else None
 
@@ -115,9 +128,11 @@ def _cut_off(out: Path, folders: Iterable[Path]) -> list[Mapping[str, Any]]:
     return [said for said in found if said is not None]
 
 
-def _read_receipt(place: Path) -> Mapping[str, Any] | None:
+def _read_receipt(place: Path, looks: Looks | None = None) -> Mapping[str, Any] | None:
     try:
-        document = read_config(place)
+        document = read_config((looks or Looks()).at(place))
+    except ChangedFileError:
+        raise
     except LoraCliError as error:
         if isinstance(error, MalformedFileError) and isinstance(error.__cause__, OSError):
             raise  # what cannot be read is not what is not there

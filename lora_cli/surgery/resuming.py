@@ -19,7 +19,7 @@ from lora_cli.checkpoint.checkpoint import open_shard
 from lora_cli.checkpoint.digests import bytes_digest, shard_digest
 from lora_cli.checkpoint.journal import Finished, read_journal
 from lora_cli.checkpoint.leftovers import bytes_in, leftovers
-from lora_cli.checkpoint.source import listing
+from lora_cli.checkpoint.source import as_text, listing
 from lora_cli.checkpoint.staged import Scratch
 from lora_cli.checkpoint.staging import Staging
 from lora_cli.errors import LoraCliError, WrongInputError
@@ -64,7 +64,7 @@ def facts_of(plan: Plan, request: Request) -> dict[str, str]:
         **{f"the planned {file.name}": bytes_digest(file.header.prefix) for file in plan.files},
     }
     for path in (path for path in plan.inputs if request.aside not in path.parents):
-        facts |= {f"the input {file}": _identity(file) for file in _files_of(path)}
+        facts |= {f"the input {as_text(str(file))}": _identity(file) for file in _files_of(path)}
     return facts
 
 
@@ -122,7 +122,7 @@ def _take_up(staging: Staging, plan: Plan, facts: Mapping[str, str], progress: P
         return {}
     path, finished = max(same, key=lambda one: len(one[1]))
     numbers = {file.name: number for number, file in enumerate(plan.files)}
-    progress.note(f"checking {len(finished)} finished files in {path.name}")
+    progress.note(f"checking {_files(len(finished))} in {path.name}")
     staging.take_over(path.name)
     scratch = staging.scratch()
     good = {
@@ -169,7 +169,8 @@ def told_of_kept(staging: Staging, progress: Progress) -> Iterator[None]:
         yield
     except BaseException:
         if staging.kept:
-            progress.note(f"{staging.kept} finished files stay in {staging.name}: --resume goes on from there")
+            stay = "stays" if staging.kept == 1 else "stay"
+            progress.note(f"{_files(staging.kept)} {stay} in {staging.name}: --resume goes on from there")
         raise
 
 
@@ -178,5 +179,9 @@ def _tell_of_leftovers(staging: Staging, progress: Progress) -> None:
     for path in leftovers(staging.target, but=[staging.name]):
         left = read_journal(path)
         what = f"a run that was cut off left {path.name} ({bytes_in(path):,} bytes)"
-        done = f" with {len(left[1])} finished files: --resume goes on from there, or" if left else ":"
+        done = f" with {_files(len(left[1]))}: --resume goes on from there, or" if left else ":"
         progress.warn(f"{what}{done} it can be removed")
+
+
+def _files(count: int) -> str:
+    return f"{count} finished {'file' if count == 1 else 'files'}"

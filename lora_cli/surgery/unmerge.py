@@ -246,7 +246,7 @@ class _How:
         sizes = output_sizes(self.made, self.target)
         content = receipt_content(self.made, self.options)
         taken = {record.digest for record in adapter_records(self.made, embed=False)}
-        before = merged_before(find_receipt(self.made.checkpoint.path))
+        before = merged_before(find_receipt(self.made.checkpoint.path, self.made.checkpoint.looks))
         content["earlier"] = [said for said in before if said["digest"] not in taken]
         receipt = make_receipt(self.target, "unmerge", content, sizes)
         budget = self._budget(blocks=False)

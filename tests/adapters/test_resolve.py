@@ -96,6 +96,16 @@ def test_the_rewrite_that_fits_most_names_is_taken_for_all() -> None:
     assert [lost.name for lost in found.unmapped] == ["c.weight"]
 
 
+def test_the_order_of_many_names_does_not_matter() -> None:
+    """A rewrite that fits a quarter of two hundred names is found wherever these stand."""
+    fit = [f"model.{number}.weight" for number in range(50)]
+    base = ["model.x.weight", *(name.removeprefix("model.") for name in fit)]
+    others = ["model.x.weight", *(f"other.{number}.weight" for number in range(149))]
+    apart = [name for at in range(100) for name in (others[at], *([fit[at // 2]] if at % 2 else []))] + others[100:]
+    found = [resolve(names, base).keys for names in (apart, sorted(apart), apart[::-1], fit + others, others + fit)]
+    assert found == [dict(zip(fit, base[1:], strict=True))] * len(found)
+
+
 @given(st.sets(st.sampled_from([f"{a}.{b}.weight" for a in "abc" for b in "xyz"]), min_size=1), st.data())
 def test_names_never_land_on_another_module(names: set[str], data: st.DataObject) -> None:
     """Whatever the base holds: a name is mapped to a key that ends like it, each key once, or it is unmapped."""

@@ -126,7 +126,7 @@ def test_r074_odd_names_of_folders_and_files(tmp_path: Path, name: str) -> None:
     folder = tmp_path / name
     shard(folder / "model.safetensors", "a")
     assert list(open_checkpoint(folder).tensors) == ["a"]
-    assert open_checkpoint(folder).label == name
+    assert open_checkpoint(folder).label == name.encode("utf-8", "backslashreplace").decode()
     if len(name) < 200:
         assert list(open_checkpoint(shard(tmp_path / f"{name}.safetensors", "a")).tensors) == ["a"]
 

@@ -21,14 +21,15 @@ def merging(
     factors: Tensors | None = None,
     base: Tensors | None = None,
     base_config: Mapping[str, Any] | None = None,
+    fields: Mapping[str, Any] | None = None,
     **config: Any,
 ) -> Case:
-    """Merge a PEFT folder: `factors` and fields of its config, into the world's base or one of these tensors."""
+    """Merge a PEFT folder: `factors`, and `config` or `fields` in its config, into the world's base or one of these tensors."""
 
     def make(world: World, folder: Path) -> Line:
         own = base is not None or base_config is not None
         into = write_base(folder / "b", base, config={**CONFIG, **(base_config or {})}) if own else world.base
-        adapter = write_adapter(folder / "a", factors, **config)
+        adapter = write_adapter(folder / "a", factors, **{**config, **(fields or {})})
         return ["merge", into, adapter, "-o", folder / "out", *more]
 
     return make

@@ -1,4 +1,4 @@
-"""Commands that write, small enough to be run once for each call to the system that they make, and how they are judged."""
+"""Commands that write, small enough to be run once for each of their calls to the system."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def without_leftovers(found: Snapshot) -> Snapshot:
 
 def is_leftover(name: str) -> bool:
     """Whether a path is, or is in, something that is hidden beside an output of the jobs and has our name."""
-    first = name.split("/")[0]
+    first = name.partition("/")[0]
     return LEFTOVER in first and first.startswith((".out", ".left"))
 
 
@@ -105,9 +105,21 @@ class Job:
         """Whether the output is one file, with others beside it."""
         return "out.safetensors" in self.complete
 
+    @property
+    def last(self) -> str:
+        """What is put in its place last: the receipt of one file, or the adapter after what is left of its base."""
+        if not self.single:
+            return "out"
+        return "out.lora_unmerge.json" if self.line[0] == "unmerge" else "out.lora_merge.json"
+
     def inputs_untouched(self) -> bool:
         """Whether no input has changed."""
         return tuple(map(snapshot, self.inputs)) == self.given
+
+    def nothing_lost(self) -> bool:
+        """Whether every file that was there before is there still, if only in what was left."""
+        contents = [content for _, content in self.found().values()]
+        return all(content in contents for _, content in self.before.values())
 
     def found(self) -> Snapshot:
         """What `place` holds now."""

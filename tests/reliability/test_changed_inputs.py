@@ -160,13 +160,13 @@ def watched(watch: Watch) -> Iterator[None]:
     def opened(path: Path) -> int:
         if path.name == watch.file.name and path.resolve() == watch.file.resolve():
             watch.step()
-            watch.open.add(descriptor := was["open_to_read"](path))
+            watch.open.add(descriptor := open_to_read(path))
             return descriptor
-        return was["open_to_read"](path)
+        return open_to_read(path)
 
     def closed(descriptor: int) -> None:
         watch.open.discard(descriptor)
-        was["close"](descriptor)
+        close(descriptor)
 
     def stepping(name: str) -> Callable[..., Any]:
         def call(descriptor: int, *arguments: Any) -> Any:
@@ -176,9 +176,9 @@ def watched(watch: Watch) -> Iterator[None]:
 
         return call
 
-    names = ("open_to_read", "close", "status", "read_at", "copy_range")
-    was = {name: getattr(files, name) for name in names}
-    ours = {"open_to_read": opened, "close": closed} | {name: stepping(name) for name in names[2:]}
+    open_to_read, close = files.open_to_read, files.close
+    was = {name: getattr(files, name) for name in ("status", "read_at", "copy_range")}
+    ours = {"open_to_read": opened, "close": closed} | {name: stepping(name) for name in was}
     with pytest.MonkeyPatch.context() as patch:
         for name, function in ours.items():
             patch.setattr(files, name, function)

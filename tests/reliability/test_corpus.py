@@ -32,6 +32,7 @@ UNREACHED = {
     "checkpoint/undo_file.py _packed": OF_WRITERS,
     "arithmetic/fragments.py FragmentWriter.add": OF_WRITERS,
     "arithmetic/residual.py _check": OF_WRITERS,
+    "adapters/patterns.py compile_user_pattern": "what a person types; patterns of files are compiled otherwise",
     "adapters/names.py Table.__post_init__": "tables are made by code, of no file",
     "checkpoint/strict_json.py loads: f'The {what} is too long'": LONG_FILE,
     "checkpoint/strict_yaml.py loads: f'The {what} is too long'": LONG_FILE,

@@ -40,7 +40,7 @@ NEUTRAL = ("target_modules", "exclude_modules", "layers_pattern")
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_pattern_of_a_config_is_refused(name: str, field: str, call: Call, world: World, tmp_path: Path) -> None:
     pattern, words = REFUSED[name]
-    line = merging(**{field: {pattern: 2}})(world, tmp_path)
+    line = merging(fields={field: {pattern: 2}})(world, tmp_path)
     with within(SECONDS):
         check_refused(call, line, 12, f"adapter_config.json: {field}: |{words}", folder=tmp_path)
 
@@ -48,7 +48,7 @@ def test_a_pattern_of_a_config_is_refused(name: str, field: str, call: Call, wor
 @pytest.mark.parametrize("field", FIELDS)
 def test_too_many_patterns(field: str, call: Call, world: World, tmp_path: Path) -> None:
     """R129: the work is the patterns times the modules, so the patterns are counted before any is tried."""
-    line = merging(**{field: TOO_MANY})(world, tmp_path)
+    line = merging(fields={field: TOO_MANY})(world, tmp_path)
     with within(SECONDS):
         words = f"adapter_config.json: {field}: There are too many patterns|at most 1000|found 100000"
         check_refused(call, line, 12, words, folder=tmp_path)
@@ -75,7 +75,7 @@ def test_an_explosive_pattern_ends(field: str, pattern: str, call: Call, world: 
     """R128: matched in linear time, or never looked at, since the file shows what it chose."""
     said: Any = {pattern: 2} if field in FIELDS else pattern
     with within(SECONDS):
-        ran = call(*merging(**{field: said})(world, tmp_path), "--dry-run")
+        ran = call(*merging(fields={field: said})(world, tmp_path), "--dry-run")
     assert ran.code in (0, 12), ran.err
 
 
@@ -85,7 +85,7 @@ def test_patterns_that_chose_targets_are_not_looked_at(
     said: list[str], field: str, call: Call, world: World, tmp_path: Path
 ) -> None:
     """R129."""
-    line = merging(**{field: said})(world, tmp_path)
+    line = merging(fields={field: said})(world, tmp_path)
     with within(SECONDS):
         assert call(*line, "--dry-run").code == 0
 

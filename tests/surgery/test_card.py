@@ -479,6 +479,7 @@ SHOWN = {"code span": "a\ufffdb\ufffd\ufffdc", "nothing": "\ufffd", "long": "x" 
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_no_name_gets_out_of_its_place(job: Job, name: str) -> None:
+    """R138: HTML, links, images, line breaks: whatever a name holds is text in a code span, and no metadata."""
     hostile = HOSTILE[name]
     job.label = hostile
     job.adapter(hostile, base_model_name_or_path=None if name == "surrogate" else hostile)

@@ -220,6 +220,19 @@ def test_a_receipt_beside_that_makes_no_sense(world: World, said: dict[str, Any]
     assert sorted(contents(world.place)) == [f"out.{RECEIPT}", "out.safetensors"]
 
 
+def test_a_receipt_that_lists_files_of_others_lets_none_of_them_be_replaced(world: World) -> None:
+    """Whoever sends a folder could list in its receipt what its new owner may put there."""
+    merge(world.base, [world.adapter], world.out)
+    said = json.loads((world.out / RECEIPT).read_text())
+    mine = {"notes.txt": 4, "deep/thesis.tex": 4, "config.json.bak": 4}
+    for name in mine:
+        (world.out / name).parent.mkdir(exist_ok=True)
+        (world.out / name).write_text("mine")
+    tiny.write_json(world.out / RECEIPT, said | {"files": [*said["files"], *mine, "deep"]})
+    with world.refused(30):
+        merge(world.base, [world.adapter], world.out, force=True)
+
+
 def test_a_folder_whose_receipt_makes_no_sense_is_not_replaced(world: World) -> None:
     for said in ({}, {"files": ["a" * 300], "bytes": {"a" * 300: 1}}, {"files": [["x"]], "bytes": {"\0": 1}}):
         shutil.rmtree(world.out, ignore_errors=True)

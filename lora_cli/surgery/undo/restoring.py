@@ -31,7 +31,7 @@ class Restoring:
         self.checker = Checker(undoing)
         said = undoing.undo.manifest
         self._own = {beside(target, own.name).name: own for own in undoing.own}
-        known = {file.name: file.digest for file in said.files}
+        known = {file.name: record.digest for file, record in zip(plan.files, said.files, strict=True)}
         known |= {side.name: side.digest for side in said.side_files if side.name not in undoing.lost}
         planned = [*(file.name for file in plan.files), *(side.name for side in plan.side_files)]
         names = output_names(plan, target)

@@ -122,9 +122,9 @@ class _Trip:
             path = beside(base.path, side.name) if side.name in OWN_FILES else (base.folder or base.path) / side.name
             if base.folder is None and side.name not in OWN_FILES:
                 continue  # a bare file was named: there is nothing to compare with
-            if not path.is_file():
+            if path not in base.looks and not path.is_file():
                 self._note(side.name, "the base has no such file")
-            elif path_digest(path) != side.digest:
+            elif path_digest(base.looks.at(path)) != side.digest:
                 self._note(side.name, "not the base's file")
         for key in base.tensors.keys() - {edit.key for edit in self._undoing.plan.edits}:
             self._note(key, "in the base, and does not come back")

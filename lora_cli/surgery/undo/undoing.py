@@ -14,7 +14,7 @@ from lora_cli.arithmetic import ARITHMETIC
 from lora_cli.checkpoint.checkpoint import PICKLES, Checkpoint, Shard, StoredTensor
 from lora_cli.checkpoint.digests import bytes_digest, cuts, file_digest, span_digest
 from lora_cli.checkpoint.header import Header, TensorInfo
-from lora_cli.checkpoint.manifest import AdapterRecord, FileRecord, SideRecord, TensorRecord
+from lora_cli.checkpoint.manifest import AdapterRecord, FileRecord, SideRecord, TensorRecord, recorded
 from lora_cli.checkpoint.sidefiles import SIDE_FILE_LIMIT, SideFile, belongs, lies_inside
 from lora_cli.checkpoint.source import listing
 from lora_cli.checkpoint.undo_file import UndoFile, factor_part, gains_part, side_part, stored_part, undo_part
@@ -232,7 +232,9 @@ class _Undoing:
         if file_digest(header, digests) != said.digest:
             raise damaged(self._undo, f"{said.name}: the digests of its tensors")
         edits = tuple(self._edit(info, records[info.name]) for info in header.tensors)
-        return OutputFile(said.name, header, edits, shard)
+        # A name that could not be recorded as it is has not changed.
+        name = shard.name if shard is not None and recorded(shard.name) == said.name else said.name
+        return OutputFile(name, header, edits, shard)
 
     def _header(self, said: FileRecord, shard: Shard | None) -> Header:
         if said.own_header:
