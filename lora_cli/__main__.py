@@ -11,9 +11,14 @@ def main() -> None:
     # The libraries take most of a second. Nothing is under way then, and an interrupt is no reason for a traceback.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, lambda number, _: os._exit(128 + number))
-    from lora_cli.cli import app
+    try:
+        from lora_cli.cli import app
 
-    app.main()
+        app.main()
+    except MemoryError:
+        # Not even what shows errors could be loaded or run. What was being written is gone by now.
+        os.write(2, b"error: The system gave this process no more memory\n")
+        os._exit(70)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ PARSERS: Final = (
     *("adapters/peft_config.py", "adapters/peft_types.py", "adapters/patterns.py", "adapters/target_files.py"),
     *("adapters/names.py", "adapters/resolve.py", "adapters/wrapped.py", "adapters/formats/plain.py"),
     *("surgery/receipt.py", "surgery/undo/terms.py", "surgery/undo/undoing.py"),
+    *("surgery/undo/given.py", "surgery/undo/places.py", "checkpoint/journal.py", "surgery/card.py"),
     *("arithmetic/fragments.py", "arithmetic/packing.py", "arithmetic/residual.py", "arithmetic/zstd.py"),
 )
 """Modules that read what nobody vouches for."""

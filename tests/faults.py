@@ -18,7 +18,7 @@ from lora_cli.checkpoint import files
 
 CALLS = (
     *("open", "close", "fstat", "stat", "statvfs", "listdir", "preadv", "pwrite", "copy_file_range", "posix_fallocate"),
-    *("ftruncate", "fsync", "makedirs", "mkdir", "chmod", "rename", "link", "unlink", "rmdir"),
+    *("ftruncate", "fsync", "makedirs", "mkdir", "chmod", "fchmod", "rename", "link", "unlink", "rmdir"),
 )
 """What is counted, besides `swap` and `flock`. Opening a file that is to be made is told as `create`."""
 HARMLESS = ("fsencode", "strerror", "fspath", "getuid", "geteuid", "getpid")
@@ -65,7 +65,7 @@ class Double:
 
     Args:
         before: Is told of each call before it is made; what it raises, the call raises.
-        after: The same when it was made, and has changed what it changes.
+        after: The same when it was made, and has changed what it changes, or has failed.
         short: Says whether a read, write or copy moves only a part.
 
     Attributes:
@@ -101,12 +101,14 @@ class Double:
             self._before(operation)
             if operation.name in SHORT and self._short(operation):
                 arguments = _part(name, arguments)
-            # The disk itself is not what is tried here.
-            result = None if name in ("fsync", "close") else real(*arguments, **named)
-            if name == "open":
-                assert isinstance(result, int)
-                self._paths[result] = operation.path
-            self._after(operation)
+            try:
+                # The disk itself is not what is tried here.
+                result = None if name in ("fsync", "close") else real(*arguments, **named)
+                if name == "open":
+                    assert isinstance(result, int)
+                    self._paths[result] = operation.path
+            finally:
+                self._after(operation)
             return result
 
         return call

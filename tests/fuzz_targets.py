@@ -16,6 +16,7 @@ from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any, Final
 
 import fuzz_worlds as worlds
+import msgspec
 import torch
 import yaml
 from blake3 import blake3
@@ -35,6 +36,7 @@ from lora_cli.checkpoint import strict_json
 from lora_cli.checkpoint.checkpoint import open_checkpoint
 from lora_cli.checkpoint.header import parse_header, read_header_length, render_header
 from lora_cli.checkpoint.index import parse_index
+from lora_cli.checkpoint.journal import JOURNAL, Begun, read_journal
 from lora_cli.checkpoint.quantised import Quantised
 from lora_cli.checkpoint.repairs import numbered_layers, repaired, untied, with_dtype, with_layers, with_vocabulary
 from lora_cli.checkpoint.sidefiles import SideFile
@@ -47,6 +49,7 @@ from lora_cli.surgery.card_section import HEADING
 from lora_cli.surgery.inspect import inspect
 from lora_cli.surgery.receipt import OPERATIONS, OWN_FILES, find_receipt, ours_beside, receipt_path, written_by_us
 from lora_cli.surgery.undo.codecs import LENGTHS, How, Summand, decode
+from lora_cli.surgery.undo.given import check_used
 from lora_cli.surgery.undo.roundtrip import roundtrip
 from lora_cli.surgery.undo.undoing import plan_undoing
 
@@ -264,7 +267,7 @@ def read_card(data: bytes) -> None:
         assert warnings
         return
     old, new = data.decode(), made.decode()
-    assert new.startswith(("---", "\ufeff---"))
+    assert new.removeprefix("\ufeff").lstrip().startswith("---")
     assert HEADING in new
     again, _ = model_card(worlds.base(), [SideFile("README.md", None, len(made), made)], (), ())
     assert again is not None
@@ -303,6 +306,18 @@ def read_receipt(data: bytes) -> None:
     assert shown.receipt == receipt
 
 
+def read_journal_of_a_run(data: bytes) -> None:
+    """What another run has left says which files are finished, or nothing."""
+    folder = worlds.folder("journal")
+    (folder / JOURNAL).write_bytes(data)
+    read = read_journal(folder)
+    if read is not None:
+        begun, finished = read
+        assert begun == msgspec.json.decode(data.split(b"\n")[0], type=Begun)
+        assert len(finished) < data.count(b"\n")
+        assert all(isinstance(one.name, str) for one in finished)
+
+
 def read_undo_file(data: bytes) -> None:
     """A whole undo file: opened, planned, and unmerged in memory."""
     path = worlds.folder("undo") / "lora_merge.undo"
@@ -310,6 +325,7 @@ def read_undo_file(data: bytes) -> None:
     undoing = plan_undoing(worlds.merged(), open_undo_file(path), [look_at_adapter(worlds.UNDO_WORLD / "adapter")])
     wrong = roundtrip(undoing, None, Budget(1, STRIP_BYTES, 1 << 28), SILENT)
     assert all(isinstance(what, str) for what in wrong.values())
+    check_used(undoing.undo.manifest, path.name)
     if not wrong:
         assert {file.name: file.header.file_bytes for file in undoing.plan.files} == {
             said.name: said.size for said in undoing.undo.manifest.files
@@ -346,6 +362,7 @@ TARGETS: Final[Mapping[str, Target]] = {
     "config": read_config,
     "header": read_header,
     "index": read_index,
+    "journal": read_journal_of_a_run,
     "json": read_json,
     "manifest": read_manifest,
     "names": read_names,

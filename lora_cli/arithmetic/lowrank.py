@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lora_cli.arithmetic.decomposed import values_of
 from lora_cli.arithmetic.product import Term
 from lora_cli.errors import NumericError, ShapeError
 
@@ -70,7 +71,7 @@ def singular_values(terms: Sequence[Term]) -> Tensor:
     NumericError where the product overflows.
     """
     left, right = stacked(terms)
-    values: Tensor = torch.linalg.svdvals(_core(left, right))
+    values: Tensor = values_of(_core(left, right))
     return values
 
 
@@ -173,7 +174,7 @@ def _edge(factor: Tensor) -> float:
 
 
 def _largest_singular_value(tall: Tensor) -> float:
-    values = torch.linalg.svdvals(_triangle(tall.to(torch.float64)))
+    values = values_of(_triangle(tall.to(torch.float64)))
     return float(values[0]) if values.numel() else 0.0
 
 
@@ -224,7 +225,7 @@ def spectrum(shape: tuple[int, int], tiles: Tiles, noise: Noise) -> Spectrum:
     """
     edge, energy = SAFETY * noise.edge, SAFETY**2 * noise.energy
     if min(shape) <= MOST_PROBES:
-        values = torch.linalg.svdvals(_gathered(shape, tiles))
+        values = values_of(_gathered(shape, tiles))
         return look_above(values, _visible(edge, values, shape), noise=energy)
     probes = FIRST_PROBES
     while True:
@@ -254,7 +255,7 @@ def _probed(shape: tuple[int, int], tiles: Tiles, probes: int, edge: float) -> t
         left, squares = _times(tiles, right, shape[0])
         left = torch.linalg.qr(left).Q
         right, triangle = torch.linalg.qr(_transposed_times(tiles, left, shape[1]))
-        values = torch.linalg.svdvals(triangle)
+        values = values_of(triangle)
         if _settled(values, before, squares, _visible(edge, values, shape)):
             break
     return values, squares

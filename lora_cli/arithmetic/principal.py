@@ -19,6 +19,7 @@ import math
 import torch
 from torch import Tensor
 
+from lora_cli.arithmetic.decomposed import decomposed
 from lora_cli.errors import NumericError, ShapeError
 
 OVERSAMPLING = 8
@@ -42,10 +43,10 @@ def pissa(
 
     Raises:
         ShapeError: The rank is too large, or shapes do not fit.
-        NumericError: W holds NaN or infinity.
+        NumericError: W holds NaN or infinity, or cannot be decomposed.
     """
     matrix = _checked(weight, rank)
-    u, s, vh = torch.linalg.svd(matrix, full_matrices=False) if test is None else _randomised(matrix, test, iterations)
+    u, s, vh = decomposed(matrix) if test is None else _randomised(matrix, test, iterations)
     root = (s[:rank] / scale).sqrt()
     return _signed(root.unsqueeze(1) * vh[:rank], u[:, :rank] * root)
 
@@ -83,7 +84,7 @@ def _randomised(matrix: Tensor, test: Tensor, iterations: int) -> tuple[Tensor, 
     for _ in range(iterations):
         basis = torch.linalg.qr(matrix.T @ basis).Q
         basis = torch.linalg.qr(matrix @ basis).Q
-    u, s, vh = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
+    u, s, vh = decomposed(basis.T @ matrix)
     return basis @ u, s, vh
 
 

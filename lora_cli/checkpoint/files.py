@@ -13,6 +13,7 @@ import errno
 import fcntl
 import os
 import secrets
+import stat
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -174,6 +175,20 @@ class Folder:
         """Names of what is in it."""
         return sorted(os.listdir(self._descriptor))
 
+    def names_below(self, name: str) -> set[str]:
+        """Names of all that is in a folder in it, at any depth; links are not followed."""
+        inner = self.enter(name)
+        try:
+            found = set()
+            for entry in inner.names():
+                found.add(entry)
+                status = inner.status(entry)
+                if status is not None and stat.S_ISDIR(status.st_mode):
+                    found |= {f"{entry}/{below}" for below in inner.names_below(entry)}
+            return found
+        finally:
+            inner.close()
+
     def status(self, name: str) -> os.stat_result | None:
         """What the system knows of an entry, itself where it is a link; None if there is none."""
         with contextlib.suppress(FileNotFoundError):
@@ -209,6 +224,8 @@ class Folder:
         with contextlib.suppress(OSError):
             inner = self.enter(name)
             try:
+                with contextlib.suppress(OSError):
+                    os.fchmod(inner._descriptor, 0o700)  # one that nobody may write to cannot be emptied
                 for entry in inner.names():
                     inner.remove_tree(entry)
             finally:

@@ -21,6 +21,8 @@ JOURNAL = "journal"
 _SCHEMA = "lora-cli/journal/1"
 _LIMIT = 1 << 30
 """Bytes of a journal that are read: what was found in a hundred thousand units, and the gains of wide layers."""
+_NOT_JSON = (msgspec.MsgspecError, RecursionError, UnicodeDecodeError)
+"""What decoding says of bytes that are none of ours: other fields, nested too deep, no UTF-8."""
 
 
 class Begun(msgspec.Struct, frozen=True):
@@ -98,12 +100,12 @@ def read_journal(folder: Path) -> tuple[Begun, list[Finished]] | None:
     if not (folder / JOURNAL).is_file() or (folder / JOURNAL).is_symlink():
         return None
     finished: list[Finished] = []
-    with contextlib.suppress(LoraCliError, msgspec.MsgspecError):
+    with contextlib.suppress(LoraCliError, *_NOT_JSON):
         first, *lines = read_whole(folder / JOURNAL, limit=_LIMIT).split(b"\n")
         begun = msgspec.json.decode(first, type=Begun)
         if begun.schema != _SCHEMA:
             return None
-        with contextlib.suppress(msgspec.MsgspecError):
+        with contextlib.suppress(*_NOT_JSON):
             for line in lines[:-1]:
                 finished.append(msgspec.json.decode(line, type=Finished))
         return begun, finished

@@ -5,19 +5,32 @@ The manifest is JSON in the undo file (see `undo_file`). It holds no path of any
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 import msgspec
 
-from lora_cli.errors import MalformedFileError
+from lora_cli.errors import MalformedFileError, UnsupportedError
 
 MANIFEST_LIMIT = 64 << 20
 """Longest manifest that is read, in bytes of JSON."""
+
+CUTS_LIMIT = 1 << 16
+"""Most cuts of a tensor: they have 2^41 elements together, which no tensor has."""
+
+TERMS_LIMIT = 1 << 14
+"""Most terms of a tensor: sixteen adapters with two for each of 512 experts."""
+
+NAMES_LIMIT = 1 << 16
+"""Most files of a base's folder that stayed behind."""
 
 
 Digest = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
 """Digest of a cut or file, in hexadecimal."""
 
+
+Digests = Annotated[tuple[Digest, ...], msgspec.Meta(max_length=CUTS_LIMIT)]
+"""Digests of the cuts of a tensor."""
 
 Setting = bool | int | float | str | tuple[int, ...]
 """A number or word that a formula needs besides tensors."""
@@ -85,11 +98,11 @@ class TensorRecord(_Record, frozen=True):
 
     key: str
     how: Literal["copy", "preimages", "residual", "stored"]
-    digests: tuple[Digest, ...]
+    digests: Digests
     source: str = ""
-    source_digests: tuple[Digest, ...] = ()
-    fragments: tuple[int, ...] = ()
-    terms: tuple[TermRecord, ...] = ()
+    source_digests: Digests = ()
+    fragments: Annotated[tuple[int, ...], msgspec.Meta(max_length=CUTS_LIMIT)] = ()
+    terms: Annotated[tuple[TermRecord, ...], msgspec.Meta(max_length=TERMS_LIMIT)] = ()
     gains: Annotated[str, msgspec.Meta(pattern=r"\A(?:[0-9a-f]{64})?\Z")] = ""
 
     @property
@@ -122,7 +135,7 @@ class FileRecord(_Record, frozen=True):
     tensors: tuple[TensorRecord, ...]
     own_header: bool = False
     merged_header: str = ""
-    appended: dict[str, tuple[Digest, ...]] = {}
+    appended: dict[str, Digests] = {}
 
 
 class SideRecord(_Record, frozen=True):
@@ -171,12 +184,17 @@ class Manifest(_Record, frozen=True):
     files: tuple[FileRecord, ...]
     side_files: tuple[SideRecord, ...]
     adapters: tuple[AdapterRecord, ...]
-    left_out: tuple[str, ...] = ()
+    left_out: Annotated[tuple[str, ...], msgspec.Meta(max_length=NAMES_LIMIT)] = ()
+
+    @property
+    def tensors(self) -> Iterator[TensorRecord]:
+        """The tensors of the base, of all files."""
+        return (tensor for file in self.files for tensor in file.tensors)
 
     @property
     def format(self) -> int:
         """The first format that has all that it says; whoever knows no later one can read it."""
-        tensors = [tensor for file in self.files for tensor in file.tensors]
+        tensors = [*self.tensors]
         terms = [term for tensor in tensors for term in tensor.terms]
         if any(t.layout or t.shape or t.matrix is not None or t.at is not None or len(t.outputs) > 3 for t in terms):
             return 3
@@ -190,7 +208,26 @@ def recorded(name: str) -> str:
 
 
 def write_manifest(manifest: Manifest) -> bytes:
-    """Return the JSON of a manifest: the same manifest, the same bytes."""
+    """Return the JSON of a manifest: the same manifest, the same bytes.
+
+    Raises:
+        UnsupportedError: It has more than `read_manifest` takes.
+    """
+    longest = max((len(tensor.terms) for tensor in manifest.tensors), default=0)
+    digests = [tensor.digests for tensor in manifest.tensors]
+    digests += [cuts for file in manifest.files for cuts in file.appended.values()]
+    for what, count, limit in (
+        ("files that stay behind", len(manifest.left_out), NAMES_LIMIT),
+        ("changes of one tensor", longest, TERMS_LIMIT),
+        ("cuts of one tensor", max(map(len, digests), default=0), CUTS_LIMIT),
+    ):
+        if count > limit:
+            raise UnsupportedError(
+                f"An undo file cannot hold so many {what}",
+                expected=f"at most {limit}",
+                found=count,
+                hint="merge without an undo file: --no-undo",
+            )
     return msgspec.json.encode(manifest)
 
 

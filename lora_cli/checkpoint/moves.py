@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import stat
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,11 @@ if TYPE_CHECKING:
 
 
 class Move:
-    """Putting one name in its place, so that it can be taken back until the staging folder goes."""
+    """Putting one name in its place, so that it can be taken back until the staging folder goes.
+
+    Attributes:
+        replaced: What is called in the staging folder now what stood there, if anything did.
+    """
 
     def __init__(self, staged: Folder, name: str, parent: Folder, target: str) -> None:
         self._staged = staged
@@ -24,6 +29,7 @@ class Move:
         self._target = target
         self._aside = f"{name}{ASIDE}"
         self._back: Callable[[], None] = lambda: None
+        self.replaced: str | None = None
 
     def make(self, *, replace: bool) -> None:
         """Put it there; what it replaces stays in the staging folder.
@@ -34,11 +40,12 @@ class Move:
         old = self._parent.status(self._target)
         folder = stat.S_ISDIR(getattr(self._staged.status(self._name), "st_mode", 0))
         try:
-            if old is None or (folder and stat.S_ISDIR(old.st_mode) and not self._full()):
-                self._place(link=not folder, empty=old is not None)
+            empty = old if old and folder and stat.S_ISDIR(old.st_mode) and not self._full() else None
+            if folder and old:
+                self._staged.set_mode(self._name, stat.S_IMODE(old.st_mode))
+            if old is None or empty:
+                self._place(link=not folder, empty=empty)
             elif replace:
-                if folder:
-                    self._staged.set_mode(self._name, stat.S_IMODE(old.st_mode))
                 self._replace(folder=folder)
             else:
                 raise FileExistsError
@@ -65,7 +72,7 @@ class Move:
         finally:
             there.close()
 
-    def _place(self, *, link: bool, empty: bool) -> None:
+    def _place(self, *, link: bool, empty: os.stat_result | None) -> None:
         """Where nothing is: a hard link refuses to overwrite, as a rename of a file does not."""
         if link:
             try:
@@ -82,6 +89,7 @@ class Move:
             self._parent.rename(self._target, self._staged, self._name)
             if empty:
                 self._parent.make(self._target).close()
+                self._parent.set_mode(self._target, stat.S_IMODE(empty.st_mode))
 
         self._back = back
 
@@ -93,9 +101,10 @@ class Move:
             if error.errno not in NOT_POSSIBLE_HERE:
                 raise
         else:
-            self._back = self._swap
+            self._back, self.replaced = self._swap, self._name
             return
         self._keep_aside(link=not folder)
+        self.replaced = self._aside
         self._back = lambda: self._staged.rename(self._aside, self._parent, self._target)
         self._staged.rename(self._name, self._parent, self._target)
         old = self._back

@@ -11,18 +11,15 @@ import stat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_cli.checkpoint import files
 from lora_cli.checkpoint.files import Folder
 from lora_cli.checkpoint.journal import Journal
 from lora_cli.checkpoint.moves import Move
 from lora_cli.checkpoint.staged import ASIDE, Scratch, StagedFile, hidden_name, write_errors
+from lora_cli.checkpoint.targets import check_target
 from lora_cli.errors import (
-    DiskFullError,
     LockedError,
     LoraCliError,
-    OutputExistsError,
     UnsafeInputError,
-    UsageError,
     WriteError,
 )
 from lora_cli.signals import held_back
@@ -236,11 +233,14 @@ class Staging:
             WriteError: The rename failed; the target is as it was before.
         """
         with write_errors(self.target.name), held_back():
+            stood = self._standing()
             replace = self._replaces()
             for folder in self._folders.values():
                 folder.sync()
             try:
                 self._move(replace=replace, outdated=outdated)
+                if self.folder and self._moves[0].replaced and stood != self._standing(self._moves[0].replaced):
+                    raise OutputExistsError("Something was added to the output meanwhile", file=self.target)
                 self._parent.sync()
             except BaseException:
                 self.withdraw()
@@ -258,6 +258,13 @@ class Staging:
         except OSError:
             self._stuck = True
 
+    def _standing(self, replaced: str | None = None) -> set[str]:
+        """Names of all that is in an output folder that stands there, or, after that, in what was replaced."""
+        if replaced:
+            return self.work.names_below(replaced)
+        stands = self.folder and self.target.is_dir() and not self.target.is_symlink()
+        return self._parent.names_below(self.target.name) if stands else set()
+
     def _replaces(self) -> bool:
         """Whether something is to be replaced, looked at once more: somebody may have been here meanwhile."""
         if self.folder:
@@ -267,7 +274,7 @@ class Staging:
     def _keep_mode(self, name: str) -> None:
         """Let something new have the mode of what it replaces, before it is filled: nobody sees more than before."""
         old = (self.target if self.folder else self.target.parent) / name
-        if not self._replacing or old.is_symlink() or not old.exists():
+        if not (self._replacing or not name) or old.is_symlink() or not old.exists():
             return
         mode = stat.S_IMODE(old.stat().st_mode) | (stat.S_IRWXU if old.is_dir() else 0)
         around, _, last = name.rpartition("/")
@@ -300,74 +307,3 @@ def together(first: Staging, second: Staging) -> Iterator[None]:
         if not second.published:
             first.withdraw()
         raise
-
-
-def check_target(target: Path, *, folder: bool, may_replace: Callable[[], bool]) -> None:
-    """Refuse a target that cannot be written, or that holds anything that lora-cli did not write.
-
-    Raises:
-        UsageError: Its folder does not exist.
-        OutputExistsError: Something is there.
-    """
-    if not target.parent.is_dir():
-        raise UsageError("The folder of the output does not exist", file=target.parent, hint="make it first")
-    if target.is_symlink():
-        raise OutputExistsError("The output is a symbolic link", file=target, hint="name the place it points to")
-    if not target.exists() or (folder and target.is_dir() and _is_empty(target)):
-        return
-    if folder != target.is_dir():
-        kind = "file" if folder else "folder"
-        raise OutputExistsError(f"A {kind} stands where the output should go", file=target)
-    if not may_replace():
-        raise OutputExistsError(
-            "The output exists already",
-            file=target,
-            hint="choose another name with -o; --force replaces only what lora-cli wrote",
-        )
-
-
-def _is_empty(folder: Path) -> bool:
-    with write_errors(str(folder)):
-        return not files.listed(folder)
-
-
-def check_apart(target: Path, inputs: Iterable[Path]) -> None:
-    """Refuse an output that is an input, lies inside one, or would swallow one.
-
-    Raises:
-        OutputExistsError: Output and input are the same place, by device and inode or by path.
-    """
-    place = target.resolve()
-    for path in inputs:
-        real = path.resolve()
-        same = target.exists() and path.exists() and target.samefile(path)
-        if same or place == real or real in place.parents or place in real.parents:
-            raise OutputExistsError(
-                "The output would be written into an input",
-                file=target,
-                found=f"input {path}",
-                hint="choose a place outside the inputs with -o",
-            )
-
-
-def check_space(target: Path, needed: int) -> None:
-    """Refuse when the file system of `target` has less than `needed` bytes free.
-
-    Raises:
-        DiskFullError: With what is needed and what is free.
-    """
-    free = free_bytes(target)
-    if free < needed:
-        raise DiskFullError(
-            "Not enough free space for the output",
-            file=target.parent,
-            expected=f"{needed} bytes",
-            found=f"{free} bytes free",
-            hint="free some space or choose another disk with -o",
-        )
-
-
-def free_bytes(target: Path) -> int:
-    """Bytes free for this user where `target` will be."""
-    with write_errors(target.name):
-        return files.free_bytes(target.parent if target.parent.exists() else Path.cwd())

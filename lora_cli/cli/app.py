@@ -17,6 +17,8 @@ import typer
 from lora_cli.cli import diff, inject, inspect, merge, unmerge, verify
 from lora_cli.cli.options import CURRENT, GLOBAL, DebugOption, JsonOption, QuietOption, VerboseOption
 from lora_cli.cli.output import ClosedPipe, Output
+from lora_cli.cli.room import try_libraries_first
+from lora_cli.cli.text import shown
 from lora_cli.errors import Interrupted, LoraCliError, UsageError, WriteError
 from lora_cli.version import __version__
 
@@ -84,6 +86,7 @@ def main() -> None:
     """Entry point of the console script."""
     # A plan can be millions of values without a cycle: looking for one over and over takes a quarter of the time.
     gc.set_threshold(100_000, 20, 50)
+    try_libraries_first()
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by whoever started us
             setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 (for the rest of the process)
@@ -133,9 +136,17 @@ def _failed(error: LoraCliError) -> int:
     except (ClosedPipe, OSError):
         # Nobody reads stdout, or it is full: a document cannot be shown there, but a line on stderr can.
         _silence_stdout()
-        with contextlib.suppress(ClosedPipe, OSError):
+        try:
             Output().error(error)
+        except (ClosedPipe, OSError):
+            say_plainly(error.message)
     return error.exit_code
+
+
+def say_plainly(message: str) -> None:
+    """Say what is wrong where nothing else works any more: no library is loaded, and nothing is laid out."""
+    with contextlib.suppress(OSError, ValueError):
+        os.write(2, f"error: {shown(message)}\n".encode("ascii", "backslashreplace"))
 
 
 def _usage(error: typer.TyperException) -> UsageError:
@@ -151,17 +162,29 @@ def _as_ours(error: Exception) -> LoraCliError:
         return error
     if isinstance(error, typer.TyperException):
         return _usage(error)
-    if isinstance(error, OSError) and error.filename is None:
+    if isinstance(error, OSError) and error.filename is None and not _lacks_memory(error):
         # Files are opened on the floors below, which raise errors of ours: this is stdout.
         return WriteError(f"The result cannot be shown: {error.strerror}")
     written = CURRENT[0].written
-    wrapped = LoraCliError(
-        f"Internal error; {written} was complete by then" if written else "Internal error; nothing was written",
-        found=f"{type(error).__name__}: {error}",
-        hint="run again with --debug and report what it prints",
-    )
+    outcome = f"{written} was complete by then" if written else "nothing was written"
+    if _lacks_memory(error):
+        wrapped = LoraCliError(
+            f"{NO_MEMORY}; {outcome}", hint="allow it more, or try --threads 1 and a smaller --memory"
+        )
+    else:
+        wrapped = LoraCliError(f"Internal error; {outcome}", found=f"{type(error).__name__}: {error}")
     wrapped.__cause__ = error
     return wrapped
+
+
+NO_MEMORY = "The system gave this process no more memory"
+_REFUSED = ("allocate memory", "failed to map segment", "can't start new thread")
+"""How libraries say that they got no memory: torch, the loader of shared libraries, Python."""
+
+
+def _lacks_memory(error: Exception) -> bool:
+    said = str(error).lower()
+    return isinstance(error, MemoryError) or any(words in said for words in _REFUSED)
 
 
 def _wants_json(arguments: Sequence[str]) -> bool:

@@ -16,7 +16,7 @@ from xml.etree.ElementTree import Element, SubElement, indent, tostring
 from lora_cli.checkpoint.hub import local_path
 from lora_cli.checkpoint.source import check_path, look_at
 from lora_cli.checkpoint.staged import write_beside
-from lora_cli.checkpoint.staging import check_apart
+from lora_cli.checkpoint.targets import check_apart
 from lora_cli.cli.text import count, number, shown, ulps
 from lora_cli.errors import LoraCliError, OutputExistsError, UsageError, WriteError
 from lora_cli.version import __version__

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lora_cli.checkpoint.staging import free_bytes
+from lora_cli.checkpoint.targets import free_bytes
 from lora_cli.cli import effects
 from lora_cli.cli.draw import facts, grid, line
 from lora_cli.cli.text import count, few, number, size

@@ -100,7 +100,11 @@ def _change_of(pair: Pair) -> Spectrum:
         for a, b in _decoded(pair, readers):
             variances = rounding_variance(a, torch_dtype(pair.a.dtype))
             noise.add(variances.add_(rounding_variance(b, torch_dtype(pair.b.dtype))))
-        return spectrum((rows, columns), partial(_differences, pair, readers), noise)
+        try:
+            return spectrum((rows, columns), partial(_differences, pair, readers), noise)
+        except NumericError as error:
+            error.tensor = error.tensor or pair.key
+            raise
 
 
 def _differences(pair: Pair, readers: Readers) -> Iterator[Tensor]:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from lora_cli.checkpoint.leftovers import with_leftovers
 from lora_cli.checkpoint.sidefiles import SideFile
-from lora_cli.checkpoint.staging import Staging, check_apart, check_space
+from lora_cli.checkpoint.staging import Staging
+from lora_cli.checkpoint.targets import check_apart, check_space
 from lora_cli.errors import DiskFullError
 from lora_cli.progress import SILENT, Progress
 from lora_cli.surgery.budget import Budget

@@ -13,7 +13,7 @@ from typing import Any
 from lora_cli.checkpoint.sidefiles import SideFile, tokenizer_files
 from lora_cli.checkpoint.source import check_path
 from lora_cli.checkpoint.staged import ASIDE
-from lora_cli.checkpoint.staging import check_apart, check_target
+from lora_cli.checkpoint.targets import check_apart, check_target
 from lora_cli.checkpoint.undo_file import UNDO_FILE
 from lora_cli.errors import UsageError
 from lora_cli.progress import SILENT, Progress

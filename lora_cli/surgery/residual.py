@@ -18,7 +18,8 @@ from lora_cli.adapters.source import AdapterSource, ReadOptions
 from lora_cli.checkpoint.checkpoint import ADAPTER_FILE, Shard, StoredTensor, open_shard
 from lora_cli.checkpoint.sidefiles import SideFile
 from lora_cli.checkpoint.source import Identity, SourceFile
-from lora_cli.checkpoint.staging import Staging, check_space
+from lora_cli.checkpoint.staging import Staging
+from lora_cli.checkpoint.targets import check_space
 from lora_cli.progress import Progress
 from lora_cli.surgery.budget import settle_budget
 from lora_cli.surgery.fitting import Mark, mark

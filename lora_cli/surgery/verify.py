@@ -6,20 +6,19 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from lora_cli.adapters.source import ReadOptions
 from lora_cli.checkpoint.checkpoint import Checkpoint, StoredTensor
 from lora_cli.errors import LoraCliError, UsageError
 from lora_cli.progress import SILENT, Progress
+from lora_cli.surgery.agreement import doubts
 from lora_cli.surgery.budget import Budget, settle_budget
 from lora_cli.surgery.effects import effects_of, not_said
-from lora_cli.surgery.identity import content_digest, contents
 from lora_cli.surgery.placing import PlanOptions
 from lora_cli.surgery.plan import AdapterUse, Plan
 from lora_cli.surgery.planning import plan
 from lora_cli.surgery.repacking import in_order
 from lora_cli.surgery.results import Reference, listed, measured, open_adapters, open_base
 from lora_cli.surgery.survival import Survival, Survivals, warnings_of
-from lora_cli.surgery.undo.undoing import Undoing
+from lora_cli.surgery.undo.given import check_used
 from lora_cli.surgery.unmerge import open_undoing
 from lora_cli.surgery.workers import default_threads
 
@@ -227,6 +226,8 @@ class _Work:
         try:
             given = [*listed(self.adapters), *initial]
             undoing = open_undoing(self.candidate, given, undo, self.progress, whole=self.base is None)
+            if self.base is None:
+                check_used(undoing.undo.manifest, undoing.undo.shard.name)
         except LoraCliError as error:
             if not found.different:
                 raise
@@ -245,7 +246,8 @@ class _Work:
         ]
         manifest = undoing.undo.manifest
         if self.base is None:
-            self._compare_scales(undoing)
+            for doubt in doubts(undoing, self.adapters, self.progress):
+                self.progress.warn(doubt)
             found.base = manifest.base
             found.adapters = undoing.uses()
             found.checked = len(list(undoing.plan.edits))
@@ -253,32 +255,6 @@ class _Work:
         files = {file.name: file.digest for file in manifest.files}
         files |= {side.name: side.digest for side in manifest.side_files}
         return RoundTrip(not wrong, against, files, len(wrong))
-
-    def _compare_scales(self, undoing: Undoing) -> None:
-        """Say where the merge used another scale than the adapter's own config has."""
-        terms = [term for edit in undoing.plan.edits for term in edit.terms]
-        used = {(tensor.shard.source, tensor.key): t.delta.scale.alpha for t in terms for tensor in t.delta.tensors}
-        weights = {adapter.digest: adapter.weight for adapter in undoing.undo.manifest.adapters}
-        for reference in self.adapters:
-            try:
-                (adapter,) = open_adapters([reference], ReadOptions(), self.progress)
-            except LoraCliError:
-                continue  # it has no scale of its own
-            shards = {tensor.shard.source: tensor.shard for tensor in adapter.tensors}.values()
-            every = [StoredTensor(shard, info) for shard in shards for info in shard.header.tensors]
-            weight = weights.get(content_digest(contents(every)), 1.0)
-            pairs = [
-                (target.delta.scale.times(weight), used[place])
-                for target in adapter.targets
-                if (place := (target.delta.tensors[0].shard.source, target.delta.tensors[0].key)) in used
-            ]
-            other = [(own, there) for own, there in pairs if own != there]
-            if other:
-                own, there = other[0]
-                self.progress.warn(
-                    f"{adapter.label}: the merge used scale {there:g} where its config says {own:g} "
-                    f"({len(other)} of {len(pairs)} modules); only --base with the options of the merge can judge that"
-                )
 
 
 def _compare_names(made: Plan, candidate: Checkpoint) -> tuple[list[Difference], set[str]]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -66,6 +67,9 @@ def fuzz(target: str, seconds: int, faults: Path, words: Path) -> Ended:
         Path(folders[0]).mkdir()
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         ran = subprocess.run([*line, *folders], capture_output=True, check=False, env=environment)
+        for path in Path(found).glob("fault-*"):
+            if not path.name.startswith("fault-crash-"):  # too slow, or too much memory; crashes were written shortened
+                shutil.copy(path, faults / path.name.replace("fault", target, 1))
     said = ran.stderr.decode("utf-8", "replace")
     end, speed = _END.search(said), _SPEED.search(said)
     fault = re.search(r"^fault: .*$", said, re.MULTILINE)

@@ -1,6 +1,6 @@
-"""Fuzz one target with Atheris; started by `main.py`, once for each target.
+"""Fuzz one target with Atheris; started by `campaign.py`, once for each target.
 
-Usage: python scripts/fuzzing/run_one.py TARGET CRASHES [libFuzzer's own arguments]
+Usage: python scripts/fuzzing/run_one.py TARGET FAULTS [libFuzzer's own arguments]
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def shortened(data: bytes, still_faulty: Callable[[bytes], bool]) -> bytes:
     run, end = len(data) // 2, time.monotonic() + _SHORTENING
     while run and time.monotonic() < end:
         at = 0
-        while at < len(data):
+        while at < len(data) and time.monotonic() < end:
             less = data[:at] + data[at + run :]
             if still_faulty(less):
                 data = less
@@ -55,14 +55,15 @@ def shortened(data: bytes, still_faulty: Callable[[bytes], bool]) -> bytes:
 
 
 def main() -> None:
-    target, crashes, *arguments = sys.argv[1:]
+    """Let libFuzzer call the target until its time is over, or a fault shows."""
+    target, faults, *arguments = sys.argv[1:]
 
     def one(data: bytes) -> None:
         fault = fault_of(target, data)
         if fault is None:
             return
         small = shortened(data, lambda less: fault_of(target, less) == fault)
-        place = Path(crashes) / f"{target}-{hashlib.sha256(small).hexdigest()[:16]}"
+        place = Path(faults) / f"{target}-{hashlib.sha256(small).hexdigest()[:16]}"
         place.write_bytes(small)
         print(f"fault: {fault}; input written to {place}", file=sys.stderr, flush=True)
         fuzz_targets.outcome(target, small)

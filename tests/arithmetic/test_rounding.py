@@ -249,6 +249,7 @@ def test_refuses_tiles_that_do_not_fit() -> None:
 
 
 def test_flushed_subnormals_are_refused() -> None:
+    """R111: arithmetic that takes subnormals for zeros."""
     rounding.check_flush_to_zero()
     caught: list[NumericError] = []
     supported: list[bool] = []

@@ -24,7 +24,7 @@ def merging(
     fields: Mapping[str, Any] | None = None,
     **config: Any,
 ) -> Case:
-    """Merge a PEFT folder: `factors`, and `config` or `fields` in its config, into the world's base or one of these tensors."""
+    """Merge a PEFT folder, with these factors and fields of its config, into the world's base or these tensors."""
 
     def make(world: World, folder: Path) -> Line:
         own = base is not None or base_config is not None

@@ -215,6 +215,12 @@ def test_what_a_person_says_needs_no_warning(more: list[str], call: Call, world:
     assert (ran.code, ran.document["warnings"]) == (0, [])
 
 
+def test_what_is_taken_away_once_more_is_added(call: Call, world: World, tmp_path: Path) -> None:
+    """R086: two minuses, and the second one is a person's."""
+    ran = call(*merging("--weight", "-1", lora_alpha=-4)(world, tmp_path), "--json")
+    assert (ran.code, ran.document["warnings"]) == (0, [])
+
+
 # What is said of what is assumed
 
 
@@ -274,3 +280,28 @@ def test_force_does_not_lift_a_refusal(call: Call, world: World, tmp_path: Path)
     shutil.copytree(world.merged, tmp_path / "m")
     line = ["merge", tmp_path / "m", world.adapter, "-o", tmp_path / "out", "--force"]
     check_refused(call, line, 23, "merged into the base already|--again", folder=tmp_path)
+
+
+SINGULAR = {
+    "inspect --spectrum": lambda w, f: ["inspect", w.adapter, "--spectrum"],
+    "diff --rank": lambda w, f: ["diff", w.base, w.merged, "--rank"],
+    "inject pissa": lambda w, f: ["inject", w.base, "-o", f / "out", "--base-out", f / "b", "--rank", 2, "--init",
+                                  "pissa"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SINGULAR)
+def test_a_decomposition_that_does_not_converge(
+    name: str, call: Call, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """R118: LAPACK may give up on a finite matrix; the tensor is named."""
+    import torch
+
+    def gives_up(*_: object, **__: object) -> None:
+        failure: type[Exception] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
+        raise failure("linalg.svd: The algorithm failed to converge")
+
+    monkeypatch.setattr(torch.linalg, "svd", gives_up)
+    monkeypatch.setattr(torch.linalg, "svdvals", gives_up)
+    line = SINGULAR[name](world, tmp_path)
+    check_refused(call, line, 22, "does not converge|_proj", folder=tmp_path)

@@ -7,6 +7,7 @@ is accepted is tested in tests/checkpoint/test_header_against_upstream.py.
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 import sys
 import tracemalloc
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 from catalogue import check_refused
-from cli_world import Call, World, call_fixture, world_fixture  # noqa: F401 (fixtures)
+from cli_world import Call, World, call_fixture, process, world_fixture  # noqa: F401 (fixtures)
 from header_cases import NEWER, REFUSED, TRAP, Refused, container, u8
 from safetensors.numpy import save_file
 from tiny import MODULES, adapter_tensors, base_tensors, numbers, read_tensors, within
@@ -144,6 +145,24 @@ def test_r048_many_tensors_are_counted_and_a_few_are_shown(call: Call, tmp_path:
     assert "more (-v or --json lists all)" in ran.out
     assert len(ran.out.splitlines()) < 100
     assert [tensor["key"] for tensor in document["tensors"]] == sorted(names)
+
+
+@pytest.mark.slow
+def test_r048_as_many_tensors_as_a_header_can_hold_fit_into_a_gigabyte(tmp_path: Path) -> None:
+    """Six hundred thousand with the shortest names: what each costs is all that a header made to harm can take."""
+    entries: list[str] = []
+    left, empty = HEADER_LIMIT - 2, u8(0, 0)
+    while left > 80:
+        entries.append(f'"{len(entries):x}":{empty}')
+        left -= len(entries[-1]) + 1
+    (tmp_path / FILE).write_bytes(container(("{" + ",".join(entries) + "}").ljust(HEADER_LIMIT)))
+
+    def limited() -> None:
+        resource.setrlimit(resource.RLIMIT_DATA, (1 << 30, 1 << 30))
+
+    ran = process("inspect", tmp_path / FILE, preexec_fn=limited)
+    assert (ran.code, len(entries) > 600_000) == (0, True), ran.err
+    assert f"{len(entries) - 40:,} more" in ran.out
 
 
 def test_r049_a_name_of_ten_million_characters_is_cut_for_people(call: Call, tmp_path: Path) -> None:

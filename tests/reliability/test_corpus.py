@@ -29,13 +29,17 @@ OF_WRITERS = "what is being written, not a file that is read"
 LONG_FILE = "no file of the corpus is so long; readers of files stop at the same limit before"
 UNREACHED = {
     "checkpoint/header.py render_header": OF_WRITERS,
+    "checkpoint/manifest.py write_manifest": OF_WRITERS,
     "checkpoint/undo_file.py _packed": OF_WRITERS,
     "arithmetic/fragments.py FragmentWriter.add": OF_WRITERS,
     "arithmetic/residual.py _check": OF_WRITERS,
     "adapters/patterns.py compile_user_pattern": "what a person types; patterns of files are compiled otherwise",
+    "surgery/receipt.py _read_at": "a disk that fails, whatever is in the file",
     "adapters/names.py Table.__post_init__": "tables are made by code, of no file",
     "checkpoint/strict_json.py loads: f'The {what} is too long'": LONG_FILE,
     "checkpoint/strict_yaml.py loads: f'The {what} is too long'": LONG_FILE,
+    "surgery/card.py _text: f'it is longer than {_CARD_LIMIT} bytes'": "a card of more than 1 MiB",
+    "surgery/card.py _read: f'its metadata is longer than {_METADATA_LIMIT} characters'": "metadata of 256 KiB",
     "checkpoint/undo_file.py _read: _DAMAGED, f'{part.key}: a small part'": "a part of more than 64 MiB",
     "adapters/target_files.py patterns: 'There are too many patterns'": "ten thousand patterns",
 }

@@ -15,7 +15,7 @@ from fault_jobs import NAMES, Ended, Job, Jobs, is_leftover, jobs_fixture, witho
 from faults import Act, At, Double, Failing, Operation, both
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
-LAST, SAMPLE = 12, 6
+LAST, SAMPLE = 8, 3
 """Of how many calls the sample is: the last ones, which publish, and about so many of all others."""
 MUST_SUCCEED = {"create", "mkdir", "pwrite", "posix_fallocate", "fsync", "rename", "link", "swap"}
 READING = {"open", "fstat", "preadv"}

@@ -147,7 +147,16 @@ class Trap:
         if not path.startswith("/"):
             # Below a folder that is open already: one name, as every call of `files` has it.
             return "/" not in path and path != ".."
-        roots = {*sysconfig.get_paths().values(), sys.prefix, sys.base_prefix, str(ROOT), "/proc", "/sys", "/dev/null"}
+        roots = {
+            *filter(None, sys.path),
+            *sysconfig.get_paths().values(),
+            sys.prefix,
+            sys.base_prefix,
+            str(ROOT),
+            "/proc",
+            "/sys",
+            "/dev/null",
+        }
         own = [self.inputs, self.place, *(self.folder / name for name in ("tmp", "home", "modules"))]
         system = ("/usr/lib", "/usr/share", "/lib", "/etc", *roots)
         return any(path == root or path.startswith(f"{root}/") for root in [*map(str, own), *map(str, system)])
@@ -270,12 +279,12 @@ def test_force_follows_no_link_and_removes_nothing_elsewhere(trap: Trap, call: C
     said = json.loads((out / "lora_merge.json").read_text())
     listed = [*said["files"], "deep", "deep/token", "deep/notes.txt", *trap.names()]
     (out / "deep").symlink_to(trap.secret)
-    more: list[dict[str, int]] = [
+    sizes: dict[str, int]
+    for sizes in (
         said["bytes"],
-        said["bytes"] | {"deep/token": len(PRIVATE), "deep/notes.txt": len(PRIVATE)},
+        {**said["bytes"], **dict.fromkeys(("deep/token", "deep/notes.txt"), len(PRIVATE))},
         {},
-    ]
-    for sizes in more:
+    ):
         write_json(out / "lora_merge.json", said | {"files": listed, "bytes": sizes})
         line = ["merge", trap.base, trap.adapter, "-o", out, "--force"]
         check_refused(call, line, 30, "exists already", folder=trap.folder)

@@ -42,7 +42,8 @@ INPUTS = {
     "config of a base": Input("base/config.json", MERGE),
     "factors": Input("adapter/adapter_model.safetensors", MERGE),
     "factors inspected": Input("adapter/adapter_model.safetensors", "inspect {adapter} --base {base}"),
-    "only factors": Input("bare/factors.safetensors", "inspect {bare}"),
+    "only factors": Input("bare/factors.safetensors", "merge {base} {bare} --scale 1 -o {out}"),
+    "only factors inspected": Input("bare/factors.safetensors", "inspect {bare}"),
     "config of an adapter": Input("adapter/adapter_config.json", "verify {merged} --base {base} --adapter {adapter}"),
     "undo file": Input("merged/lora_merge.undo", "unmerge {merged} {adapter} -o {out}"),
     "wrap file": Input("wrapped/lora_wrap.json", "merge {wrapped} -o {out}"),
@@ -155,6 +156,19 @@ def test_r068_a_folder_that_looks_like_a_cache_leads_nowhere_else(call: Call, pl
     (snapshot / "model-00001-of-00002.safetensors").unlink()
     (snapshot / "model-00001-of-00002.safetensors").symlink_to("../../../elsewhere")
     check_refused(call, ["inspect", snapshot], 11, "leads out of its folder", folder=place.parent)
+
+
+@pytest.mark.parametrize("around", ["x/snapshots", "models--owner--name/revisions"])
+@pytest.mark.parametrize("store", ["../../blobs", "../../../blobs"])
+def test_r068_stores_belong_to_snapshots_of_repositories(call: Call, place: Path, around: str, store: str) -> None:
+    folder = place / around / ("0" * 40)
+    folder.parent.mkdir(parents=True)
+    (place / "base").rename(folder)
+    kept = folder / store
+    kept.mkdir()
+    (folder / "config.json").rename(kept / "0")
+    (folder / "config.json").symlink_to(f"{store}/0")
+    check_refused(call, ["inspect", folder], 11, "config.json|leads out of its folder", folder=place.parent)
 
 
 def test_r068_a_store_that_is_a_link_itself(call: Call, place: Path) -> None:

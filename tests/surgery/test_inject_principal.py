@@ -404,6 +404,6 @@ def test_space_for_both_is_looked_for_before_any_work(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     size = sum(path.stat().st_size for path in base.iterdir())
-    monkeypatch.setattr("lora_cli.checkpoint.staging.free_bytes", lambda _: size)
+    monkeypatch.setattr("lora_cli.checkpoint.targets.free_bytes", lambda _: size)
     with pytest.raises(DiskFullError):
         taken(base, tmp_path, "pissa")

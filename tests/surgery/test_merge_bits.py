@@ -117,6 +117,7 @@ def expected(key: str, base: torch.Tensor, out: str | None, uses: list[tuple[Ten
 @pytest.mark.parametrize("output", OUTPUTS)
 @pytest.mark.parametrize("name", DTYPES)
 def test_every_bit_is_that_of_rational_arithmetic(tmp_path: Path, name: str, output: str) -> None:
+    """R105, R106: every pair of types, float8 among them, rounded once."""
     base = {key: awkward(n, name, *shape) for n, (key, shape) in enumerate(SHAPES.items())}
     one = lora(10, "h.0.mlp.lin", 5, 7) | lora(20, "h.0.mlp.gate", 6, 6)
     one |= lora(30, "h.0.attn.c_attn", 9, 7) | lora(40, "h.0.attn.c_proj", 6, 6)

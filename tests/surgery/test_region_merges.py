@@ -59,7 +59,7 @@ def _product(tensors: dict[str, Tensor], module: str) -> Tensor | None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn], ids=str)
 def test_three_parts_are_one_fused_change(tmp_path: Path, dtype: torch.dtype) -> None:
-    """Where the largest entry of each column of B is alike in all three, so are the grids, and so every byte."""
+    """R098: Where the largest entry of each column of B is alike in all three, so are the grids, and so every byte."""
     a, b = gaussian(1, 4, INNER), torch.rand((OUT, 4), generator=torch.Generator().manual_seed(2)) - 0.5
     b[::12] = 0.75
     key = "encoder.layers.0.attn.Wqkv"

@@ -21,6 +21,7 @@ def delta(a: str, b: str, factors: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def test_what_was_trained_as_one_stays_one(tmp_path: Path) -> None:
+    """R099: an embedding that is the head too, and stays it."""
     world = as_one(tmp_path)
     result = merge(world.base, [world.adapter], tmp_path / "out", PlanOptions(read=ReadOptions(scale=SCALE)))
     base, made = read_tensors(world.base), read_tensors(tmp_path / "out")

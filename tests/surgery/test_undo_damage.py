@@ -130,7 +130,7 @@ EVERY = pytest.mark.parametrize("step", [5, pytest.param(1, marks=pytest.mark.sl
 @EVERY
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_bit_of_a_part(damage: Damage, kind: str, step: int) -> None:
-    """Some bits of a zstd frame mean nothing; with all others it is refused."""
+    """R103: Some bits of a zstd frame mean nothing; with all others it is refused."""
     names = [name for name in read_undo(damage.world.merged / UNDO)[1] if name.startswith(kind)]
     damage.came_of_it.clear()
     bits = damage.bits_of(*names)[::step]

@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path, PurePosixPath
 
 from lora_cli.adapters.source import AdapterSource
 from lora_cli.adapters.tuners import NAMES
 from lora_cli.arithmetic import ARITHMETIC
-from lora_cli.checkpoint.checkpoint import PICKLES, Checkpoint, Shard, StoredTensor
+from lora_cli.checkpoint.checkpoint import Checkpoint, Shard, StoredTensor
 from lora_cli.checkpoint.digests import bytes_digest, cuts, file_digest, span_digest
 from lora_cli.checkpoint.header import Header, TensorInfo
 from lora_cli.checkpoint.manifest import AdapterRecord, FileRecord, SideRecord, TensorRecord, recorded
-from lora_cli.checkpoint.sidefiles import SIDE_FILE_LIMIT, SideFile, belongs, lies_inside
+from lora_cli.checkpoint.sidefiles import SIDE_FILE_LIMIT, SideFile, lies_inside
 from lora_cli.checkpoint.source import listing
 from lora_cli.checkpoint.undo_file import UndoFile, factor_part, gains_part, side_part, stored_part, undo_part
-from lora_cli.errors import MalformedFileError, UnsafeInputError, UnsupportedError, UsageError, WrongInputError
+from lora_cli.errors import UnsupportedError, UsageError, WrongInputError
 from lora_cli.surgery.edit import MERGEABLE, Contribution, Edit, Forgotten, Operation
-from lora_cli.surgery.identity import content_digest, contents
+from lora_cli.surgery.identity import contents
 from lora_cli.surgery.plan import AdapterUse, OutputFile, Plan, ScaleUse
-from lora_cli.surgery.receipt import OWN_FILES, receipt_path
-from lora_cli.surgery.undo.advice import only_last, with_all
+from lora_cli.surgery.receipt import OWN_FILES
+from lora_cli.surgery.undo.advice import with_all
+from lora_cli.surgery.undo.given import check_given, differing
+from lora_cli.surgery.undo.places import check_places, damaged
 from lora_cli.surgery.undo.terms import Most, recall
 
-_NAME_BYTES = 256
-"""No usual file system takes a name of so many bytes."""
+_NAMED = 50
+"""So many names a warning has at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,14 +111,14 @@ class _Undoing:
         self._given = adapters
         self._most = Most.of(tensor.shape for tensor in merged.tensors.values())
         self._contents = [contents(source.tensors.values()) for source in adapters]
-        self._check_given()
+        check_given(undo.manifest, adapters, self._contents, whole=whole)
         self._factors = [self._factors_of(number, said) for number, said in enumerate(undo.manifest.adapters)]
         self._warnings: list[str] = []
         self._lost: list[str] = []
 
     def planned(self) -> Undoing:
         manifest = self._undo.manifest
-        self._check_names()
+        check_places(self._undo, merged_folder=self._merged.folder is not None)
         pairs = self._pairs()
         files = tuple(self._file(said, shard) for said, shard in pairs)
         sides = [side for said in manifest.side_files if said.name not in OWN_FILES and (side := self._side(said))]
@@ -125,9 +126,8 @@ class _Undoing:
         used = {side.name for side in sides} | {file.name for file in files}
         ours = {*(shard.name for shard in self._merged.shards), *OWN_FILES, "README.md"}
         left = sorted(name for name in _names_in(self._merged) if name not in used | ours)
-        gone = ", ".join(manifest.left_out)
-        if gone:
-            self._warnings.append(f"the base also had {gone}, which the merge did not take along")
+        if manifest.left_out:
+            self._warnings.append(f"the base also had {_some(manifest.left_out)}, which the merge did not take along")
         plan = Plan(
             operation="unmerge",
             checkpoint=self._merged,
@@ -144,19 +144,6 @@ class _Undoing:
         return Undoing(plan, self._undo, own, tuple(self._lost))
 
     # Inputs
-
-    def _check_names(self) -> None:
-        """Refuse files that would be written to one place, or to places that lead out of the output."""
-        manifest = self._undo.manifest
-        names = [receipt_path(Path(), "unmerge").name, *(said.name for said in manifest.side_files)]
-        names += [said.name for said in manifest.files]
-        folders = {parent.as_posix() for name in names for parent in PurePosixPath(name).parents}
-        if not manifest.files or len(set(names)) < len(names) or not folders.isdisjoint(names):
-            raise damaged(self._undo, "files, each with a place of its own")
-        for said in manifest.side_files:
-            _check_safe(said.name)
-        for file in manifest.files:
-            _check_safe(file.name, may_hide=True)
 
     def _pairs(self) -> list[tuple[FileRecord, Shard | None]]:
         """Each file of the base with the merged file that it comes from; refuses what is not what the merge wrote."""
@@ -181,23 +168,6 @@ class _Undoing:
             )
         return pairs
 
-    def _check_given(self) -> None:
-        """Refuse an adapter that was not part of the merge."""
-        said = self._undo.manifest.adapters
-        for source, content in zip(self._given, self._contents, strict=True):
-            differing = [_differing(adapter, content) for adapter in said]
-            if self._whole and not all(differing) and content_digest(content) not in {a.digest for a in said}:
-                differing = [["its factors are the same, and other tensors of it are not"]] * len(said)
-            if said and all(differing):
-                closest = min(range(len(said)), key=lambda number: len(differing[number]))
-                raise WrongInputError(
-                    "The adapter is not the one that was merged",
-                    file=source.label,
-                    expected="; ".join(f"{one.label}, content digest {one.digest}" for one in said),
-                    details=differing[closest],
-                    hint=only_last(said),
-                )
-
     def _factors_of(self, number: int, said: AdapterRecord) -> Mapping[str, StoredTensor]:
         """Where the factors of an adapter are: in the undo file, or in an adapter that was given."""
         if said.held != "apart":
@@ -205,12 +175,12 @@ class _Undoing:
             if not said.factors:
                 return {}
             held = {name: self._undo.part(place(name)) for name in said.factors}
-            broken = _differing(said, contents(held.values()), by_part=place)
+            broken = differing(said, contents(held.values()), by_part=place)
             if broken:
                 raise damaged(self._undo, f"the factors of {said.label}", details=broken)
             return held
         pairs = zip(self._given, self._contents, strict=True)
-        source = next((source for source, content in pairs if not _differing(said, content)), None)
+        source = next((source for source, content in pairs if not differing(said, content)), None)
         if said.factors and source is None:
             raise UsageError(
                 f"The adapter {said.label} is needed to undo this merge",
@@ -355,41 +325,12 @@ class _Undoing:
         self._warnings.append(f"{name} {what}; the base's own is not in the undo file")
 
 
-def _differing(
-    said: AdapterRecord, content: Mapping[str, str], by_part: Callable[[str], str] = lambda name: name
-) -> list[str]:
-    """How an adapter differs from the recorded one in what unmerging needs; one without factors must be it all."""
-    if not said.factors:
-        return [] if content_digest(content) == said.digest else ["it is another adapter"]
-    return [
-        f"{name} is {'another tensor' if by_part(name) in content else 'missing'}"
-        for name, content_said in said.factors.items()
-        if content.get(by_part(name)) != content_said
-    ]
+def _some(names: Sequence[str]) -> str:
+    """Names for a sentence; of very many the first."""
+    more = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {more} more files" if more > 0 else "")
 
 
 def _names_in(checkpoint: Checkpoint) -> list[str]:
     root = checkpoint.folder
     return [path.relative_to(root).as_posix() for path in listing(root, below=True) if path.is_file()] if root else []
-
-
-def _check_safe(name: str, *, may_hide: bool = False) -> None:
-    """Refuse the name of a file that does not belong beside a checkpoint; only a base's own tensors may hide there."""
-    parts = name.removeprefix(".").split("/") if may_hide else name.split("/")
-    long = any(len(part.encode()) >= _NAME_BYTES for part in parts)
-    odd = any(part[:1] in ("", ".") or "\\" in part or "\0" in part for part in parts)
-    small = belongs(PurePosixPath(name)) or name in OWN_FILES or name.endswith(".safetensors.index.json")
-    ours = not name.lower().endswith(PICKLES) if may_hide else small and name.isprintable()
-    if odd or long or len(parts) > (1 if may_hide else 2) or not ours:
-        raise UnsafeInputError("The undo file names a file that cannot be in its output", found=repr(name))
-
-
-def damaged(undo: UndoFile, expected: str, details: Sequence[str] = ()) -> MalformedFileError:
-    """The error for an undo file that does not hold what it says."""
-    return MalformedFileError(
-        "The undo file is damaged, or belongs to another checkpoint",
-        file=undo.shard.name,
-        expected=expected,
-        details=details,
-        hint="get the undo file again from where the merged checkpoint came from",
-    )

@@ -1,0 +1,62 @@
+"""Whether libraries can be loaded where memory is limited: numpy and torch end the process where they get none."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+_LIBRARIES = ("numpy", "torch")
+
+
+class _Trial(MetaPathFinder):
+    """Has a library loaded by another process before it is loaded here."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname in _LIBRARIES and not _loads_elsewhere(fullname, self):
+            raise MemoryError
+        return None
+
+
+def try_libraries_first() -> None:
+    """From now on, under a limit of this process' memory, load libraries elsewhere first.
+
+    OpenBLAS leaves by `exit(1)` and torch aborts where they get too little, with staged files left behind. Then there
+    is a MemoryError instead. It costs the time of one more import, only where `ulimit -v` or `ulimit -d` was set.
+    """
+    import resource
+
+    limits = [resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA)]
+    if any(limit != resource.RLIM_INFINITY for limit in limits):
+        sys.meta_path.insert(0, _Trial())
+
+
+def _loads_elsewhere(name: str, trial: _Trial) -> bool:
+    from lora_cli.surgery.forking import can_fork, forking
+
+    if not can_fork():
+        return True
+    with forking():
+        child = os.fork()
+        if child == 0:
+            _load(name, trial)
+    return os.waitpid(child, 0)[1] == 0
+
+
+def _load(name: str, trial: _Trial) -> None:
+    """In the other process: nobody wants to hear what its libraries say at their end."""
+    try:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        os.dup2(nowhere, 2)
+        sys.meta_path.remove(trial)
+        importlib.import_module(name)
+        os._exit(0)
+    finally:
+        os._exit(1)
