@@ -15,7 +15,7 @@ from lora_cli.errors import UnsupportedError
 LONGEST = 2000
 """Characters of the longest pattern that is looked at."""
 
-MOST = 1000
+MOST = 250
 """Patterns of one field that are tried one after the other on every name; people write a few dozen."""
 
 Matches = Callable[[str], bool]

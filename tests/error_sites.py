@@ -1,4 +1,4 @@
-"""Where the parsers refuse: every statement that makes or raises an error, found in their source; and which are reached."""
+"""Where the parsers refuse: every statement that makes or raises an error, by their source; and which are reached."""
 
 from __future__ import annotations
 

@@ -258,10 +258,7 @@ def read_config(data: bytes) -> None:
 
 def read_card(data: bytes) -> None:
     """A model's card tells of the merge and keeps what it said, or it stays and a warning says why."""
-    folder = worlds.folder("card")
-    place = folder / "README.md"
-    place.write_bytes(data)
-    side = SideFile("README.md", place, len(data))
+    side = SideFile("README.md", None, len(data), data)
     made, warnings = model_card(worlds.base(), [side], (), ())
     if made is None:
         assert warnings

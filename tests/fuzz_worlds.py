@@ -1,4 +1,4 @@
-"""What the fuzz targets hold files against: small checkpoints and adapters, made once, in folders that go at the end."""
+"""What the fuzz targets hold files against: small checkpoints and adapters, in folders that go at the end."""
 
 from __future__ import annotations
 

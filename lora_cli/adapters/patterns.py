@@ -36,6 +36,7 @@ class PeftPatterns:
         self._endings, self._wholes = _Names(), _Names()
         self._regular: list[tuple[int, str]] = []
         self._compiled: dict[str, Matches] = {}
+        self._first: dict[str, int] = {}
         for place, key in enumerate(self._keys):
             name = key.removeprefix("^")
             if _PLAIN.fullmatch(name):
@@ -64,16 +65,17 @@ class PeftPatterns:
         """
         if not self._keys:
             return None  # most configs have none, and there may be tens of thousands of modules
-        place = min(self._plain_places(module), default=len(self._keys))
-        for other, key in self._regular:
-            if other > place:
-                break
-            if self._matches(key, module):
-                place = other
-                break
+        place = self._first.get(module)
+        if place is None:
+            place = self._first[module] = self._first_place(module)
         if place < len(self._keys):
             return self._keys[place], self._patterns[self._keys[place]]
         return (module, self._patterns[module]) if module in self._patterns else None
+
+    def _first_place(self, module: str) -> int:
+        place = min(self._plain_places(module), default=len(self._keys))
+        regular = (other for other, key in self._regular if other > place or self._matches(key, module))
+        return min(place, next(regular, place))
 
     def all(self, module: str) -> list[Any]:
         """Return the values of all entries that match a module, in dict order."""
@@ -88,8 +90,7 @@ class PeftPatterns:
     def _plain_places(self, module: str) -> list[int]:
         places = list(self._wholes.places(module))
         if self._endings:
-            endings = [module, *(module[match.end() :] for match in re.finditer(r"\.", module))]
-            places += [place for end in endings for place in self._endings.places(end)]
+            places += [place for end in endings(module) for place in self._endings.places(end)]
         return places
 
 
@@ -135,6 +136,12 @@ def _blanked(name: str, blanks: Iterable[int]) -> str:
     for at in blanks:
         characters[at] = " "
     return "".join(characters)
+
+
+def endings(name: str) -> Iterator[str]:
+    """A dotted name, and what is left of it after each of its dots: what a list of names may call it."""
+    yield name
+    yield from (name[at + 1 :] for at, character in enumerate(name) if character == ".")
 
 
 def peft_lookup(patterns: Mapping[str, Any], module: str) -> tuple[str, Any] | None:

@@ -70,7 +70,7 @@ def _are_tokens(value: object) -> bool:
 
 
 def _are_names(value: object) -> bool:
-    return _lists(lambda name: isinstance(name, str))(value)
+    return _lists(lambda name: isinstance(name, str))(value) and (value is None or len(value) <= MOST_NAMES)  # type: ignore[arg-type]
 
 
 def _are_blocks(value: object) -> bool:
@@ -78,14 +78,16 @@ def _are_blocks(value: object) -> bool:
         return True
     if not isinstance(value, dict):
         return False
-    named = _lists(lambda name: isinstance(name, str))
     return (
-        all(named(value.get(field)) for field in ("target_modules_bd_a", "target_modules_bd_b"))
+        all(_are_names(value.get(field)) for field in ("target_modules_bd_a", "target_modules_bd_b"))
         and _is_flag(value.get("match_strict"))
         and _is_rank(count := value.get("nblocks", 1))
         and count > 0
     )
 
+
+MOST_NAMES = 2000
+"""Names that are held against every module one after the other; models have a few for each layer."""
 
 MOST_LAYERS = 1 << 16
 """More layers than any model has."""
@@ -102,7 +104,7 @@ _TYPES: Mapping[str, tuple[str, Callable[[object], bool]]] = {
     "ensure_weight_tying": ("true or false", _is_flag),
     "layer_replication": ("a list of layers [first, one past the last]", _are_runs),
     "trainable_token_indices": ("a list of tokens from 0 on, or one for each module", _are_tokens),
-    "target_parameters": ("a list of names", _are_names),
+    "target_parameters": (f"a list of at most {MOST_NAMES} names", _are_names),
     "lora_B_layout": ("a word", lambda value: value is None or isinstance(value, str)),
-    "use_bdlora": ("an object with nblocks and lists of names", _are_blocks),
+    "use_bdlora": (f"an object with nblocks and lists of at most {MOST_NAMES} names", _are_blocks),
 }

@@ -1,8 +1,9 @@
 """Low-rank algebra: what a sum of thin products is like, and how many directions of a matrix stand above rounding.
 
-A sum `Σ scale·B·A` is never formed: with its terms stacked along K and `B = Q₁R₁`, `Aᵀ = Q₂R₂`, it has the singular
-values of the small `R₁·R₂ᵀ`. A large matrix that exists only as row tiles is looked at through a few random probes
-(Halko, Martinsson and Tropp 2011, "Finding structure with randomness", SIAM Review 53(2)).
+A sum `Σ scale·B·A` of thin products is never formed: with its terms stacked along K and `B = Q₁R₁`, `Aᵀ = Q₂R₂`, it has
+the singular values of the small `R₁·R₂ᵀ`. Where K is larger than a side of the sum, the sum is smaller than its
+factors; then it is formed, a few of K at a time. A large matrix that exists only as row tiles is looked at through a
+few random probes (Halko, Martinsson and Tropp 2011, "Finding structure with randomness", SIAM Review 53(2)).
 
 All of this measures and decides no byte of an output: it is float64 through BLAS and LAPACK, the same from run to run
 on one thread of one machine, and not bit-exact between machines.
@@ -40,6 +41,7 @@ _MOST_ITERATIONS, _SETTLED = 6, 0.01
 _ROUNDING = 1e-12  # of sums of squares
 _SEED = 20110217
 _TILE_ELEMENTS = 1 << 18
+_BAND_ELEMENTS = 1 << 21
 _EXPONENT_BITS = 0x7FF << 52
 
 Tiles = Callable[[], Iterator[Tensor]]
@@ -53,15 +55,23 @@ def stacked(terms: Sequence[Term]) -> tuple[Tensor, Tensor]:
         ShapeError: There are no terms, or they do not fit together.
         NumericError: A factor or scale holds NaN or infinity.
     """
+    _check_fit(terms)
+    left = torch.cat([term.b.to(torch.float64) * term.scale for term in terms], dim=1)
+    right = torch.cat([term.a.to(torch.float64) for term in terms])
+    _check_finite(left, right)
+    return left, right
+
+
+def _check_fit(terms: Sequence[Term]) -> None:
     shapes = {(term.b.shape[0], term.a.shape[1]) for term in terms}
     if len(shapes) != 1 or any(term.b.shape[1] != term.a.shape[0] for term in terms):
         found = ", ".join(f"{tuple(term.b.shape)} · {tuple(term.a.shape)}" for term in terms)
         raise ShapeError("The terms of a sum do not fit together", expected="(out, K) · (K, in)", found=found)
-    left = torch.cat([term.b.to(torch.float64) * term.scale for term in terms], dim=1)
-    right = torch.cat([term.a.to(torch.float64) for term in terms])
+
+
+def _check_finite(left: Tensor, right: Tensor) -> None:
     if not bool(torch.isfinite(left).all() and torch.isfinite(right).all()):
         raise NumericError("A factor or its scale holds NaN or infinity, or overflows")
-    return left, right
 
 
 def singular_values(terms: Sequence[Term]) -> Tensor:
@@ -70,15 +80,12 @@ def singular_values(terms: Sequence[Term]) -> Tensor:
     Off by a few float64 roundings of ‖B‖·‖A‖, which is much where like products cancel. Errors are `stacked`'s, and a
     NumericError where the product overflows.
     """
-    left, right = stacked(terms)
-    values: Tensor = values_of(_core(left, right))
-    return values
+    return values_of(_core(terms))
 
 
 def frobenius_norm(terms: Sequence[Term]) -> float:
     """Return ‖Σ scale·B·A‖_F, as exact as `singular_values`; an `inner_product` would lose half of the digits."""
-    left, right = stacked(terms)
-    return float(torch.linalg.matrix_norm(_core(left, right)))
+    return float(torch.linalg.matrix_norm(_core(terms)))
 
 
 def inner_product(one: Sequence[Term], other: Sequence[Term]) -> float:
@@ -91,6 +98,8 @@ def inner_product(one: Sequence[Term], other: Sequence[Term]) -> float:
 
 def largest_magnitude(terms: Sequence[Term]) -> float:
     """Return the largest |element| of `Σ scale·B·A`, a few rows at a time. Errors are those of `stacked`."""
+    if _is_deep(terms):
+        return float(_summed(terms).abs().amax())
     left, right = stacked(terms)
     height = max(1, _TILE_ELEMENTS // max(1, right.shape[1]))
     buffer = torch.empty((min(height, left.shape[0]), right.shape[1]), dtype=torch.float64)
@@ -102,16 +111,39 @@ def largest_magnitude(terms: Sequence[Term]) -> float:
     return largest
 
 
-def _core(left: Tensor, right: Tensor) -> Tensor:
-    """Return a matrix of at most K × K with the singular values of left·right.
+def _core(terms: Sequence[Term]) -> Tensor:
+    """Return a matrix with the singular values of a sum that is no larger than the sum, nor than K × K.
 
     Raises:
         NumericError: Its elements overflow.
     """
-    core = _triangle(left) @ _triangle(right.T).T
+    if _is_deep(terms):
+        core = _summed(terms)
+    else:
+        left, right = stacked(terms)
+        core = _triangle(left) @ _triangle(right.T).T
     if not bool(torch.isfinite(core).all()):
         raise NumericError("The product overflows")
     return core
+
+
+def _is_deep(terms: Sequence[Term]) -> bool:
+    """Whether K is larger than a side of the sum, which then has fewer elements than the factors."""
+    sides = [side for term in terms for side in (term.b.shape[0], term.a.shape[1])]
+    return sum(term.a.shape[0] for term in terms) > min(sides, default=0)
+
+
+def _summed(terms: Sequence[Term]) -> Tensor:
+    """Return the sum itself, adding up a few columns of B and rows of A at a time. Errors are those of `stacked`."""
+    _check_fit(terms)
+    total = torch.zeros((terms[0].b.shape[0], terms[0].a.shape[1]), dtype=torch.float64)
+    depth = max(1, _BAND_ELEMENTS // max(1, *total.shape))
+    for term in terms:
+        for left, right in zip(term.b.split(depth, dim=1), term.a.split(depth), strict=True):
+            b, a = left.to(torch.float64) * term.scale, right.to(torch.float64)
+            _check_finite(b, a)
+            total.addmm_(b, a)
+    return total
 
 
 def _triangle(matrix: Tensor) -> Tensor:
@@ -174,7 +206,13 @@ def _edge(factor: Tensor) -> float:
 
 
 def _largest_singular_value(tall: Tensor) -> float:
-    values = values_of(_triangle(tall.to(torch.float64)))
+    """The largest of a factor, of whose rows a few at a time join the triangle of those before (tall-skinny QR)."""
+    tall = tall if tall.shape[0] >= tall.shape[1] else tall.T
+    height = max(tall.shape[1], _BAND_ELEMENTS // max(1, tall.shape[1]), 1)
+    triangle = torch.empty((0, tall.shape[1]), dtype=torch.float64)
+    for rows in tall.split(height):
+        triangle = _triangle(torch.cat([triangle, rows.to(torch.float64)]))
+    values = values_of(triangle)
     return float(values[0]) if values.numel() else 0.0
 
 

@@ -18,24 +18,23 @@ def is_there(path: Path) -> bool:
         MalformedFileError: A link that leads nowhere, or a place that cannot be looked at.
         UnsafeInputError: A link that leads out of the folder.
     """
-    try:
-        if not path.is_symlink():
-            return path.exists()
-    except OSError as error:
-        raise MalformedFileError(f"The file cannot be looked at: {error.strerror}", file=path.name) from error
     check_link(path)
-    return True
+    return path.exists()
 
 
 def check_link(path: Path) -> None:
     """Refuse a link that leads out of its folder; anything else passes.
 
     Raises:
-        MalformedFileError: It leads nowhere.
+        MalformedFileError: It leads nowhere, or cannot be looked at.
         UnsafeInputError: It leads out.
     """
-    if not path.is_symlink():
-        return
+    try:
+        if not path.is_symlink():
+            return
+    except OSError as error:
+        why = f"The file cannot be looked at: {error.strerror}"
+        raise MalformedFileError(why, file=path.name, hint="check who may read its folder") from error
     try:
         path.resolve(strict=True)
     except (OSError, RuntimeError) as error:

@@ -19,6 +19,7 @@ from lora_cli.checkpoint.targets import check_target
 from lora_cli.errors import (
     LockedError,
     LoraCliError,
+    OutputExistsError,
     UnsafeInputError,
     WriteError,
 )

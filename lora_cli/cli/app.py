@@ -68,18 +68,25 @@ def run(arguments: Sequence[str]) -> int:
     CURRENT[0] = Output(json=_wants_json(arguments))
     with _Stop() as stop:
         try:
-            code = app(list(arguments) or ["--help"], prog_name="lora-cli", standalone_mode=False)
-        except (ClosedPipe, SystemExit):  # Typer leaves by SystemExit when nobody reads its help
-            _silence_stdout()
-            return 141
-        except KeyboardInterrupt:
-            code = 128 + signal.SIGINT
-        except Exception as error:  # noqa: BLE001 (the last line of defence)
-            if not stop.signal:  # else a library turned the interrupt into something of its own
-                return _failed(_as_ours(error))
-        if stop.signal:
-            return _failed(Interrupted(stop.signal, CURRENT[0].written))
-        return code if isinstance(code, int) else 0
+            return _run(arguments, stop)
+        except KeyboardInterrupt:  # while something else was being said
+            return 128 + (stop.signal or signal.SIGINT)
+
+
+def _run(arguments: Sequence[str], stop: _Stop) -> int:
+    try:
+        code = app(list(arguments) or ["--help"], prog_name="lora-cli", standalone_mode=False)
+    except (ClosedPipe, SystemExit):  # Typer leaves by SystemExit when nobody reads its help
+        _silence_stdout()
+        return 141
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
+    except Exception as error:  # noqa: BLE001 (the last line of defence)
+        if not stop.signal:  # else a library turned the interrupt into something of its own
+            return _failed(_as_ours(error))
+    if stop.signal:
+        return _failed(Interrupted(stop.signal, CURRENT[0].written))
+    return code if isinstance(code, int) else 0
 
 
 def main() -> None:

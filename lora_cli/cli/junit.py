@@ -15,7 +15,7 @@ from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
 from lora_cli.checkpoint.hub import local_path
 from lora_cli.checkpoint.source import check_path, look_at
-from lora_cli.checkpoint.staged import write_beside
+from lora_cli.checkpoint.staged import write_beside, write_errors
 from lora_cli.checkpoint.targets import check_apart
 from lora_cli.cli.text import count, number, shown, ulps
 from lora_cli.errors import LoraCliError, OutputExistsError, UsageError, WriteError
@@ -79,6 +79,11 @@ class Report:
 
 def _check(path: Path, inputs: Sequence[Path]) -> None:
     check_path(path)
+    with write_errors(str(path)):
+        _check_place(path, inputs)
+
+
+def _check_place(path: Path, inputs: Sequence[Path]) -> None:
     if not path.parent.is_dir():
         raise UsageError("The folder of the JUnit file does not exist", file=path.parent, hint="make it first")
     if path.exists() and not path.is_file():

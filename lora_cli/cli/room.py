@@ -6,22 +6,17 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 _LIBRARIES = ("numpy", "torch")
 
 
-class _Trial(MetaPathFinder):
-    """Has a library loaded by another process before it is loaded here."""
+class _Trial:
+    """Has a library loaded by another process before it is loaded here; who looks for modules asks it first."""
 
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+    def find_spec(self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> None:
         if fullname in _LIBRARIES and not _loads_elsewhere(fullname, self):
             raise MemoryError
-        return None
 
 
 def try_libraries_first() -> None:

@@ -8,6 +8,7 @@ from itertools import islice
 from typing import Any
 
 from lora_cli.adapters.adapter import Adapter
+from lora_cli.adapters.patterns import endings
 from lora_cli.surgery.plan import Plan
 
 _COPIED = ("keep", "rename", "cast")
@@ -66,13 +67,13 @@ def _alike(plan: Plan) -> Mapping[str, list[str]]:
 
 def _changed(plan: Plan, position: int, names: Collection[str]) -> Collection[str]:
     """Keys of what an adapter changes by deltas of modules that these names find, in order."""
-    ends = tuple(f".{name}" for name in names)
+    wanted = frozenset(names)  # a config may list a hundred thousand
     return dict.fromkeys(
         edit.key
         for edit in plan.edits
         for term in edit.terms
         if term.adapter == position
-        and (f".{term.name}".endswith(ends) or f".{term.name}.{term.parameter}".endswith(ends))
+        and not (wanted.isdisjoint(endings(term.name)) and wanted.isdisjoint(endings(f"{term.name}.{term.parameter}")))
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from lora_cli.adapters.wrapped import WRAP_FILE
 from lora_cli.checkpoint.checkpoint import Checkpoint, read_config
 from lora_cli.checkpoint.leftovers import leftovers
+from lora_cli.checkpoint.links import is_there
 from lora_cli.checkpoint.sidefiles import SIDE_FILE_LIMIT, SideFile, lies_inside
 from lora_cli.checkpoint.source import Looks, SourceFile, as_text, listing
 from lora_cli.checkpoint.staged import ASIDE
@@ -89,10 +90,11 @@ def find_receipt(path: Path, looks: Looks | None = None) -> Mapping[str, Any] | 
 
     Raises:
         ChangedFileError: It is not what was seen of it before.
+        LoraCliError: It is a link that leads nowhere or out of its folder.
     """
     looks = looks or Looks()
     places = [receipt_path(path, operation) for operation in OPERATIONS]
-    place = next((place for place in places if place in looks or place.is_file()), None)
+    place = next((place for place in places if place in looks or is_there(place)), None)
     if place is not None:
         return _read_receipt(place, looks)
     if path.suffix != ".safetensors":

@@ -1,10 +1,11 @@
 """The singular values of what an adapter changes, from its factors alone, without a base.
 
-Nothing of size out × in is made: with B = Q₁R₁ and Aᵀ = Q₂R₂ the change s·B·A has the singular values of s·R₁·R₂ᵀ,
-which is rank × rank (`arithmetic.lowrank`). All is float64. Each value is off by some 10⁻¹⁵·|s|·‖B‖_F·‖A‖_F at most:
-Householder's QR and the SVD are those of matrices that are off by a few roundings (Higham 2002, "Accuracy and Stability
-of Numerical Algorithms", theorem 19.4), and no singular value moves by more than the norm of what is added (Weyl). So
-large values have nearly all of their digits, and what is a rank short comes out as rounding, not as zero.
+Nothing larger than the factors is made: with B = Q₁R₁ and Aᵀ = Q₂R₂ the change s·B·A has the singular values of
+s·R₁·R₂ᵀ, which is rank × rank (`arithmetic.lowrank`). Where the rank is larger than out or in, the change itself is
+smaller than the factors, and is summed up in bands. All is float64. Each value is off by some 10⁻¹⁵·|s|·‖B‖_F·‖A‖_F at
+most: Householder's QR and the SVD are those of matrices that are off by a few roundings (Higham 2002, "Accuracy and
+Stability of Numerical Algorithms", theorem 19.4), and no singular value moves by more than the norm of what is added
+(Weyl). So large values have nearly all of their digits, and what is a rank short comes out as rounding, not as zero.
 
 The energy of a value is its square; ‖Δ‖_F² is the sum of all. The k largest values are what the best approximation of
 rank k keeps (Eckart and Young 1936, Psychometrika 1).
@@ -38,6 +39,7 @@ Values = tuple[tuple[float, ...], ...]
 """Singular values, for each matrix of a target."""
 
 _UNIT_BYTES = 4 << 20
+_BAND_ELEMENTS = 1 << 20
 _ROUNDING = 1e-12
 
 
@@ -266,7 +268,7 @@ def _values(change: _Change, readers: Readers) -> Values:
 
 
 def _load(readers: Readers, tensor: StoredTensor) -> torch.Tensor:
-    """Read a factor in float64, and refuse what it cannot have meant."""
+    """Read a factor as it is stored, or bytes as bfloat16, which has all their values; refuse what cannot be meant."""
     import torch
 
     if tensor.dtype.name not in MERGEABLE:
@@ -277,8 +279,9 @@ def _load(readers: Readers, tensor: StoredTensor) -> torch.Tensor:
             found=tensor.dtype.name,
             expected=", ".join(MERGEABLE),
         )
-    factor = readers.load(tensor).to(torch.float64)
-    broken = int((~torch.isfinite(factor)).sum())
+    factor = readers.load(tensor)
+    factor = factor.to(torch.bfloat16) if factor.itemsize == 1 else factor
+    broken = sum(int((~torch.isfinite(band)).sum()) for band in factor.flatten().split(_BAND_ELEMENTS))
     if broken:
         raise NumericError(
             "The factor holds NaN or infinity",

@@ -13,7 +13,7 @@ import os
 import pickle
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -26,6 +26,9 @@ from lora_cli.surgery.forking import NOT_TO_BE_HAD, become_worker, can_fork, for
 Unit = TypeVar("Unit")
 Result = TypeVar("Result")
 Tools = TypeVar("Tools")
+
+LOOK_SECONDS = 1.0
+"""How often a wait for workers looks whether they can still be fed."""
 
 SHARE = 8 << 20
 """Bytes of work for which another worker is worth starting."""
@@ -64,11 +67,11 @@ def run_units(
             for unit in todo:
                 yield unit, work(unit, tools)
             return
-        with _Job(todo, work, make_tools) as job, frozen():
+        with _Job(todo, work, make_tools) as job, frozen(), _losses() as lost:
             pool: Executor | None = _processes(job, workers)
             do = job.do if pool is None else _do
             pool = pool or ThreadPoolExecutor(workers, thread_name_prefix="lora-cli", initializer=_limit_torch)
-            for number, result in _results(pool, do, job, 2 * workers):
+            for number, result in _results(pool, do, job, 2 * workers, lost):
                 yield todo[number], pickle.loads(result)  # noqa: S301 (by our own process)
 
 
@@ -104,7 +107,9 @@ class _Job:
         return pickle.dumps(self._work(self.units[number], self._tools.made))
 
 
-def _results(pool: Executor, do: Callable[[int], bytes], job: _Job, ahead: int) -> Iterator[tuple[int, bytes]]:
+def _results(
+    pool: Executor, do: Callable[[int], bytes], job: _Job, ahead: int, lost: Sequence[BaseException]
+) -> Iterator[tuple[int, bytes]]:
     """The results of a job's units, with never more than `ahead` of these waiting or running; then the pool is shut."""
     waiting = iter(range(len(job.units)))
     running: dict[Future[Any], int] = {}
@@ -113,8 +118,7 @@ def _results(pool: Executor, do: Callable[[int], bytes], job: _Job, ahead: int) 
             for number in islice(waiting, ahead):
                 running[pool.submit(do, number)] = number
             while running:
-                done, _ = wait(running, return_when=FIRST_COMPLETED)
-                for future in done:
+                for future in _done(running, lost):
                     number, result = running.pop(future), future.result()
                     for following in islice(waiting, 1):
                         running[pool.submit(do, following)] = following
@@ -128,6 +132,49 @@ def _results(pool: Executor, do: Callable[[int], bytes], job: _Job, ahead: int) 
             job.stop()
             for future in running:
                 future.cancel()
+
+
+def _done(running: Collection[Future[Any]], lost: Sequence[BaseException]) -> set[Future[Any]]:
+    """Wait for those that are done first. Without the thread that feeds the workers none would ever be."""
+    while True:
+        done, _ = wait(running, timeout=LOOK_SECONDS, return_when=FIRST_COMPLETED)
+        if done:
+            return done
+        if lost:
+            raise LoraCliError(
+                "The system has no room for the workers",
+                found=str(lost[0]) or type(lost[0]).__name__,
+                hint="try --threads 1, or a smaller --memory",
+            ) from lost[0]
+
+
+@contextmanager
+def _losses() -> Iterator[list[BaseException]]:
+    """What threads that begin within it die of: those of a pool of processes, which does not notice.
+
+    Where one did, the workers that wait for it are ended.
+    """
+    if not can_fork():
+        yield []
+        return
+    threads, processes, before = {*threading.enumerate()}, {*multiprocessing.active_children()}, threading.excepthook
+    lost: list[BaseException] = []
+
+    def note(said: threading.ExceptHookArgs) -> None:
+        if said.thread in threads or said.exc_value is None:
+            before(said)
+        else:
+            lost.append(said.exc_value)
+
+    threading.excepthook = note
+    try:
+        yield lost
+    finally:
+        threading.excepthook = before
+        if lost:
+            for process in {*multiprocessing.active_children()} - processes:
+                process.kill()
+                process.join()
 
 
 def _processes(job: _Job, workers: int) -> ProcessPoolExecutor | None:

@@ -60,6 +60,45 @@ def test_singular_values_and_norms_are_those_of_the_dense_sum(
     assert lowrank.inner_product(terms, other) == pytest.approx(float((full * dense(other)).sum()), rel=1e-11)
 
 
+@pytest.mark.parametrize(("out", "inner", "ranks"), [(9, 14, (10,)), (14, 9, (300, 7)), (20, 20, (21,)), (1, 5, (64,))])
+def test_ranks_above_a_side_are_added_up_in_bands(
+    out: int, inner: int, ranks: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """R130: what is made is no larger than the sum, whatever the rank; the numbers are those of the dense sum."""
+    monkeypatch.setattr(lowrank, "_BAND_ELEMENTS", 64)
+    monkeypatch.setattr(lowrank, "stacked", None)  # which would make both factors anew
+    terms = terms_of(out, inner, ranks, torch.bfloat16)
+    full = dense(terms)
+    expected = torch.linalg.svdvals(full)
+    values = lowrank.singular_values(terms)
+    assert torch.allclose(values, expected, rtol=1e-12, atol=1e-12 * float(expected[0]))
+    assert lowrank.frobenius_norm(terms) == pytest.approx(float(full.norm()), rel=1e-13)
+    assert lowrank.largest_magnitude(terms) == pytest.approx(float(full.abs().max()), rel=1e-13)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("factor", ["a", "b"])
+def test_a_broken_number_in_any_band_is_found(bad: float, factor: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lowrank, "_BAND_ELEMENTS", 64)
+    (term,) = terms_of(6, 5, (40,))
+    getattr(term, factor)[-1, -1] = bad
+    with pytest.raises(NumericError, match="NaN or infinity"):
+        lowrank.singular_values([term])
+
+
+@pytest.mark.parametrize(("out", "inner", "rank"), [(30, 7, 5), (7, 30, 90), (30, 30, 31)])
+def test_the_edge_of_a_product_is_the_same_in_bands(
+    out: int, inner: int, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terms = terms_of(out, inner, (rank,))
+    whole = lowrank.product_edge(terms)
+    monkeypatch.setattr(lowrank, "_BAND_ELEMENTS", 64)
+    assert lowrank.product_edge(terms) == pytest.approx(whole, rel=1e-13)
+    largest = [float(torch.linalg.svdvals(factor.double())[0]) for factor in (terms[0].a, terms[0].b)]
+    edges = [lowrank._edge(factor) for factor in (terms[0].b, terms[0].a)]
+    assert whole == pytest.approx(edges[0] * largest[0] + largest[1] * edges[1], rel=1e-12)
+
+
 def test_what_cancels_leaves_no_more_than_float64_rounding() -> None:
     """The same product from other factors: B·R and R⁻¹·A."""
     (term,) = terms_of(60, 50, (8,))

@@ -338,7 +338,7 @@ def test_31_and_32_while_writing(
 
 
 def test_32_the_rename(call: Call, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Path, "replace", failing(errno.EROFS))
+    monkeypatch.setattr(os, "rename", failing(errno.EROFS))
     assert_failed(call(*line(world), "--junit", tmp_path / "report.xml"), 32, "write", "report.xml")
     assert list(tmp_path.iterdir()) == []
 

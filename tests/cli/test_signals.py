@@ -113,43 +113,6 @@ def test_a_library_may_swallow_the_interrupt(call: Call, world: World, monkeypat
     assert (ran.code, ran.document["code"]) == (143, "interrupted")
 
 
-def interrupting(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
-    """Send the signal as soon as the file system has done this for the first time."""
-    was = getattr(Path, method)
-    done: list[Path] = []
-
-    def doing(path: Path, *arguments: Any, **options: Any) -> Any:
-        result = was(path, *arguments, **options)
-        done.append(path)
-        if len(done) == 1:
-            send()
-        return result
-
-    monkeypatch.setattr(Path, method, doing)
-
-
-def test_a_signal_at_the_first_write_leaves_nothing(
-    call: Call, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    interrupting(monkeypatch, "mkdir")
-    ran = call("merge", world.base, world.adapter, "-o", tmp_path / "out")
-    assert ran.code == 143
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_signal_between_old_and_new_leaves_one_of_them(
-    call: Call, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """--force puts the old output aside and the new one in its place; whoever looks finds a whole one of the two."""
-    line = ["merge", world.base, world.adapter, "-o", tmp_path / "out"]
-    assert call(*line).code == 0
-    interrupting(monkeypatch, "rename")
-    assert call(*line, "--force", "--weight", "2").code == 143
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert (tmp_path / "out").joinpath("lora_merge.json").exists()
-    assert call("inspect", tmp_path / "out").code == 0
-
-
 def test_what_was_written_is_not_denied(
     call: Call, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -52,11 +52,11 @@ class Ended:
     err: str
 
 
-def quietly(line: Sequence[object]) -> Ended:
+def quietly(line: Sequence[object], *, threads: int = 1) -> Ended:
     """Run the program here, with a document for its result or its error."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = run([*map(str, line), "--json", "--threads", "1"])
+        code = run([*map(str, line), "--json", "--threads", str(threads)])
     return Ended(code, json.loads(out.getvalue()) if out.getvalue() else {}, err.getvalue())
 
 

@@ -6,16 +6,20 @@ What CI tries is a sample of the calls, with all of the last; `-m slow` tries ev
 from __future__ import annotations
 
 import errno
+import multiprocessing
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fault_jobs import NAMES, Ended, Job, Jobs, is_leftover, jobs_fixture, without_leftovers  # noqa: F401 (fixture)
-from faults import Act, At, Double, Failing, Operation, both
+from fault_jobs import NAMES, Ended, Job, Jobs, is_leftover, jobs_fixture, quietly, without_leftovers  # noqa: F401
+from faults import NEEDS_SPACE, Act, At, Double, Failing, Operation, both
+
+from lora_cli.surgery import workers
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
-LAST, SAMPLE = 8, 3
+LAST, SAMPLE = 6, 2
 """Of how many calls the sample is: the last ones, which publish, and about so many of all others."""
 MUST_SUCCEED = {"create", "mkdir", "pwrite", "posix_fallocate", "fsync", "rename", "link", "swap"}
 READING = {"open", "fstat", "preadv"}
@@ -72,6 +76,11 @@ def check(job: Job, ended: Ended, met: Operation, number: int, *, good: bool) ->
         assert (again.code, without_leftovers(job.found())) == (0, job.complete), (told, again)
 
 
+def descriptors() -> int:
+    """How many files this process has open."""
+    return len(list(Path("/dev/fd").iterdir()))
+
+
 def loop(job: Job, number: int, *, good: bool, all_calls: bool, besides: Act = lambda _: None) -> int:
     """Let one call of each run fail, and see the next run succeed; returns how many calls there are."""
     counting = Failing(number, 0)
@@ -81,10 +90,11 @@ def loop(job: Job, number: int, *, good: bool, all_calls: bool, besides: Act = l
     assert (ended.code, job.found()) == (0, job.complete), ended
     for at in chosen(counting.calls, f"{job.name}{number}{good}", all_calls=all_calls):
         job.prepare()
-        failing = Failing(number, at, good=good)
+        failing, opened = Failing(number, at, good=good), descriptors()
         with Double(before=both(failing, besides)).installed():
             ended = job.run()
         assert failing.met is not None
+        assert descriptors() <= opened, failing.met
         check(job, ended, failing.met, number, good=good)
     ended = job.run_again()
     assert (ended.code, without_leftovers(job.found())) == (0, job.complete), ended
@@ -97,6 +107,39 @@ def loop(job: Job, number: int, *, good: bool, all_calls: bool, besides: Act = l
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO], ids=["R156-full", "R158-broken"])
 def test_a_call_fails(jobs: Jobs, name: str, number: int, good: bool, all_calls: bool) -> None:
     assert loop(jobs[name], number, good=good, all_calls=all_calls) > 20
+
+
+@sample_and_all
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are processes on Linux alone")
+def test_a_call_fails_in_some_process(jobs: Jobs, monkeypatch: pytest.MonkeyPatch, all_calls: bool) -> None:
+    """R156. Two workers write; the call that fails is counted over all of them."""
+    job = jobs["merge"]
+    monkeypatch.setattr(workers, "SHARE", 1)
+    monkeypatch.setattr(workers, "can_fork", lambda: True)  # a test runner's threads hold no lock that workers take
+    counter = multiprocessing.get_context("fork").Value("i", 0)
+    failed = 0
+    for at in range(1, 90, 1 if all_calls else 7):
+
+        def act(operation: Operation, at: int = at) -> None:
+            if operation.name in NEEDS_SPACE:
+                with counter.get_lock():
+                    counter.value += 1
+                    if counter.value != at:
+                        return
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        counter.value = 0
+        job.prepare()
+        with Double(before=act).installed():
+            ended = quietly(job.line, threads=2)
+        assert job.inputs_untouched()
+        if counter.value < at:
+            assert (ended.code, job.found()) == (0, job.complete), ended
+            break
+        failed += 1
+        assert (ended.code, job.found()) == (31, job.before), ended
+        assert ended.document["file"], ended
+    assert failed > 8
 
 
 OTHERS = {

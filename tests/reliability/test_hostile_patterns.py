@@ -11,7 +11,18 @@ import pytest
 from adapter_world import merging
 from catalogue import check_refused
 from cli_world import Call, World, call_fixture, world_fixture  # noqa: F401 (fixtures)
-from tiny import CONFIG, MODULES, PREFIX, adapter_tensors, base_tensors, numbers, within, write_adapter, write_base
+from tiny import (
+    CONFIG,
+    MODULES,
+    PREFIX,
+    adapter_tensors,
+    base_tensors,
+    factors,
+    numbers,
+    within,
+    write_adapter,
+    write_base,
+)
 
 SECONDS = 5
 """Processor time that any of these may take; Python's own engine would need years for some."""
@@ -50,7 +61,7 @@ def test_too_many_patterns(field: str, call: Call, world: World, tmp_path: Path)
     """R129: the work is the patterns times the modules, so the patterns are counted before any is tried."""
     line = merging(fields={field: TOO_MANY})(world, tmp_path)
     with within(SECONDS):
-        words = f"adapter_config.json: {field}: There are too many patterns|at most 1000|found 100000"
+        words = f"adapter_config.json: {field}: There are too many patterns|at most 250|found 100000"
         check_refused(call, line, 12, words, folder=tmp_path)
 
 
@@ -101,6 +112,40 @@ def test_a_tuner_looks_through_its_patterns_once(call: Call, world: World, tmp_p
     (adapter / "adapter_config.json").write_text(json.dumps(config))
     with within(2 * SECONDS):
         assert call("inspect", adapter).code == 0
+
+
+LISTS: dict[str, tuple[dict[str, Any], int]] = {
+    "targets": ({"target_modules": [f"m{n}_proj" for n in range(100_000)]}, 0),
+    "wholes": ({"modules_to_save": [f"m{n}" for n in range(100_000)]}, 0),
+    "parameters": ({"target_parameters": [f"x.m{n}" for n in range(100_000)]}, 10),
+    "bare parameters": ({"target_parameters": [f"m{n}" for n in range(100_000)]}, 10),
+    "parameters and targets": (
+        {"target_parameters": ["x", "y"], "target_modules": [f"m{n}" for n in range(100_000)] + ["q_proj"]},
+        0,
+    ),
+    "blocks": ({"use_bdlora": {"nblocks": 1, "target_modules_bd_a": [f"m{n}" for n in range(100_000)]}}, 10),
+    "as many patterns as may be": ({"alpha_pattern": {f"(x{n}|a)+": 2 for n in range(250)}}, 0),
+}
+
+
+@pytest.fixture(scope="module", name="large")
+def large_fixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base of 2000 modules."""
+    folder = tmp_path_factory.mktemp("large") / "b"
+    return write_base(folder, {f"{module}.weight": np.zeros((12, 8), np.float32) for module in MANY}, config={})
+
+
+MANY = [f"model.layers.{layer}.self_attn.q_proj" for layer in range(2000)]
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_long_lists_and_many_modules(name: str, large: Path, call: Call, tmp_path: Path) -> None:
+    """R129: names are looked up, or counted first: their number times that of the modules would be minutes."""
+    fields, exit_code = LISTS[name]
+    adapter = write_adapter(tmp_path / "a", factors(dict.fromkeys(MANY, (12, 8))), **fields)
+    with within(2 * SECONDS):
+        ran = call("merge", large, adapter, "-o", tmp_path / "out", "--dry-run", "-q")
+    assert ran.code == exit_code, ran.err
 
 
 # The base's own config

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from catalogue import check_refused
-from cli_world import Call, World, call_fixture, world_fixture  # noqa: F401 (fixtures)
+from cli_world import Call, Ran, World, call_fixture, world_fixture  # noqa: F401 (fixtures)
 from folder_cases import not_waiting
 
 from lora_cli.checkpoint import files
@@ -324,3 +325,51 @@ def test_r072_a_folder_within_a_base_that_nobody_may_list(
     words = ["merge", place / "base", place / "adapter", "-o", place.parent / "out"]
     with forbidden(monkeypatch, place / "base" / "1_Pooling"):
         check_refused(call, words, 10, "1_Pooling|cannot be listed", folder=place.parent)
+
+
+@contextmanager
+def as_somebody_else() -> Iterator[None]:
+    """Root may do everything; as another user for a moment."""
+    user = os.geteuid()
+    os.seteuid(65534 if user == 0 else user)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o111, 0o000], ids=["not entered", "not listed", "neither"])
+@pytest.mark.parametrize("name", ["base", "adapter", "sub-folder"])
+def test_r072_folders_without_rights(call: Call, world: World, name: str, mode: int) -> None:
+    """With real rights, which bind only who is not root."""
+
+    def other(*arguments: object) -> Ran:
+        with as_somebody_else():
+            return call(*arguments)
+
+    with tempfile.TemporaryDirectory() as made:
+        place = Path(made)
+        place.chmod(0o755)
+        shutil.copytree(world.base, place / "base")
+        shutil.copytree(world.adapter, place / "adapter")
+        (place / "base" / "1_Pooling").mkdir()
+        (place / "base" / "1_Pooling" / "config.json").write_text("{}")
+        arguments = ["merge", place / "base", place / "adapter", "-o", place / "out"]
+        assert call(*arguments, "--dry-run").code == 0
+        locked = place / name if name != "sub-folder" else place / "base" / "1_Pooling"
+        locked.chmod(mode)
+        try:
+            check_refused(other, arguments, 10, "Permission denied|check who may read", folder=place / "nothing")
+        finally:
+            locked.chmod(0o755)
+        assert not (place / "out").exists()
+
+
+@pytest.mark.parametrize("target", ["nowhere", "lora_merge.json", "../elsewhere"])
+def test_r069_a_receipt_that_cannot_be_read_is_not_passed_over(call: Call, place: Path, target: str) -> None:
+    """It would say that the adapter is merged already."""
+    receipt = place / "merged" / "lora_merge.json"
+    receipt.rename(place / "elsewhere")
+    receipt.symlink_to(target)
+    words = ["merge", place / "merged", place / "adapter", "-o", place.parent / "out"]
+    check_refused(call, words, 11 if "elsewhere" in target else 10, "lora_merge.json|leads", folder=place.parent)

@@ -14,6 +14,7 @@ from typing import Any
 
 from lora_cli.adapters.formats.pairs import Pair
 from lora_cli.adapters.formats.peft_keys import Found
+from lora_cli.adapters.patterns import endings
 from lora_cli.adapters.source import CONFIG_FILE
 from lora_cli.errors import NamesError, UnsupportedError
 from lora_cli.regex import untrusted
@@ -59,6 +60,7 @@ class _Entries:
     def __init__(self, config: Mapping[str, Any]) -> None:
         self._all = list(dict.fromkeys(config.get("target_parameters") or ()))
         self._modules = config.get("target_modules")
+        self._listed = frozenset[str]() if isinstance(self._modules, str) else frozenset(map(str, self._modules or ()))
         self._bare = [entry for entry in self._all if "." not in entry]
         self._by_leaf: defaultdict[str, list[tuple[str, str]]] = defaultdict(list)
         for module, _, parameter in (entry.rpartition(".") for entry in self._all):
@@ -87,7 +89,7 @@ class _Entries:
     def _is_target(self, module: str) -> bool:
         """Whether `target_modules` means a module, as PEFT matches it."""
         if not isinstance(self._modules, str):
-            return any(_ends(module, str(entry)) for entry in self._modules or ())
+            return not self._listed.isdisjoint(endings(module))
         try:
             return untrusted(self._modules, "({})$")(module)
         except UnsupportedError:
