@@ -35,7 +35,8 @@ def make(folder: Path, megabytes: int, shards: int) -> tuple[Path, Path]:
     adapter.mkdir()
     generator = torch.Generator().manual_seed(1)
     layers = max(2 * shards, megabytes * 2**20 // (2 * WIDTH * WIDTH))
-    weight_map, factors = {}, {}
+    weight_map: dict[str, str] = {}
+    factors: dict[str, torch.Tensor] = {}
     for shard in range(shards):
         name = f"model-{shard + 1:05}-of-{shards:05}.safetensors"
         tensors = {}

@@ -25,6 +25,8 @@ HARMLESS = ("fsencode", "strerror", "fspath", "getuid", "geteuid", "getpid")
 """Functions of `os` that touch no file."""
 NEEDS_SPACE = {"create", "mkdir", "makedirs", "posix_fallocate", "ftruncate", "pwrite", "copy_file_range", "fsync"}
 NEEDS_SPACE |= {"link", "rename", "swap"}
+PUBLISHING = {"rename", "link", "swap"}
+"""What gives something a name."""
 SHORT = {"preadv", "pwrite", "copy_file_range"}
 
 
@@ -156,11 +158,16 @@ def _part(name: str, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     return descriptor, [view] if name == "preadv" else view, offset
 
 
+def can_meet(operation: Operation, number: int) -> bool:
+    """Whether a call can fail with this error: that there is no space, only one that needs some."""
+    return number not in (errno.ENOSPC, errno.EDQUOT) or operation.name in NEEDS_SPACE
+
+
 class Failing:
     """Lets the call of a number fail; for `Double(before=…)`.
 
     Args:
-        number: The error. That there is no space is only met by calls that need some.
+        number: The error.
         at: Which of the calls that can meet it, counted from one.
         good: Whether all calls after it fail too.
 
@@ -175,7 +182,7 @@ class Failing:
         self._number, self._at, self._good = number, at, good
 
     def __call__(self, operation: Operation) -> None:
-        if self._number in (errno.ENOSPC, errno.EDQUOT) and operation.name not in NEEDS_SPACE:
+        if not can_meet(operation, self._number):
             return
         self.calls += 1
         if self.calls == self._at or (self._good and self.calls > self._at):

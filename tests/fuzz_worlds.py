@@ -60,7 +60,7 @@ def adapter_folder() -> Path:
         f"{prefix}model.embed_tokens.lora_embedding_A": tiny.numbers(2, 20, seed=1),
         f"{prefix}model.embed_tokens.lora_embedding_B": tiny.numbers(8, 2, seed=2),
         f"{prefix}{tiny.MODULES[0]}.lora_B.bias": tiny.numbers(12, seed=3),
-        f"{prefix}{tiny.MODULES[1]}.bias": tiny.numbers(16, seed=4),
+        f"{prefix}model.norm.bias": tiny.numbers(16, seed=4),
         f"{prefix}lm_head.weight": tiny.numbers(20, 8, seed=5),
     }
     return tiny.write_adapter(folder("adapter"), tensors)

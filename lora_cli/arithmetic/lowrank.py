@@ -69,8 +69,8 @@ def _check_fit(terms: Sequence[Term]) -> None:
         raise ShapeError("The terms of a sum do not fit together", expected="(out, K) · (K, in)", found=found)
 
 
-def _check_finite(left: Tensor, right: Tensor) -> None:
-    if not bool(torch.isfinite(left).all() and torch.isfinite(right).all()):
+def _check_finite(*factors: Tensor) -> None:
+    if not all(bool(torch.isfinite(factor).all()) for factor in factors):
         raise NumericError("A factor or its scale holds NaN or infinity, or overflows")
 
 
@@ -120,8 +120,9 @@ def _core(terms: Sequence[Term]) -> Tensor:
     if _is_deep(terms):
         core = _summed(terms)
     else:
-        left, right = stacked(terms)
-        core = _triangle(left) @ _triangle(right.T).T
+        _check_fit(terms)
+        left = _triangle([(term.b, term.scale) for term in terms])
+        core = left @ _triangle([(term.a.T, 1.0) for term in terms]).T
     if not bool(torch.isfinite(core).all()):
         raise NumericError("The product overflows")
     return core
@@ -146,8 +147,20 @@ def _summed(terms: Sequence[Term]) -> Tensor:
     return total
 
 
-def _triangle(matrix: Tensor) -> Tensor:
-    triangle: Tensor = torch.linalg.qr(matrix, mode="r").R
+def _triangle(factors: Sequence[tuple[Tensor, float]]) -> Tensor:
+    """Return R of the QR decomposition of factors times their scales, side by side.
+
+    Of the rows of large ones a few at a time join the triangle of those before (Demmel, Grigori, Hoemmen and Langou
+    2012, "Communication-optimal parallel and sequential QR and LU factorizations", SIAM J. Sci. Comput. 34(1)).
+    """
+    columns = sum(factor.shape[1] for factor, _ in factors)
+    height = max(2 * columns, _BAND_ELEMENTS // max(1, columns))
+    triangle = torch.empty((0, columns), dtype=torch.float64)
+    for parts in zip(*(factor.split(height) for factor, _ in factors), strict=True):
+        scaled = zip(parts, factors, strict=True)
+        rows = torch.cat([part.to(torch.float64) * scale for part, (_, scale) in scaled], dim=1)
+        _check_finite(rows)
+        triangle = torch.linalg.qr(torch.cat([triangle, rows]), mode="r").R
     return triangle
 
 
@@ -194,7 +207,7 @@ def product_edge(terms: Sequence[Term]) -> float:
     """
     return sum(
         abs(term.scale)
-        * (_edge(term.b) * _largest_singular_value(term.a.T) + _largest_singular_value(term.b) * _edge(term.a))
+        * (_edge(term.b) * _largest_singular_value(term.a) + _largest_singular_value(term.b) * _edge(term.a))
         for term in terms
     )
 
@@ -205,14 +218,9 @@ def _edge(factor: Tensor) -> float:
     return noise.edge
 
 
-def _largest_singular_value(tall: Tensor) -> float:
-    """The largest of a factor, of whose rows a few at a time join the triangle of those before (tall-skinny QR)."""
-    tall = tall if tall.shape[0] >= tall.shape[1] else tall.T
-    height = max(tall.shape[1], _BAND_ELEMENTS // max(1, tall.shape[1]), 1)
-    triangle = torch.empty((0, tall.shape[1]), dtype=torch.float64)
-    for rows in tall.split(height):
-        triangle = _triangle(torch.cat([triangle, rows.to(torch.float64)]))
-    values = values_of(triangle)
+def _largest_singular_value(factor: Tensor) -> float:
+    tall = factor if factor.shape[0] >= factor.shape[1] else factor.T
+    values = values_of(_triangle([(tall, 1.0)]))
     return float(values[0]) if values.numel() else 0.0
 
 

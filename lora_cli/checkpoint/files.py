@@ -12,6 +12,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import resource
 import secrets
 import stat
 import sys
@@ -67,6 +68,13 @@ def listed_below(folder: Path) -> list[Path]:
         if path.is_dir() and not path.is_symlink():
             found += listed_below(path)
     return found
+
+
+@cache
+def open_at_once() -> int:
+    """How many files of one kind may stay open: a small part of what this process may have open."""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return 1024 if most == resource.RLIM_INFINITY else most // 8
 
 
 def make_folders(path: Path) -> None:
@@ -170,6 +178,10 @@ class Folder:
         """Create a file in it that was not there; returns a descriptor for reading and writing."""
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
         return os.open(name, flags, 0o666, dir_fd=self._descriptor)
+
+    def open_again(self, name: str) -> int:
+        """Open a file in it that was created before, to go on writing."""
+        return os.open(name, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=self._descriptor)
 
     def names(self) -> list[str]:
         """Names of what is in it."""

@@ -74,8 +74,7 @@ def side_files(checkpoint: Checkpoint) -> tuple[list[SideFile], list[str]]:
     root = checkpoint.folder
     own = {shard.name for shard in checkpoint.shards} | ({checkpoint.index.name} if checkpoint.index else set())
     inside = listing(root, below=True)
-    if root / "config.json" in checkpoint.looks and root / "config.json" not in inside:
-        read_whole(checkpoint.looks.at(root / "config.json"), limit=SIDE_FILE_LIMIT)  # which says that it went away
+    checkpoint.looks.check_there(inside)
     for path in inside:
         name = path.relative_to(root).as_posix()
         if name in own or path.is_dir() or any(part.startswith(".") for part in name.split("/")):

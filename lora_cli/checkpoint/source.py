@@ -18,7 +18,7 @@ from lora_cli.checkpoint import files
 from lora_cli.errors import ChangedFileError, MalformedFileError, UnsafeInputError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator
 
 
 _SOCKET = {errno.ENXIO, errno.EOPNOTSUPP}
@@ -60,10 +60,7 @@ class SourceFile:
         Raises:
             ChangedFileError: The file changed since it was first looked at.
         """
-        try:
-            reader = Reader(self)
-        except UsageError as error:
-            raise ChangedFileError("The file went away while it was needed", file=self.name) from error
+        reader = Reader(self)
         try:
             reader.check_unchanged()
             yield reader
@@ -73,15 +70,37 @@ class SourceFile:
 
 
 class Reader:
-    """Positioned reads from one open file; safe to share between threads."""
+    """Positioned reads from one open file; safe to share between threads while nobody lets it rest."""
 
     def __init__(self, source: SourceFile) -> None:
         self.source = source
-        self.descriptor = _open_regular(source.path, source.name)
+        self._descriptor = -1
+        self._open()
+
+    @property
+    def descriptor(self) -> int:
+        """The open file; it is opened again after a rest."""
+        if self._descriptor < 0:
+            self._open()
+            self.check_unchanged()
+        return self._descriptor
+
+    def _open(self) -> None:
+        try:
+            self._descriptor = _open_regular(self.source.path, self.source.name)
+        except UsageError as error:
+            raise ChangedFileError("The file went away while it was needed", file=self.source.name) from error
+
+    def rest(self) -> None:
+        """Close until the next read: a process may have few files open."""
+        self.check_unchanged()
+        self.close()
 
     def close(self) -> None:
         """Give the descriptor back."""
-        files.close_read(self.descriptor)
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            files.close_read(descriptor)
 
     def check_unchanged(self) -> None:
         """Raise ChangedFileError if the file is not the one that was planned with."""
@@ -164,6 +183,13 @@ class Looks:
 
     def __contains__(self, path: Path) -> bool:
         return path in self._seen
+
+    def check_there(self, paths: Collection[Path]) -> None:
+        """Raise ChangedFileError if one of them is not among these paths any more."""
+        for path, source in self._seen.items():
+            if path not in paths:
+                with source.open():
+                    pass
 
     def at(self, path: Path, name: str | None = None) -> SourceFile:
         """Look at a file, or return what was seen of it before; see `look_at`."""

@@ -45,6 +45,8 @@ class StagedFile:
         self.name = name
         self.size = size
         self.descriptor = -1
+        self._folder = folder
+        self._rests = False
         with write_errors(name):
             self.descriptor = folder.create(place)
             try:
@@ -59,35 +61,57 @@ class StagedFile:
         """A file that another run finished: nothing is to be written to it any more."""
         file = cls.__new__(cls)
         file.path, file.name, file.size, file.descriptor = folder.path / place, name, size, -1
+        file._folder, file._rests = folder, False
         return file
+
+    def rest(self) -> None:
+        """Close for now; whatever is done with it opens it for as long as that takes.
+
+        A process may have few files open, and an output may have thousands.
+        """
+        with write_errors(self.name):
+            descriptor, self.descriptor, self._rests = self.descriptor, -1, True
+            files.close(descriptor)
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[int]:
+        if not self._rests:
+            yield self.descriptor
+            return
+        descriptor = self._folder.open_again(self.path.name)
+        try:
+            yield descriptor
+        finally:
+            files.close(descriptor)
 
     def write(self, offset: int, data: bytes | memoryview) -> None:
         """Write all of `data` at `offset`."""
         view = memoryview(data)
-        with write_errors(self.name):
+        with write_errors(self.name), self._opened() as descriptor:
             done = 0
             while done < len(view):
-                done += files.write_at(self.descriptor, view[done:], offset + done)
+                done += files.write_at(descriptor, view[done:], offset + done)
 
     def start_writing(self, offset: int, length: int) -> None:
         """Let the disk begin with bytes that were written; this may wait for the disk."""
-        advice.start_writing(self.descriptor, offset, length)
+        with write_errors(self.name), self._opened() as descriptor:
+            advice.start_writing(descriptor, offset, length)
 
     def copy(self, source: Reader, source_offset: int, offset: int, length: int) -> None:
         """Copy `length` bytes of an input unread where the kernel can, which also shares blocks where it may."""
-        with write_errors(self.name):
-            done = self._copy_in_kernel(source, source_offset, offset, length)
+        with write_errors(self.name), self._opened() as descriptor:
+            done = self._copy_in_kernel(source, source_offset, descriptor, offset, length)
         while done < length:
             data = source.read(source_offset + done, min(COPY_CHUNK, length - done))
             self.write(offset + done, data)
             done += len(data)
 
-    def _copy_in_kernel(self, source: Reader, source_offset: int, offset: int, length: int) -> int:
+    def _copy_in_kernel(self, source: Reader, source_offset: int, descriptor: int, offset: int, length: int) -> int:
         done = 0
         while done < length:
             at, to, most = source_offset + done, offset + done, min(KERNEL_COPY, length - done)
             try:
-                count = files.copy_range(source.descriptor, at, self.descriptor, to, most)
+                count = files.copy_range(source.descriptor, at, descriptor, to, most)
             except OSError as error:
                 # What cannot be read is told by the read that follows, with the input's name and not the output's.
                 if error.errno in files.NOT_POSSIBLE_HERE or error.errno == errno.EIO:
@@ -100,8 +124,8 @@ class StagedFile:
 
     def sync(self) -> None:
         """Wait until what was written is on the disk, and go on writing."""
-        with write_errors(self.name):
-            files.sync(self.descriptor)
+        with write_errors(self.name), self._opened() as descriptor:
+            files.sync(descriptor)
 
     def finish(self, *, forget: bool = False) -> None:
         """Check the length, sync and close. A failed sync is never tried again: its pages may be lost.
@@ -110,14 +134,16 @@ class StagedFile:
             forget: Leave nothing of it in the page cache.
         """
         with write_errors(self.name):
-            found = files.status(self.descriptor).st_size
-            if found != self.size:
-                raise WriteError("The output has the wrong length", file=self.name, expected=self.size, found=found)
-            files.sync(self.descriptor)
-            if forget:
-                advice.forget(self.descriptor)
-            descriptor, self.descriptor = self.descriptor, -1
-            files.close(descriptor)
+            with self._opened() as descriptor:
+                found = files.status(descriptor).st_size
+                if found != self.size:
+                    raise WriteError("The output has the wrong length", file=self.name, expected=self.size, found=found)
+                files.sync(descriptor)
+                if forget:
+                    advice.forget(descriptor)
+            if not self._rests:
+                descriptor, self.descriptor = self.descriptor, -1
+                files.close(descriptor)
 
     def abandon(self) -> None:
         """Close without a word."""

@@ -11,6 +11,7 @@ import stat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lora_cli.checkpoint import files
 from lora_cli.checkpoint.files import Folder
 from lora_cli.checkpoint.journal import Journal
 from lora_cli.checkpoint.moves import Move
@@ -168,6 +169,8 @@ class Staging:
                 hint="choose another disk with -o, where names that differ by case or accents alone are two",
             ) from error
         self._files.append(file)
+        if len(self._files) > files.open_at_once():
+            file.rest()
         with write_errors(name):
             self._keep_mode(name)
         return file

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from lora_cli.surgery.verify import Difference, RoundTrip, VerifyResult
 
 SUITE = "lora-cli verify"
+_BEGINNING = f"<?xml version='1.0' encoding='utf-8'?>\n<testsuites name=\"{SUITE}\"".encode()
+"""All that is written here begins so: of other files with tests in them nothing is ours."""
+
 CLASS = "lora-cli.verify"
 """Jenkins shows what stands before the last dot as a package; GitLab shows the whole as the suite."""
 
@@ -40,7 +43,7 @@ class Report:
     """The file that `--junit` names; without a name nothing is written.
 
     Args:
-        path: Where it goes; what is there already is replaced.
+        path: Where it goes; a report that is there already, or an empty file, is replaced.
         inputs: What users gave as MERGED, BASE and ADAPTER, by those names.
 
     Raises:
@@ -94,16 +97,18 @@ def _check_place(path: Path, inputs: Sequence[Path]) -> None:
         error.hint = _ELSEWHERE
         raise
     if path.is_file() and not _is_report(path):
-        raise OutputExistsError("--junit names a file that is no XML, and would replace it", file=path, hint=_ELSEWHERE)
+        raise OutputExistsError(
+            "--junit names a file that verify did not write, and would replace it", file=path, hint=_ELSEWHERE
+        )
     if not os.access(path.parent, os.W_OK):
         raise WriteError("The JUnit file cannot be written", file=path, found="a folder that may not be written to")
 
 
 def _is_report(path: Path) -> bool:
-    """Whether a file may be replaced: an empty one, or XML as the last run left it."""
+    """Whether a file may be replaced: an empty one, or what the last run left."""
     source = look_at(path)
     with source.open() as reader:
-        return reader.read(0, min(5, source.size)) in (b"", b"<?xml")
+        return reader.read(0, min(len(_BEGINNING), source.size)) in (b"", _BEGINNING)
 
 
 def document(result: VerifyResult) -> bytes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 from blake3 import blake3
@@ -11,9 +10,9 @@ from blake3 import blake3
 from lora_cli.checkpoint.checkpoint import StoredTensor
 from lora_cli.checkpoint.digests import tensor_content
 from lora_cli.checkpoint.manifest import AdapterRecord, recorded
-from lora_cli.checkpoint.source import Reader, SourceFile
 from lora_cli.errors import WrongInputError
 from lora_cli.surgery.plan import Plan
+from lora_cli.surgery.readers import open_readers
 
 BEGINNING = "beginning"
 """What the receipt calls an adapter as it was before training; the others have no role."""
@@ -42,15 +41,8 @@ def _adapter_record(plan: Plan, number: int, *, embed: bool) -> AdapterRecord:
 
 def contents(tensors: Iterable[StoredTensor]) -> dict[str, str]:
     """What each tensor is (see `digests.tensor_content`), by its name, reading each of them once."""
-    found = {}
-    with ExitStack() as stack:
-        readers: dict[SourceFile, Reader] = {}
-        for tensor in tensors:
-            source = tensor.shard.source
-            if source not in readers:
-                readers[source] = stack.enter_context(source.open())
-            found[tensor.key] = tensor_content(tensor, readers[source])
-    return found
+    with open_readers() as readers:
+        return {tensor.key: tensor_content(tensor, readers.of(tensor)) for tensor in tensors}
 
 
 def content_digest(content: Mapping[str, str]) -> str:

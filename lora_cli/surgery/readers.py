@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from lora_cli.checkpoint.checkpoint import StoredTensor
 from lora_cli.checkpoint.dtypes import DType
+from lora_cli.checkpoint.files import open_at_once
 from lora_cli.checkpoint.source import Reader, SourceFile
 
 if TYPE_CHECKING:
@@ -23,18 +24,23 @@ def torch_dtype(dtype: DType) -> torch.dtype:
 
 
 class Readers:
-    """The input files that one unit reads from, each opened once."""
+    """The input files that one unit reads from. Of many those rest that were not asked for lately."""
 
     def __init__(self, stack: ExitStack) -> None:
         self._stack = stack
-        self._open: dict[SourceFile, Reader] = {}
+        self._all: dict[SourceFile, Reader] = {}
+        self._awake: dict[SourceFile, Reader] = {}
 
     def of(self, tensor: StoredTensor) -> Reader:
         """The open file that holds a tensor."""
         source = tensor.shard.source
-        if source not in self._open:
-            self._open[source] = self._stack.enter_context(source.open())
-        return self._open[source]
+        if source not in self._all:
+            self._all[source] = self._stack.enter_context(source.open())
+        self._awake.pop(source, None)
+        self._awake[source] = self._all[source]  # the last to be put to rest
+        if len(self._awake) > open_at_once():
+            self._awake.pop(next(iter(self._awake))).rest()
+        return self._all[source]
 
     def load_part(self, tensor: StoredTensor, dtype: torch.dtype, first: int, count: int) -> torch.Tensor:
         """Read `count` elements of a tensor from `first` on, as `dtype`, into memory of their own."""

@@ -1,7 +1,7 @@
 """The singular values of what an adapter changes, from its factors alone, without a base.
 
-Nothing larger than the factors is made: with B = Q₁R₁ and Aᵀ = Q₂R₂ the change s·B·A has the singular values of
-s·R₁·R₂ᵀ, which is rank × rank (`arithmetic.lowrank`). Where the rank is larger than out or in, the change itself is
+Beside the factors nothing of their size is made: with B = Q₁R₁ and Aᵀ = Q₂R₂ the change s·B·A has the singular values
+of s·R₁·R₂ᵀ, which is rank × rank (`arithmetic.lowrank`). Where the rank is larger than out or in, the change itself is
 smaller than the factors, and is summed up in bands. All is float64. Each value is off by some 10⁻¹⁵·|s|·‖B‖_F·‖A‖_F at
 most: Householder's QR and the SVD are those of matrices that are off by a few roundings (Higham 2002, "Accuracy and
 Stability of Numerical Algorithms", theorem 19.4), and no singular value moves by more than the norm of what is added

@@ -149,7 +149,7 @@ def verify(
     with measured() as run:
         candidate = open_base(merged, progress)
         opened = None if base is None else open_base(base, progress)
-        work = _Work(candidate, opened, adapters, threads or default_threads(), memory, progress)
+        work = _Work(candidate, opened, adapters, threads or default_threads(), memory, progress, roundtrip)
         found = work.compare(options, max_ulp) if opened else _Found()
         trip = work.roundtrip(found, undo, options.read.initial) if roundtrip else None
     different = sorted(found.different, key=lambda difference: difference.key)
@@ -185,7 +185,10 @@ class _Found:
 
 @dataclass(frozen=True)
 class _Work:
-    """The two ways to look at a checkpoint."""
+    """The two ways to look at a checkpoint.
+
+    With `whole_blocks` a budget that the second is going to find too small is refused before the first.
+    """
 
     candidate: Checkpoint
     base: Checkpoint | None
@@ -193,6 +196,7 @@ class _Work:
     threads: int
     memory: int | None
     progress: Progress
+    whole_blocks: bool
 
     def compare(self, options: PlanOptions, max_ulp: int) -> _Found:
         """Compare with what merging gives."""
@@ -203,7 +207,7 @@ class _Work:
             progress.warn(warning)
         different, checked = _compare_names(made, candidate)
         comparable = {key: tensor for key, tensor in candidate.tensors.items() if key in checked}
-        budget = settle_budget(made, memory=self.memory, threads=self.threads)
+        budget = settle_budget(made, memory=self.memory, threads=self.threads, blocks=self.whole_blocks)
         with in_order(made) as ready:
             found, survival = _compare_values(ready, comparable, max_ulp, budget, progress)
             different += found

@@ -9,11 +9,14 @@ from typing import Any
 import pytest
 import torch
 from models import quiet
+from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from peft_files import PREFIX, Saved, llama, net, saved
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lora_cli.adapters.adapter import Adapter
-from lora_cli.errors import MalformedFileError, NamesError, ShapeError
+from lora_cli.adapters.formats import open_adapter
+from lora_cli.errors import MalformedFileError, NamesError, ShapeError, UnsupportedError
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 OWN = "the base's own, as the adapter was trained on it"
@@ -335,3 +338,57 @@ def test_what_the_config_names_nowhere(tmp_path: Path) -> None:
     made = saved(tmp_path, nn.ModuleDict({"up": nn.Linear(3, 4), "norm": nn.LayerNorm(3)}), target_modules=["up"])
     made.write(made.tensors() | {f"{PREFIX}norm.weight": torch.ones(3)})
     assert wholes(made) == {"norm.weight": ("in the file whole, though the config names it nowhere", False, False)}
+    warning = "the file holds parameters whole that its config names nowhere; they replace the base's: norm.weight"
+    assert made.adapter.warnings == (warning,)
+
+
+def test_of_many_that_the_config_names_nowhere_some_are_said(tmp_path: Path) -> None:
+    made = saved(tmp_path, nn.ModuleDict({"up": nn.Linear(3, 4)}), target_modules=["up"])
+    made.write(made.tensors() | {f"{PREFIX}norms.{n:02}.weight": torch.ones(3) for n in range(12)})
+    (warning,) = made.adapter.warnings
+    assert warning.endswith(
+        "norms.00.weight, " + ", ".join(f"norms.{n:02}.weight" for n in range(1, 10)) + " and 2 more"
+    )
+
+
+TUNERS: dict[str, tuple[type[Any], dict[str, Any]]] = {
+    "LoRA": (LoraConfig, {"r": 2, "init_lora_weights": False}),
+    "LoHa": (LoHaConfig, {"r": 2, "init_weights": False}),
+    "IA3": (IA3Config, {"feedforward_modules": []}),
+}
+
+
+@pytest.mark.parametrize("tuner", TUNERS)
+@pytest.mark.parametrize("parameter", ["weight", "bias"])
+def test_what_peft_leaves_out_beside_factors_is_refused(tuner: str, parameter: str, tmp_path: Path) -> None:
+    """R090: PEFT passes over a parameter of a module that has factors, and takes one of a module that has none."""
+    kind, fields = TUNERS[tuner]
+
+    def model() -> nn.Module:
+        torch.manual_seed(1)
+        return nn.ModuleDict({"up": nn.Linear(3, 4), "other": nn.Linear(3, 4)})
+
+    with quiet(4):
+        get_peft_model(model(), kind(target_modules=["up"], **fields)).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    own = load_file(file)
+    for module in ("up", "other"):
+        there = torch.full_like(getattr(model().get_submodule(module), parameter), 7)
+        save_file(own | {f"{PREFIX}{module}.{parameter}": there}, file)
+        with quiet(4):
+            loaded = PeftModel.from_pretrained(model(), tmp_path).base_model.model.get_submodule(module)
+        taken = torch.equal(getattr(loaded.base_layer if module == "up" else loaded, parameter), there)
+        assert taken == (module == "other"), "PEFT does otherwise now"
+        if taken:
+            assert [whole.name for whole in open_adapter(tmp_path).replacements] == [f"other.{parameter}"]
+            assert "other." in " ".join(open_adapter(tmp_path).warnings)
+        else:
+            with pytest.raises(UnsupportedError, match="whole of modules that it has factors for") as caught:
+                open_adapter(tmp_path)
+            assert caught.value.details == (f"{PREFIX}up.{parameter}",)
+
+
+def test_what_the_config_names_may_stand_beside_factors(tmp_path: Path) -> None:
+    made = saved(tmp_path, nn.ModuleDict({"up": nn.Linear(3, 4)}), target_modules=["up"], bias="lora_only")
+    assert "up.bias" in wholes(made)
+    assert made.adapter.warnings == ()

@@ -24,6 +24,17 @@ from lora_cli.surgery import verify as surgery
 
 BARE = "the bare base: the adapter was not applied"
 KEYS = sorted(f"{module}.weight" for module in MODULES)
+DECLARED = "<?xml version='1.0' encoding='utf-8'?>\n"
+YESTERDAY = f'{DECLARED}<testsuites name="lora-cli verify" tests="1">of yesterday</testsuites>'
+FOREIGN = {
+    "XML of another kind": f"{DECLARED}<project><name>precious</name></project>",
+    "tests of somebody else": f'{DECLARED}<testsuites name="pytest tests"></testsuites>',
+    "a suite that begins as ours does": f'{DECLARED}<testsuites name="lora-cli verification"></testsuites>',
+    "a declaration alone": "<?xml",
+    "text": "precious",
+}
+"""What is in files that somebody else wrote."""
+
 REST, TRIP = "tensors that no adapter changes", "round trip"
 
 both_forms = pytest.mark.parametrize("flags", [(), ("--json",)], ids=["text", "json"])
@@ -285,10 +296,34 @@ def test_lone_surrogates_in_labels(world: World, tmp_path: Path) -> None:
 
 
 @both_forms
+@pytest.mark.parametrize("content", FOREIGN.values(), ids=FOREIGN)
+def test_what_verify_did_not_write_is_not_replaced(
+    call: Call, world: World, tmp_path: Path, content: str, flags: tuple[str, ...]
+) -> None:
+    """R150: a slip in a name must not cost anybody a file."""
+    report = tmp_path / "pom.xml"
+    report.write_text(content)
+    ran = call(*line(world), "--junit", report, *flags)
+    assert ran.code == 30
+    assert "--junit names a file that verify did not write" in " ".join((ran.out + ran.err).split())
+    assert report.read_text() == content
+
+
+@pytest.mark.parametrize("before", ["", YESTERDAY], ids=["empty", "an earlier report"])
+def test_an_earlier_report_is_replaced(call: Call, world: World, tmp_path: Path, before: str) -> None:
+    report = tmp_path / "report.xml"
+    report.write_text(before)
+    for _ in range(2):  # the second time it is our own
+        assert call(*line(world), "--junit", report).code == 0
+        assert "of yesterday" not in report.read_text()
+        assert cases_of(report)
+
+
+@both_forms
 def test_an_error_becomes_the_content(call: Call, world: World, tmp_path: Path, flags: tuple[str, ...]) -> None:
     other = write_adapter(tmp_path / "other", {"base_model.model.x.lora_A.weight": numbers(2, 2)})
     report = tmp_path / "report.xml"
-    report.write_text("<?xml of yesterday ?>")
+    report.write_text(YESTERDAY)
     ran = call("verify", world.merged, "--base", world.base, "--adapter", other, "--junit", report, *flags)
     assert ran.code in (10, 20)
     (case,) = cases_of(report).values()
@@ -327,13 +362,13 @@ def test_31_and_32_while_writing(
 ) -> None:
     """Nothing of it is left, and what was there is there still."""
     report = tmp_path / "report.xml"
-    report.write_text("<?xml of yesterday ?>")
+    report.write_text(YESTERDAY)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(os, name, failing(number))
         ran = call(*line(world, world.base if wrong else None), "--junit", report, *flags)
     assert_failed(ran, *((32, "write") if number == errno.EIO else (31, "disk-full")), "report.xml")
     assert " -o" not in ran.out + ran.err, "there is no such option here"
-    assert report.read_text() == "<?xml of yesterday ?>"
+    assert report.read_text() == YESTERDAY
     assert list(tmp_path.iterdir()) == [report]
 
 
@@ -362,7 +397,7 @@ def test_places_where_no_report_goes(call: Call, world: World, tmp_path: Path) -
         world.base / "config.json": (30, "output-exists", "into an input"),
         world.adapter / "report.xml": (30, "output-exists", "into an input"),
         world.merged / "report.xml": (30, "output-exists", "into an input"),
-        tmp_path / "other.lora_merge.undo": (30, "output-exists", "no XML"),
+        tmp_path / "other.lora_merge.undo": (30, "output-exists", "verify did not write"),
     }
     (tmp_path / "other.lora_merge.undo").write_bytes(b"of somebody's")
     for place, (code, name, words) in places.items():

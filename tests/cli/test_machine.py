@@ -43,7 +43,7 @@ def failing(number: int) -> Callable[..., NoReturn]:
 
 def nearly_full(path: object) -> Any:
     """Of a million bytes a hundred are free."""
-    return type("Usage", (), {"total": 10**6, "used": 10**6 - 100, "free": 100})
+    return type("Usage", (), {"f_frsize": 1, "f_blocks": 10**6, "f_bavail": 100})
 
 
 COMMANDS = {"merge": "{base} {adapter} -o {out}", "unmerge": "{merged} {adapter} --approximate -o {out}"}
@@ -54,7 +54,7 @@ COMMANDS = {"merge": "{base} {adapter} -o {out}", "unmerge": "{merged} {adapter}
 def test_31_no_space_before_the_work(
     call: Call, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, flags: tuple[str, ...]
 ) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", nearly_full)
+    monkeypatch.setattr(os, "statvfs", nearly_full)
     ran = call(command, *world.fill(tuple(COMMANDS[command].split()), tmp_path), *flags)
     assert_failed(ran, 31, "disk-full", "100 bytes free", "-o")
     assert list(tmp_path.iterdir()) == []
@@ -63,7 +63,7 @@ def test_31_no_space_before_the_work(
 def test_31_a_dry_run_says_that_it_does_not_fit(
     call: Call, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", nearly_full)
+    monkeypatch.setattr(os, "statvfs", nearly_full)
     line = ["merge", world.base, world.adapter, "-o", tmp_path / "out", "--dry-run"]
     assert "it does not fit" in call(*line).out
     document = call(*line, "--json").document
@@ -106,7 +106,7 @@ def test_40_offline(tmp_path: Path, flags: tuple[str, ...]) -> None:
 
 
 @both_forms
-@pytest.mark.parametrize("error", [ValueError("bad \x1b[2J"), MemoryError(), RecursionError("deep"), AssertionError()])
+@pytest.mark.parametrize("error", [ValueError("bad \x1b[2J"), RecursionError("deep"), AssertionError()])
 def test_70_a_fault_of_our_own(
     call: Call, world: World, monkeypatch: pytest.MonkeyPatch, error: Exception, flags: tuple[str, ...]
 ) -> None:

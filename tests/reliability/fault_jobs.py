@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from faults import PUBLISHING, Act, Double, Operation, nothing
 from tiny import write_adapter, write_base
 
 from lora_cli.cli.app import run
@@ -96,6 +97,15 @@ class Job:
         """Run it, as things stand."""
         return quietly(self.line)
 
+    def log(self, before: Act = nothing) -> list[Operation]:
+        """All calls of a run that succeeds."""
+        double = Double(before=before)
+        self.prepare()
+        with double.installed():
+            ended = self.run()
+        assert (ended.code, self.found()) == (0, self.complete), ended
+        return double.log
+
     def run_again(self) -> Ended:
         """Run it once more, so that it replaces what is there of its own."""
         return quietly([*self.line, *({"--force"} - {*self.line})])
@@ -124,6 +134,20 @@ class Job:
     def found(self) -> Snapshot:
         """What `place` holds now."""
         return snapshot(self.place)
+
+
+SPREAD, LAST = 3, 2
+
+
+def sample(log: Sequence[Operation], seed: str, *, all_calls: bool) -> list[int]:
+    """Which calls are tried, counted from one: those that give names, what follows, the last, and some others."""
+    if all_calls:
+        return list(range(1, len(log) + 1))
+    naming = [at for at, operation in enumerate(log, 1) if operation.name in PUBLISHING]
+    step = max(1, len(log) // SPREAD)
+    spread = range(1 + sum(seed.encode()) % step, len(log), step)
+    last = range(max(1, len(log) - LAST), len(log) + 1)
+    return sorted({*naming, *(at + 1 for at in naming if at < len(log)), *spread, *last})
 
 
 class Jobs:

@@ -130,12 +130,12 @@ LISTS: dict[str, tuple[dict[str, Any], int]] = {
 
 @pytest.fixture(scope="module", name="large")
 def large_fixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base of 2000 modules."""
+    """A base of 1000 modules."""
     folder = tmp_path_factory.mktemp("large") / "b"
     return write_base(folder, {f"{module}.weight": np.zeros((12, 8), np.float32) for module in MANY}, config={})
 
 
-MANY = [f"model.layers.{layer}.self_attn.q_proj" for layer in range(2000)]
+MANY = [f"model.layers.{layer}.self_attn.q_proj" for layer in range(1000)]
 
 
 @pytest.mark.parametrize("name", LISTS)

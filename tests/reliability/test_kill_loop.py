@@ -1,7 +1,7 @@
 """A command is killed, or asked to stop, before any of its calls to the system (R166, R168).
 
 What stands at the output is absent, old or complete; the next run succeeds. What CI tries is a sample of the calls,
-with all of the last; `-m slow` tries every one.
+with all that give names; `-m slow` tries every one.
 """
 
 from __future__ import annotations
@@ -11,18 +11,15 @@ import signal
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from cli_world import ROOT, environment
-from fault_jobs import NAMES, Job, Jobs, Snapshot, is_leftover, jobs_fixture, quietly, without_leftovers  # noqa: F401
+from fault_jobs import NAMES, Job, Jobs, Snapshot, is_leftover, jobs_fixture, quietly, sample, without_leftovers  # noqa: F401
 from faults import At, Double
 from tiny import within
-
-LAST, SAMPLE = 8, 3
-"""Of how many calls the sample is: the last ones, which publish, and about so many of all others."""
 
 every_job = pytest.mark.parametrize("name", NAMES)
 sample_and_all = pytest.mark.parametrize("all_calls", [False, pytest.param(True, marks=pytest.mark.slow)])
@@ -61,23 +58,6 @@ def send(number: int, times: int = 1) -> Callable[[], None]:
     return do
 
 
-def calls_of(job: Job) -> int:
-    """How many calls a run makes."""
-    double = Double()
-    job.prepare()
-    with double.installed():
-        assert job.run().code == 0
-    return len(double.log)
-
-
-def chosen(job: Job, *, all_calls: bool) -> Iterator[int]:
-    """Which calls are tried."""
-    calls = calls_of(job)
-    step = 1 if all_calls else max(1, (calls - LAST) // SAMPLE)
-    yield from range(1 + len(job.name) % step, calls - LAST, step)
-    yield from range(calls - LAST, calls + 1)
-
-
 def part(found: Snapshot, name: str) -> Snapshot:
     """An entry of a folder with all that is in it."""
     return {path: what for path, what in found.items() if path == name or path.startswith(f"{name}/")}
@@ -105,7 +85,7 @@ def check_killed(job: Job) -> None:
 def test_killed_at_a_call(jobs: Jobs, name: str, all_calls: bool) -> None:
     """R166. Nothing can be cleaned up then: it is left under a name that says whose it is."""
     job = jobs[name]
-    for at in chosen(job, all_calls=all_calls):
+    for at in sample(job.log(), "", all_calls=all_calls):
         job.prepare()
         assert forked(Double(before=At(at, send(signal.SIGKILL))), job.line) == -signal.SIGKILL
         check_killed(job)
@@ -121,8 +101,8 @@ SIGNALLED = [(name, signal.SIGTERM) for name in NAMES] + [("merge", signal.SIGIN
 def test_a_signal_at_a_call(jobs: Jobs, name: str, number: int, all_calls: bool) -> None:
     """R168. The work is unwound, and nothing at all is left: the signal comes before the call, or just after it."""
     job = jobs[name]
-    for at in chosen(job, all_calls=all_calls):
-        for when in ("before", "after")[at % 2 :: 2] if not all_calls else ("before", "after"):
+    for at in sample(job.log(), "", all_calls=all_calls):
+        for when in ("before", "after"):
             job.prepare()
             double = Double(**{when: At(at, send(number))})
             assert forked(double, job.line) == 128 + number, (at, when)
@@ -131,12 +111,12 @@ def test_a_signal_at_a_call(jobs: Jobs, name: str, number: int, all_calls: bool)
             assert job.inputs_untouched()
 
 
-@every_job
+@pytest.mark.parametrize("name", [name for name in NAMES if "over" in name])
 @sample_and_all
 def test_two_signals_at_a_call(jobs: Jobs, name: str, all_calls: bool) -> None:
     """R168. Whoever asks twice is obeyed at once, and even then there is no half output."""
     job = jobs[name]
-    for at in chosen(job, all_calls=all_calls):
+    for at in sample(job.log(), "", all_calls=all_calls):
         job.prepare()
         code = forked(Double(before=At(at, send(signal.SIGTERM, times=2))), job.line)
         assert code in (-signal.SIGTERM, 128 + signal.SIGTERM)  # a thread's two can be one to the interpreter
@@ -178,7 +158,7 @@ def test_a_process_is_killed(jobs: Jobs, call: str, threads: int) -> None:
 def test_leftovers_of_one_file_are_known_by_their_receipt(jobs: Jobs, tmp_path: Path) -> None:
     """An undo file without its tensors is taken for ours only as long as what the same run left lies beside it."""
     job = jobs["merge one file"]
-    for at in range(calls_of(job), 0, -1):
+    for at in range(len(job.log()), 0, -1):
         job.prepare()
         assert forked(Double(before=At(at, send(signal.SIGKILL))), job.line) == -signal.SIGKILL
         if set(without_leftovers(job.found())) == {"out.lora_merge.undo"}:

@@ -12,6 +12,7 @@ import shutil
 import signal
 import stat
 import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -20,9 +21,9 @@ from pathlib import Path
 
 import pytest
 from catalogue import check_refused, entries
-from cli_world import Call, World, call_fixture, process, world_fixture  # noqa: F401 (fixtures)
+from cli_world import Call, World, call_fixture, environment, process, world_fixture  # noqa: F401 (fixtures)
 from fault_jobs import Jobs, Snapshot, jobs_fixture, quietly, snapshot, without_leftovers  # noqa: F401 (fixture)
-from faults import At, Double, Operation
+from faults import PUBLISHING, At, Double, Operation
 from tiny import write_base
 
 from lora_cli.checkpoint import files
@@ -142,35 +143,37 @@ def test_r151_the_output_is_a_link(call: Call, world: World, tmp_path: Path, for
         check_refused(call, merging(world, tmp_path / name, *force), 30, words, folder=tmp_path)
 
 
-def test_r152_the_folder_of_the_output_is_exchanged_for_a_link(jobs: Jobs, tmp_path: Path) -> None:
+@pytest.mark.parametrize("what", ["around", "staging"])
+def test_r152_a_folder_is_exchanged_for_a_link(jobs: Jobs, tmp_path: Path, what: str) -> None:
     """At any moment of the run: what is written goes where the folder is now, and never where the link leads."""
     job = jobs["merge"]
-    double = Double()
-    job.prepare()
-    with double.installed():
-        assert job.run().code == 0
-    victim, away = tmp_path / "victim", job.place.with_name("away")
-    for name in ("README.md", "model-00001-of-00003.safetensors", "scratch-1", "journal"):
-        (victim / "out").mkdir(parents=True, exist_ok=True)
+    victim, away = tmp_path / "victim", tmp_path / "away"
+    for name in ("output/README.md", "output/model-00001-of-00003.safetensors", "out/config.json", "journal"):
+        (victim / name).parent.mkdir(parents=True, exist_ok=True)
         (victim / name).write_text("somebody's")
     before = entries(victim)
 
     def exchange() -> None:
-        job.place.rename(away)
-        job.place.symlink_to(victim)
+        folder = job.place if what == "around" else next(job.place.glob(".out.lora-cli-*/output")).parent
+        folder.rename(away)
+        folder.symlink_to(victim)
 
-    writing = [at for at, one in enumerate(double.log, 1) if one.name in ("create", "rename", "fsync", "unlink")]
-    for at in writing[1::4]:
+    log = job.log()
+    made = next(at for at, one in enumerate(log, 1) if one.name == "create" and "/output/" in one.path)
+    writing = [at for at, one in enumerate(log, 1) if one.name in ("create", "rename", "fsync", "unlink")]
+    published = next(at for at, one in enumerate(log, 1) if one.name in PUBLISHING)
+    for at in [at for at in writing[1::3] if what == "around" or made <= at <= published]:
         job.prepare()
         try:
             with Double(before=At(at, exchange)).installed():
                 ended = job.run()
             assert entries(victim) == before
-            found = snapshot(away)
             assert ended.code in (0, 30, 32)
+            found = without_leftovers(snapshot(away if what == "around" else job.place))
             assert found in ({}, job.complete), sorted(found)
         finally:
-            job.place.unlink()
+            if job.place.is_symlink():
+                job.place.unlink()
             shutil.rmtree(away)
 
 
@@ -201,6 +204,22 @@ def test_r154_a_file_system_for_reading_only(call: Call, world: World, tmp_path:
         check_refused(call, merging(world, place / "out"), 32, "Read-only file system|out", folder=tmp_path)
 
 
+@pytest.mark.skipif(ROOT_USER and shutil.which("setpriv") is None, reason="root may do anything")
+def test_r154_an_old_output_that_may_not_be_changed(world: World, tmp_path: Path) -> None:
+    """Its folder is read-only: whoever made it so is asked, and what was staged can be removed all the same."""
+    shutil.copytree(world.merged, tmp_path / "out")
+    (tmp_path / "out").chmod(0o555)
+    before = entries(tmp_path)
+    rights = "-dac_override,-dac_read_search"
+    powerless = ["setpriv", f"--bounding-set={rights}", f"--inh-caps={rights}"] if ROOT_USER else []
+    line = [*powerless, sys.executable, "-m", "lora_cli", *map(str, merging(world, tmp_path / "out", "--force"))]
+    ended = subprocess.run(line, env=environment(), capture_output=True, check=False, timeout=120)
+    assert ended.returncode == 32, ended.stderr
+    assert b"out: The output cannot be written: Permission denied" in ended.stderr
+    assert entries(tmp_path) == before
+    (tmp_path / "out").chmod(0o755)
+
+
 # Space
 
 
@@ -220,7 +239,7 @@ def test_r157_a_limit_on_the_size_of_files(world: World, tmp_path: Path) -> None
 
     ran = process(*merging(world, tmp_path / "out"), preexec_fn=limit)
     assert ran.code == 32, ran.err
-    assert "File too large" in ran.err
+    assert ".safetensors: The output cannot be written: File too large" in ran.err
     assert "Traceback" not in ran.err
     assert list(tmp_path.iterdir()) == []
 
@@ -388,9 +407,15 @@ def test_r171_a_reader_sees_the_old_or_the_new(jobs: Jobs) -> None:
             code = 2
         finally:
             os._exit(code)
-    for number in range(10):
+
+    def wait(operation: Operation) -> None:
+        if operation.name in PUBLISHING:
+            time.sleep(0.02)  # whatever there is to be seen in between, the reader sees
+
+    for number in range(8):
         again = job.line if number % 2 == 0 else (*job.line, "--weight", "2")
-        assert quietly(again).code == 0
+        with Double(after=wait).installed():
+            assert quietly(again).code == 0
     stop.touch()
     codes = {0: "", 1: "too few were read", 2: "it was absent", 3: "it was neither"}
     assert codes[os.waitstatus_to_exitcode(os.waitpid(reader, 0)[1])] == ""

@@ -138,6 +138,7 @@ def test_a_merge_is_pefts_within_the_bound(make: Make, case: Case, dtype: torch.
 @pytest.mark.parametrize("module", ["embed_tokens", "lm_head"])
 def test_one_side_of_a_tie_that_was_trained_is_untied(tmp_path: Path, module: str) -> None:
     """R099: what is tied gets a tensor of its own where one side alone was trained."""
+
     def lora() -> Any:
         from peft import LoraConfig
 

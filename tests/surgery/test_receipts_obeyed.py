@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from undo_world import FIRST, RECEIPT, UNDO, World, adapter_tensors, command, contents, lora, read_undo
 
+from lora_cli.errors import UnsafeInputError
 from lora_cli.surgery.merge import merge, plan_merge
 
 
@@ -129,15 +130,20 @@ def test_a_receipt_that_is_damaged_or_of_somebody_else_is_no_obstacle(world: Wor
 
 
 def test_a_link_that_leads_out_is_no_file_of_ours(world: World, tmp_path: Path) -> None:
-    """What is somewhere else on this machine must not come into an undo file."""
+    """What is somewhere else on this machine must not come into an undo file, nor be taken for what a run wrote."""
     secret = tmp_path / "secret"
     secret.write_text("secret " * 100)
-    for name in (RECEIPT, "lora_merge.undo", "lora_wrap.json", "notes.txt"):
+    for name in (RECEIPT, "lora_wrap.json"):
+        (world.base / name).symlink_to(secret)
+        with pytest.raises(UnsafeInputError, match=name):
+            world.merge()
+        (world.base / name).unlink()
+    for name in (UNDO, "notes.txt"):
         (world.base / name).symlink_to(secret)
     world.merge()
     manifest, parts = read_undo(world.merged / UNDO)
     assert not [name for name in parts if name.startswith("side/lora")]
-    assert sorted(manifest["left_out"]) == [RECEIPT, UNDO, "lora_wrap.json", "notes.txt"]
+    assert sorted(manifest["left_out"]) == [UNDO, "notes.txt"]
     assert world.unmerge().exact
     assert {path.name for path in world.base.iterdir() if not path.is_symlink()} == contents(world.out).keys() - {
         "lora_unmerge.json"

@@ -267,7 +267,7 @@ def test_what_others_left_is_not_touched(job: Job) -> None:
 
 @pytest.mark.slow
 def test_whole_processes_of_some_size_go_on() -> None:
-    line = [sys.executable, ROOT / "scripts" / "cut_off.py", "--megabytes", "256", "--shards", "4"]
+    line = [sys.executable, str(ROOT / "scripts" / "cut_off.py"), "--megabytes", "256", "--shards", "4"]
     ran = subprocess.run(line, check=False, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert ran.stdout.count("same digests") == 2

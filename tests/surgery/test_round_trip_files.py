@@ -71,16 +71,19 @@ def test_what_no_adapter_touches_comes_back_whatever_it_is(tmp_path: Path, odd: 
 
 @pytest.mark.parametrize("bare", [False, True])
 def test_names_that_are_odd_as_names_of_files(tmp_path: Path, bare: bool) -> None:
-    """What no undo file can name is not taken along; a hidden file of tensors is, and labels may be anything."""
+    """What no undo file can name is not taken along; labels may be anything, and the names of tensor files."""
     latin = os.fsdecode(b"\xe9")
     base = write_base(tmp_path / f"b{latin}", {"x.weight": gaussian(1, 30, 20)})
-    (base / "model.safetensors").rename(base / ".hidden.safetensors")
+    odd = base / (
+        ".hidden.safetensors" if bare else f"m{latin}\n.safetensors"
+    )  # hidden ones are read where they are named
+    (base / "model.safetensors").rename(odd)
     lost = [f"{latin}.txt", "back\\slash.txt", "new\nline.txt"]
     for name in (*lost, "ü 重み.txt", "x" * 251 + ".txt"):
         (base / name).write_text(ascii(name))
     adapter = small_adapter(tmp_path / f"a{latin}", 1, "x")
     if bare:
-        merge(base / ".hidden.safetensors", [adapter], tmp_path / f"m{latin}.safetensors")
+        merge(odd, [adapter], tmp_path / f"m{latin}.safetensors")
         unmerge(tmp_path / f"m{latin}.safetensors", [adapter], tmp_path / "back")
         assert weights(tmp_path / "back") == weights(base)
     else:

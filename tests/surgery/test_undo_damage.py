@@ -225,12 +225,12 @@ def test_what_is_no_undo_file(tmp_path: Path, code: int, words: str, make: Calla
     assert caught.value.file == place.name
 
 
-def test_beside_the_checkpoint_only_a_regular_file_is_looked_for(tmp_path: Path) -> None:
+def test_a_folder_in_the_place_of_the_undo_file_is_said(tmp_path: Path) -> None:
     world = World(tmp_path).write().merge()
     shutil.move(world.merged / UNDO, tmp_path / "moved")
     as_folder(world.merged)
     (world.merged / UNDO).mkdir()
-    with world.refused(23):
+    with world.refused(10):
         world.unmerge()
 
 

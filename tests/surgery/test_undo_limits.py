@@ -75,6 +75,7 @@ FRAMES: dict[str, Callable[[bytes], bytes]] = {
 @pytest.mark.parametrize("make", FRAMES.values(), ids=FRAMES)
 def test_nothing_expands_beyond_what_it_was_said_to_be(world: World, make: Callable[[bytes], bytes], part: str) -> None:
     """R130, R131: bombs, long windows, several frames, more bytes: nothing is made beyond what is said."""
+
     def change(manifest: Document, parts: Parts) -> bytes | None:
         if part == "manifest":
             return make(json.dumps(manifest).encode())

@@ -25,7 +25,7 @@ from lora_cli.adapters.formats.peft_parameters import name_parameters
 from lora_cli.adapters.formats.peft_scales import Scales, check_ranks, twice
 from lora_cli.adapters.formats.peft_ties import changes_as_one
 from lora_cli.adapters.formats.peft_tuners import read_tuner
-from lora_cli.adapters.formats.peft_wholes import replacements, trained_rows
+from lora_cli.adapters.formats.peft_wholes import check_unnamed, replacements, trained_rows
 from lora_cli.adapters.peft_config import check_fields, initial_of, layers_of
 from lora_cli.adapters.source import CONFIG_FILE, AdapterSource, ReadOptions
 from lora_cli.adapters.tuners import TUNERS
@@ -49,7 +49,7 @@ def read(source: AdapterSource, options: ReadOptions) -> Adapter:
     """Read the adapter; see the module for the format.
 
     Raises:
-        UnsupportedError: Another tuner, or a variant or field that is not supported.
+        UnsupportedError: Another tuner, or a variant, field or tensor that is not supported.
         NamesError: A factor without its partner, or two tensors that are one parameter.
         ShapeError: Ranks that disagree.
         MalformedFileError: The config does not fit the file.
@@ -68,6 +68,7 @@ def read(source: AdapterSource, options: ReadOptions) -> Adapter:
     whole, copies = replacements(found, config, file)
     rows, empty = trained_rows(found, config, file)
     targets = (*reader.weights(), *reader.biases())
+    unnamed = check_unnamed(whole, {target.module for target in targets}, file)
     return Adapter(
         label=source.label,
         path=source.path,
@@ -86,7 +87,7 @@ def read(source: AdapterSource, options: ReadOptions) -> Adapter:
         orientation="ba",
         ignored_fields=ignored,
         stored=len(source.tensors),
-        warnings=tuple(reader.warnings()),
+        warnings=(*reader.warnings(), *unnamed),
     )
 
 

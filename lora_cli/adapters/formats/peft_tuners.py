@@ -16,7 +16,7 @@ from typing import Any
 from lora_cli.adapters.adapter import HAS_NONE, Adapter, Replacement, Scale, Target
 from lora_cli.adapters.formats.pairs import INCOMPLETE
 from lora_cli.adapters.formats.peft_keys import PREFIX, Found, sort_wholes
-from lora_cli.adapters.formats.peft_wholes import content_of, replacements, trained_rows
+from lora_cli.adapters.formats.peft_wholes import check_unnamed, content_of, replacements, trained_rows
 from lora_cli.adapters.patterns import PeftPatterns
 from lora_cli.adapters.peft_config import COMMON, refuse_set_fields
 from lora_cli.adapters.peft_types import check_types
@@ -53,6 +53,7 @@ def read_tuner(source: AdapterSource, options: ReadOptions, tuner: Tuner, eviden
         raise UnsupportedError(reason, file=file)
     _check_whole(sorted_.modules, tuner, file)
     whole, copies = replacements(sorted_.found, config, file)
+    unnamed = check_unnamed(whole, sorted_.modules, file)
     rows, empty = trained_rows(sorted_.found, config, file)
     targets: list[Target] = []
     scaler = _scaler(options, tuner)
@@ -92,6 +93,7 @@ def read_tuner(source: AdapterSource, options: ReadOptions, tuner: Tuner, eviden
         orientation="ba",
         ignored_fields=ignored,
         stored=len(source.tensors),
+        warnings=unnamed,
     )
 
 

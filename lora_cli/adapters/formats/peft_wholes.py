@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from lora_cli.adapters.adapter import Replacement, RowReplacement
@@ -16,7 +16,7 @@ from lora_cli.adapters.formats.peft_keys import Found
 from lora_cli.checkpoint.checkpoint import StoredTensor
 from lora_cli.checkpoint.digests import tensor_content
 from lora_cli.checkpoint.tied import EMBEDDINGS, TABLES
-from lora_cli.errors import SAVE_AGAIN, MalformedFileError, NamesError, ShapeError
+from lora_cli.errors import SAVE_AGAIN, MalformedFileError, NamesError, ShapeError, UnsupportedError
 
 HEADS = {
     "SEQ_CLS": ("classifier", "score"),
@@ -24,6 +24,9 @@ HEADS = {
     "QUESTION_ANS": ("qa_outputs",),
 }
 """Heads that PEFT saves for a task even where the config does not name them."""
+
+_NOWHERE = "in the file whole, though the config names it nowhere"
+_NAMED = 10
 
 _INNER = re.compile(r"\.(?:token_adapter\.)?base_layer(?=\.)")
 _SAVED = re.compile(r"(?P<module>.+)\.modules_to_save\.(?P<rest>.+)", re.DOTALL)
@@ -101,7 +104,41 @@ def _replacement(name: str, tensor: StoredTensor, config: Mapping[str, Any], *, 
         return Replacement(name, tensor, "modules_to_save and ensure_weight_tying")
     if inner or leaf in TABLES:
         return Replacement(name, tensor, "the base's own, as the adapter was trained on it", of_base=True)
-    return Replacement(name, tensor, "in the file whole, though the config names it nowhere")
+    return Replacement(name, tensor, _NOWHERE)
+
+
+def check_unnamed(whole: Iterable[Replacement], modules: Collection[str], file: str) -> tuple[str, ...]:
+    """Say which parameters the file holds whole and the config names nowhere; of modules with factors they are refused.
+
+    PEFT loads what has a name of the model, and passes over the rest in silence. A module with factors is wrapped in
+    another, so that its own parameters have other names there.
+
+    Args:
+        whole: What the file holds whole.
+        modules: The modules that have factors.
+        file: The file's name.
+
+    Returns:
+        A warning, if there are any.
+
+    Raises:
+        UnsupportedError: Parameters of modules that have factors: PEFT would leave them out.
+    """
+    unnamed = [replacement for replacement in whole if replacement.reason == _NOWHERE]
+    beside = [one.tensor.key for one in unnamed if one.name.rpartition(".")[0] in modules]
+    if beside:
+        raise UnsupportedError(
+            "The file holds parameters whole of modules that it has factors for, and the config does not name them",
+            file=file,
+            details=beside,
+            hint="PEFT would leave them out: take them out of the file; or name them in modules_to_save or bias, if they "
+            "count",
+        )
+    if not unnamed:
+        return ()
+    names = ", ".join(one.name for one in unnamed[:_NAMED])
+    more = f" and {len(unnamed) - _NAMED} more" if len(unnamed) > _NAMED else ""
+    return (f"the file holds parameters whole that its config names nowhere; they replace the base's: {names}{more}",)
 
 
 def _is_part(module: str, entry: str) -> bool:
