@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import random
-import re
 from collections.abc import Callable, Mapping
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any, Final
@@ -20,6 +19,7 @@ import msgspec
 import torch
 import yaml
 from blake3 import blake3
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from safetensors import SafetensorError, deserialize
 
 from lora_cli.adapters.deltas import LowRank
@@ -29,7 +29,8 @@ from lora_cli.adapters.source import ReadOptions, look_at_adapter
 from lora_cli.adapters.target_files import expand
 from lora_cli.adapters.targets import select
 from lora_cli.adapters.ties import ties
-from lora_cli.adapters.wrapped import WRAP_FILE, unwrap
+from lora_cli.adapters.wrap_file import WRAP_FILE
+from lora_cli.adapters.wrapped import unwrap
 from lora_cli.arithmetic.fragments import read_fragment
 from lora_cli.arithmetic.zstd import compress
 from lora_cli.checkpoint import strict_json
@@ -276,9 +277,9 @@ def read_card(data: bytes) -> None:
 
 
 def _metadata(text: str) -> dict[str, Any]:
-    """What stands between the first two lines of dashes, by YAML's own loader."""
-    match = re.match(r"\ufeff?\s*---[^\S\r\n]*(?:\r\n|\r|\n)([\s\S]*?)(?:\r\n|\r|\n)---", text)
-    return (yaml.safe_load(match[1] + "\n") if match else None) or {}
+    """What the Hub takes for metadata, by YAML's own loader."""
+    match = REGEX_YAML_BLOCK.search(text.removeprefix("\ufeff"))
+    return (yaml.safe_load(match[2] + "\n") if match else None) or {}
 
 
 # Outputs: receipts and undo files
@@ -311,7 +312,7 @@ def read_journal_of_a_run(data: bytes) -> None:
     if read is not None:
         begun, finished = read
         assert begun == msgspec.json.decode(data.split(b"\n")[0], type=Begun)
-        assert len(finished) < data.count(b"\n")
+        assert len(finished) <= data.count(b"\n")
         assert all(isinstance(one.name, str) for one in finished)
 
 

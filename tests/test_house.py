@@ -76,6 +76,8 @@ APART = {
     "lora_cli.checkpoint.advice": "what the system says of its own memory is no file of anybody's",
     "lora_cli.surgery.results": "likewise",
     "lora_cli.cli.app": "stdout and stderr, where they were closed",
+    "lora_cli.cli.room": "likewise",
+    "lora_cli.__main__": "stderr, where nothing else can be loaded",
 }
 
 

@@ -264,9 +264,7 @@ def _delta(site: _Site, said: Mapping[str, Any], options: ReadOptions, label: st
 
 def _scale(rank: int, module: str, said: Mapping[str, Any], options: ReadOptions, label: str) -> Scale:
     if said.get("rank", rank) != rank:
-        raise ShapeError(
-            "Ranks do not agree", file=WRAP_FILE, tensor=module, expected=rank, found=said["rank"]
-        )
+        raise ShapeError("Ranks do not agree", file=WRAP_FILE, tensor=module, expected=rank, found=said["rank"])
     if options.scale is not None:
         return Scale(options.scale, None, False, "--scale")
     if options.alpha is not None:

@@ -253,17 +253,18 @@ class Folder:
                 raise
 
     @contextlib.contextmanager
-    def locked(self, name: str) -> Iterator[None]:
+    def locked(self, name: str) -> Iterator[bool]:
         """Hold a lock file while the context lasts. It goes with the process, however that ends.
 
-        It keeps nothing right, since file systems differ in it; it only tells a second run at once.
+        Gives whether it is held: file systems differ in it, and another user may have left a file that is not ours to
+        open. So it keeps nothing right by itself; it tells a second run at once.
 
         Raises:
             BlockingIOError: Somebody else holds it.
         """
         descriptor = self._lock(name)
         try:
-            yield
+            yield descriptor is not None
         finally:
             if descriptor is not None:
                 with contextlib.suppress(OSError):  # a lock that stays behind locks nobody out
@@ -271,9 +272,12 @@ class Folder:
                 close_read(descriptor)
 
     def _lock(self, name: str) -> int | None:
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        flags = os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         while True:
-            descriptor = os.open(name, flags, 0o666, dir_fd=self._descriptor)
+            try:
+                descriptor = os.open(name, flags, 0o666, dir_fd=self._descriptor)
+            except PermissionError:
+                return None
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 held, there = os.fstat(descriptor), self.status(name)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from lora_cli.checkpoint import files
 from lora_cli.checkpoint.files import Folder
-from lora_cli.checkpoint.journal import Journal
+from lora_cli.checkpoint.journal import JOURNAL, Finished, Journal
 from lora_cli.checkpoint.moves import Move
 from lora_cli.checkpoint.staged import ASIDE, Scratch, StagedFile, hidden_name, write_errors
 from lora_cli.checkpoint.targets import check_target
@@ -58,6 +58,8 @@ class Staging:
         self.name = hidden_name(target.name, secrets.token_hex(6))
         self.place = target.parent / self.name / OUTPUT
         self._around: list[Folder] = []
+        self._taken = 0
+        self.locked = False
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[Staging]:
@@ -85,7 +87,8 @@ class Staging:
     def _locked(self) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
             try:
-                stack.enter_context(self._parent.locked(hidden_name(self.target.name, "lock")))
+                name = hidden_name(self.target.name, "lock")
+                self.locked = stack.enter_context(self._parent.locked(name))
             except BlockingIOError as error:
                 raise LockedError("Another run is writing this output", file=self.target) from error
             try:
@@ -122,7 +125,9 @@ class Staging:
     @property
     def kept(self) -> int:
         """How many finished files stay for another run, if the output is not published."""
-        return self._journal.count if self._journal and self._keep and not self.published else 0
+        if self.published or not self._keep:
+            return 0
+        return self._journal.count if self._journal else self._taken
 
     @property
     def published(self) -> bool:
@@ -175,8 +180,14 @@ class Staging:
             self._keep_mode(name)
         return file
 
-    def take_over(self, left: str) -> None:
+    def take_over(self, left: str, count: int) -> None:
         """Go on in the staging folder that another run has left, and not in our own, which is still empty.
+
+        From here on it stays, whatever becomes of this run.
+
+        Args:
+            left: Its name.
+            count: How many files are finished in it.
 
         Raises:
             WriteError: It cannot be moved, or is gone.
@@ -187,6 +198,7 @@ class Staging:
             self._around.pop().close()
             self._parent.remove_tree(self.name)
             self._parent.rename(left, self._parent, self.name)
+            self._keep, self._taken = True, count
             self._around.append(self._parent.enter(self.name))
             self._folders[""] = self.work.enter(OUTPUT)
 
@@ -195,7 +207,7 @@ class Staging:
         with write_errors(self.target.name):
             for folder, stays in ((self._folders[""], keep), (self.work, gathered)):
                 for name in folder.names():
-                    if name not in stays and (folder, name) != (self.work, OUTPUT):
+                    if name not in stays and (folder, name) not in ((self.work, OUTPUT), (self.work, JOURNAL)):
                         folder.remove_tree(name)
 
     def adopt(self, name: str, size: int) -> StagedFile:
@@ -206,14 +218,16 @@ class Staging:
             self._keep_mode(name)
         return file
 
-    def journal(self, facts: Mapping[str, str], *, keep: bool) -> Journal:
+    def journal(self, facts: Mapping[str, str], finished: Iterable[Finished], *, keep: bool) -> Journal:
         """A journal for this run.
 
         Args:
             facts: What the run was asked for.
+            finished: What was finished before it began.
             keep: Whether finished files stay for another run, if this one does not publish its output.
         """
-        self._journal = Journal(self.work, facts)
+        with write_errors(self.target.name):
+            self._journal = Journal(self.work, facts, finished)
         self._keep = keep
         return self._journal
 

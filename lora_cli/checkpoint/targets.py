@@ -15,12 +15,12 @@ def check_target(target: Path, *, folder: bool, may_replace: Callable[[], bool])
     """Refuse a target that cannot be written, or that holds anything that lora-cli did not write.
 
     Raises:
-        UsageError: Its folder does not exist, or it has no name.
+        UsageError: Its folder does not exist.
         OutputExistsError: Something is there.
         WriteError: Nobody may look there.
     """
     if target.name in ("", ".."):
-        raise UsageError("The output has no name of its own", file=target, hint="name a folder in it with -o")
+        raise OutputExistsError("The output has no name of its own", file=target, hint="name a folder in it with -o")
     with write_errors(str(target)):
         _check_target(target, folder=folder, may_replace=may_replace)
 

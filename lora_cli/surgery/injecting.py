@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_cli.adapters.wrapped import WRAP_FILE
+from lora_cli.adapters.wrap_file import WRAP_FILE
 from lora_cli.checkpoint.sidefiles import SideFile
 from lora_cli.checkpoint.staging import Staging, together
 from lora_cli.progress import Progress

@@ -13,7 +13,7 @@ from lora_cli.adapters.names import Wrap, colliding
 from lora_cli.adapters.peft_writer import adapter_config, is_bare, peft_keys, rendered, target_names, task_type
 from lora_cli.adapters.source import CONFIG_FILE
 from lora_cli.adapters.targets import Selected, factor_shapes
-from lora_cli.adapters.wrapped import WRAP_SCHEMA
+from lora_cli.adapters.wrap_file import WRAP_SCHEMA
 from lora_cli.checkpoint.checkpoint import ADAPTER_FILE, Checkpoint, Shard, StoredTensor
 from lora_cli.checkpoint.header import Header, render_header
 from lora_cli.checkpoint.sidefiles import SideFile, side_files

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lora_cli.adapters.wrapped import WRAP_FILE
+from lora_cli.adapters.wrap_file import WRAP_FILE
 from lora_cli.checkpoint.checkpoint import Checkpoint, read_config
 from lora_cli.checkpoint.leftovers import leftovers
 from lora_cli.checkpoint.links import is_there

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from lora_cli.adapters.source import CONFIG_FILE
@@ -22,7 +23,7 @@ from lora_cli.checkpoint.leftovers import bytes_in, leftovers
 from lora_cli.checkpoint.source import as_text, listing
 from lora_cli.checkpoint.staged import Scratch
 from lora_cli.checkpoint.staging import Staging
-from lora_cli.errors import LoraCliError, WrongInputError
+from lora_cli.errors import LoraCliError, UnsupportedError, WrongInputError
 from lora_cli.progress import Progress
 from lora_cli.surgery.plan import Plan
 from lora_cli.surgery.receipt import OPERATIONS, OWN_FILES, beside, receipt_path
@@ -63,7 +64,9 @@ def facts_of(plan: Plan, request: Request) -> dict[str, str]:
         **{f"the option {name}": repr(value) for name, value in request.options.items()},
         **{f"the planned {file.name}": bytes_digest(file.header.prefix) for file in plan.files},
     }
-    for path in (path for path in plan.inputs if request.aside not in path.parents):
+    inputs = [path for path in plan.inputs if request.aside not in path.parents]
+    facts["the order of the inputs"] = as_text(", ".join(map(str, dict.fromkeys(inputs))))
+    for path in inputs:
         facts |= {f"the input {as_text(str(file))}": _identity(file) for file in _files_of(path)}
     return facts
 
@@ -89,70 +92,81 @@ def prepare(staging: Staging, plan: Plan, request: Request | None, progress: Pro
 
     Raises:
         WrongInputError: Only runs of other requests were cut off here.
+        UnsupportedError: A run was, and nobody can know whether it still goes on.
     """
-    finished: dict[int, Finished] = {}
     facts = facts_of(plan, request) if request else {}
-    if request and request.resume:
-        finished = _take_up(staging, plan, facts, progress)
-    else:
+    left = _left_by_the_same(staging, facts) if request and request.resume else None
+    if left is None:
+        if request and request.resume:
+            progress.note("--resume: no run was cut off here, so this one begins anew")
         _tell_of_leftovers(staging, progress)
+    finished = _take_over(staging, plan, *left, progress) if left else {}
     if request is None or len(plan.files) == 1:
         return Resumption(finished)  # a file that is alone is not finished before all is
-    return Resumption(finished, staging.journal(facts, keep=request.resume), read_back=request.resume)
+    journal = staging.journal(facts, finished.values(), keep=request.resume)
+    if left:
+        gathered = {span.file for one in finished.values() for span in one.spans}
+        staging.clean({one.name for one in finished.values()}, gathered=gathered)
+    return Resumption(finished, journal, read_back=request.resume)
 
 
-def _take_up(staging: Staging, plan: Plan, facts: Mapping[str, str], progress: Progress) -> dict[int, Finished]:
-    """Take over what a run of the same request has left, and return its finished files by their place in the plan.
-
-    Raises:
-        WrongInputError: Runs were cut off here, and all were of other requests; says what is different.
-    """
+def _left_by_the_same(staging: Staging, facts: Mapping[str, str]) -> tuple[Path, list[Finished]] | None:
+    """What a run of the same request has left, and which of its files it had noted."""
     found = [(path, *read) for path in leftovers(staging.target, but=[staging.name]) if (read := read_journal(path))]
     same = [(path, finished) for path, begun, finished in found if begun.facts == facts]
-    if not same:
-        if found:
-            path, begun, _ = found[0]
-            raise WrongInputError(
-                "The run that was cut off was another one",
-                file=path.name,
-                details=_differences(begun.facts, facts),
-                hint=f"run without --resume to begin anew, and remove {path.name}",
-            )
-        progress.note("--resume: no run was cut off here, so this one begins anew")
-        return {}
-    path, finished = max(same, key=lambda one: len(one[1]))
+    if found and not same:
+        path, begun, _ = found[0]
+        raise WrongInputError(
+            "The run that was cut off was another one",
+            file=path.name,
+            details=_differences(begun.facts, facts),
+            hint=f"run without --resume to begin anew, and remove {path.name}",
+        )
+    if same and not staging.locked:
+        raise UnsupportedError(
+            "This file system has no locks, so nobody can know whether the other run still goes on",
+            file=same[0][0].name,
+            hint=f"run without --resume to begin anew, and remove {same[0][0].name} if nobody writes there",
+        )
+    return max(same, key=lambda one: len(one[1]), default=None)
+
+
+def _take_over(
+    staging: Staging, plan: Plan, path: Path, finished: Sequence[Finished], progress: Progress
+) -> dict[int, Finished]:
+    """Take over what a run has left, and return the files that are what it says, by their place in the plan."""
     numbers = {file.name: number for number, file in enumerate(plan.files)}
     progress.note(f"checking {_files(len(finished))} in {path.name}")
-    staging.take_over(path.name)
+    staging.take_over(path.name, len(finished))
     scratch = staging.scratch()
-    good = {
+    return {
         number: one
         for one in finished
         if (number := numbers.get(one.name)) is not None
-        and _is_right(staging.place / one.name, plan, number, one)
-        and _is_sealed(scratch, one)
+        and _holds(partial(_is_right, staging.place / one.name, plan, number, one))
+        and _holds(partial(_is_sealed, scratch, one))
     }
-    staging.clean(
-        {one.name for one in good.values()}, gathered={span.file for one in good.values() for span in one.spans}
-    )
-    return good
-
-
-def _is_sealed(scratch: Scratch, one: Finished) -> bool:
-    """Whether what was gathered of a file is there."""
-    try:
-        return not one.spans or scratch.seal(one.spans) == one.seal
-    except LoraCliError:
-        return False
 
 
 def _is_right(path: Path, plan: Plan, number: int, one: Finished) -> bool:
     """Whether a file is what was planned, and has the digest that the journal says."""
+    shard = open_shard(path)
+    as_planned = not path.is_symlink() and shard.header.raw == plan.files[number].header.raw
+    return as_planned and shard_digest(shard) == one.digest
+
+
+def _is_sealed(scratch: Scratch, one: Finished) -> bool:
+    """Whether what was gathered of a file is there."""
+    return not one.spans or scratch.seal(one.spans) == one.seal
+
+
+def _holds(check: Callable[[], bool]) -> bool:
+    """Whether a check holds. Where the disk cannot be read nothing is known, and nothing is to be thrown away."""
     try:
-        shard = open_shard(path)
-        as_planned = not path.is_symlink() and shard.header.raw == plan.files[number].header.raw
-        return as_planned and shard_digest(shard) == one.digest
-    except LoraCliError:
+        return check()
+    except LoraCliError as error:
+        if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError):
+            raise
         return False
 
 

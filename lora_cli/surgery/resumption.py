@@ -43,7 +43,7 @@ class Resumption:
         self._found: dict[int, Found] = {}
 
     def begin(self, units: Mapping[int, Sequence[Unit]], taps: Sequence[Tap]) -> None:
-        """Let taps have what was found in the files that are finished, and note these again.
+        """Let taps have what was found in the files that are finished.
 
         Args:
             units: All units of each file, in their order.
@@ -54,8 +54,6 @@ class Resumption:
         """
         self._units = units
         for number, one in self.finished.items():
-            if self._journal:
-                self._journal.note(one)
             try:
                 columns = [
                     msgspec.json.decode(found, type=list[list[tap.kind]])  # type: ignore[name-defined]
@@ -65,7 +63,9 @@ class Resumption:
                     for unit, findings in zip(units[number], column, strict=True):
                         for finding in findings:
                             tap.take(unit, finding)
-            except (msgspec.MsgspecError, ValueError) as error:
+                if any(tap.digest(number) not in ("", one.digest) for tap in taps):
+                    raise ValueError("what was found gives another file")
+            except (msgspec.MsgspecError, ValueError, LookupError) as error:
                 raise MalformedFileError(
                     "The journal of the run that was cut off is damaged",
                     file=one.name,

@@ -67,8 +67,9 @@ def run_units(
             for unit in todo:
                 yield unit, work(unit, tools)
             return
-        with _Job(todo, work, make_tools) as job, frozen(), _losses() as lost:
-            pool: Executor | None = _processes(job, workers)
+        forked = can_fork()
+        with _Job(todo, work, make_tools) as job, frozen(), _losses(of_ours=forked) as lost:
+            pool: Executor | None = _processes(job, workers) if forked else None
             do = job.do if pool is None else _do
             pool = pool or ThreadPoolExecutor(workers, thread_name_prefix="lora-cli", initializer=_limit_torch)
             for number, result in _results(pool, do, job, 2 * workers, lost):
@@ -149,12 +150,12 @@ def _done(running: Collection[Future[Any]], lost: Sequence[BaseException]) -> se
 
 
 @contextmanager
-def _losses() -> Iterator[list[BaseException]]:
+def _losses(*, of_ours: bool) -> Iterator[list[BaseException]]:
     """What threads that begin within it die of: those of a pool of processes, which does not notice.
 
     Where one did, the workers that wait for it are ended.
     """
-    if not can_fork():
+    if not of_ours:
         yield []
         return
     threads, processes, before = {*threading.enumerate()}, {*multiprocessing.active_children()}, threading.excepthook
@@ -179,8 +180,6 @@ def _losses() -> Iterator[list[BaseException]]:
 
 def _processes(job: _Job, workers: int) -> ProcessPoolExecutor | None:
     """Worker processes for a job, all of them forked; None where they are not to be had."""
-    if not can_fork():
-        return None
     try:
         with forking():
             context = multiprocessing.get_context("fork")

@@ -47,7 +47,6 @@ UNREACHED = {
 
 ALIKE = {
     "_TOO_DEEP": "Python's parser may give up before our own count does: one limit",
-    "'A scale is not a number', f'a number below {LARGEST:g}'": "one rule for two formats; file and field differ",
 }
 """What several refusals say, each with the reason."""
 

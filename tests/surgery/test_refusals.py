@@ -182,9 +182,9 @@ ROWS: list[tuple[str, str, str, Spoil]] = [
     ("several adapters", "Unsupported", "several", adds({"k.lora_A.b.weight": torch.ones(2, 8)})),
     ("cut off base", "MalformedFile", "bytes are missing", harm(lambda w: os.truncate(w.base / BASE, 3000))),
     ("cut off adapter", "MalformedFile", "bytes are missing", harm(lambda w: os.truncate(w.adapter / ADAPTER, 99))),
-    ("cut off meanwhile", "MalformedFile", BASE, meanwhile(lambda w: os.truncate(w.base / BASE, 3000))),
-    ("touched meanwhile", "MalformedFile", "changed", meanwhile(lambda w: os.utime(w.base / BASE, (1, 1)))),
-    ("a side file gone", "MalformedFile", "config.json", meanwhile(lambda w: (w.base / "config.json").unlink())),
+    ("cut off meanwhile", "ChangedFile", BASE, meanwhile(lambda w: os.truncate(w.base / BASE, 3000))),
+    ("touched meanwhile", "ChangedFile", "changed", meanwhile(lambda w: os.utime(w.base / BASE, (1, 1)))),
+    ("a side file gone", "ChangedFile", "config.json", meanwhile(lambda w: (w.base / "config.json").unlink())),
     (
         "pickled adapter",
         "UnsafeInput",
@@ -193,7 +193,15 @@ ROWS: list[tuple[str, str, str, Spoil]] = [
     ),
     ("pickled base", "UnsafeInput", "weights_only", harm(lambda w: (w.base / BASE).rename(w.base / "a.bin"))),
 ]
-EXITS = {"Usage": 2, "MissingScale": 2, "MalformedFile": 10, "UnsafeInput": 11, "Unsupported": 12, "Names": 20}
+EXITS = {
+    "Usage": 2,
+    "MissingScale": 2,
+    "MalformedFile": 10,
+    "ChangedFile": 10,
+    "UnsafeInput": 11,
+    "Unsupported": 12,
+    "Names": 20,
+}
 EXITS |= {"Shape": 21, "Numeric": 22}
 
 

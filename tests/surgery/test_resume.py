@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -19,9 +21,13 @@ import tiny
 
 import lora_cli
 from lora_cli import errors
+from lora_cli.checkpoint import files
 from lora_cli.checkpoint.journal import JOURNAL, Finished, Journal
-from lora_cli.checkpoint.staging import OUTPUT
+from lora_cli.checkpoint.staged import StagedFile
+from lora_cli.checkpoint.staging import OUTPUT, Staging
 from lora_cli.progress import Progress
+from lora_cli.surgery import execute, resuming
+from lora_cli.surgery.resumption import Resumption
 
 ROOT = Path(__file__).parents[2]
 SHARDS = 3
@@ -108,7 +114,7 @@ def test_a_merge_that_was_killed_goes_on(job: Job, after: int, undo: bool) -> No
     shutil.rmtree(job.out)
     left = job.cut_off(job.merge, after, undo=undo, resume=True)
     kept = {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in (left / OUTPUT).iterdir()}
-    done = [json.loads(line)["name"] for line in (left / JOURNAL).read_text().splitlines()[1:]]
+    done = noted(left)
     assert len(done) == after
     job.merge(undo=undo, resume=True)
     assert digests(job.out) == expected
@@ -124,7 +130,7 @@ def test_an_unmerge_that_was_killed_goes_on(job: Job, after: int, spied: list[st
     spied.clear()
     left = job.cut_off(job.unmerge, after)  # noted without --resume too: its digests cost nothing
     result = job.unmerge(resume=True)
-    assert len(spied) == SHARDS
+    assert len(spied) == SHARDS - after
     assert result.exact
     names = sorted(path.name for path in job.base.iterdir())
     assert digests(job.base) == {name: digest for name, digest in digests(job.out).items() if name in names}
@@ -193,6 +199,101 @@ def test_nothing_is_gone_on_with_after_an_input_or_option_changed(job: Job) -> N
         refused(job, before, f"the input {path}")
 
 
+def test_the_order_of_adapters_is_part_of_what_was_asked_for(job: Job) -> None:
+    """The weights go with their places."""
+    other = tiny.write_adapter(job.folder / "other", {k: t + 1 for k, t in tiny.adapter_tensors().items()})
+    weights = lora_cli.PlanOptions(weights=(1.0, 0.5))
+
+    def merge(*adapters: Path, resume: bool = False) -> None:
+        lora_cli.merge(job.base, adapters, job.out, weights, resume=resume, threads=1)
+
+    job.cut_off(lambda: merge(job.adapter, other), 2)
+    with pytest.raises(errors.WrongInputError) as caught:
+        merge(other, job.adapter, resume=True)
+    assert caught.value.details == ("the order of the inputs is not what it was",)
+
+
+@pytest.mark.parametrize("moment", ["checking", "looking for space", "recalling", "writing the rest"])
+def test_a_run_that_fails_leaves_no_less_than_it_found(job: Job, moment: str, monkeypatch: Patch) -> None:
+    expected = merged_once(job)
+    left = job.cut_off(job.merge, 2)
+    done = noted(left)
+    places = {
+        "checking": (resuming, "shard_digest"),
+        "looking for space": (execute, "check_space"),
+        "recalling": (Resumption, "begin"),
+        "writing the rest": (StagedFile, "write"),
+    }
+
+    def fail(*arguments: object, **more: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*places[moment], fail)
+        with pytest.raises(KeyboardInterrupt):
+            job.merge(resume=True)
+    (left,) = job.place.iterdir()
+    assert noted(left) == done
+    notes = Notes()
+    job.merge(resume=True, progress=notes)
+    assert any(said.startswith("checking 2 finished files") for said in notes.said)
+    assert digests(job.out) == expected
+
+
+def test_a_file_that_cannot_be_read_is_not_thrown_away(job: Job, monkeypatch: Patch) -> None:
+    expected = merged_once(job)
+    left = job.cut_off(job.merge, 2)
+    done = noted(left)
+
+    def broken(descriptor: int, buffer: memoryview, offset: int) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        was = Staging.take_over
+
+        def take_over(self: Staging, left: str, count: int) -> None:
+            was(self, left, count)
+            patch.setattr(files, "read_at", broken)
+
+        patch.setattr(Staging, "take_over", take_over)
+        with pytest.raises(errors.MalformedFileError, match=os.strerror(errno.EIO)):
+            job.merge(resume=True)
+    (left,) = job.place.iterdir()
+    assert noted(left) == done
+    job.merge(resume=True)
+    assert digests(job.out) == expected
+
+
+def test_any_flipped_bit_of_a_journal_is_noticed(job: Job) -> None:
+    expected = merged_once(job)
+    left = job.cut_off(job.merge, 2)
+    kept = job.folder / "kept"
+    shutil.copytree(left, kept)
+    length = (left / JOURNAL).stat().st_size
+    for bit in range(3, 8 * length, 8 * length // 60):
+        shutil.rmtree(left, ignore_errors=True)
+        shutil.copytree(kept, left)
+        data = bytearray((left / JOURNAL).read_bytes())
+        data[bit // 8] ^= 1 << bit % 8
+        (left / JOURNAL).write_bytes(data)
+        job.merge(resume=True)
+        assert digests(job.out) == expected
+        shutil.rmtree(job.out)
+
+
+def test_nothing_is_taken_over_where_nobody_knows_whether_the_other_run_goes_on(job: Job, monkeypatch: Patch) -> None:
+    left = job.cut_off(job.merge, 2)
+    before = digests(left)
+
+    def nothing(descriptor: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", nothing)
+    with pytest.raises(errors.UnsupportedError, match=left.name):
+        job.merge(resume=True)
+    assert digests(left) == before
+
+
 def test_a_run_without_resume_begins_anew_and_tells_what_is_there(job: Job) -> None:
     expected = merged_once(job)
     left = job.cut_off(job.merge, 1)
@@ -240,7 +341,7 @@ def test_an_error_leaves_finished_files_only_where_that_is_wanted(job: Job, resu
 def test_a_run_that_goes_on_can_be_cut_off_again(job: Job) -> None:
     expected = merged_once(job)
     job.cut_off(job.merge, 1)
-    left = job.cut_off(job.merge, 2, resume=True)
+    left = job.cut_off(job.merge, 1, resume=True)
     assert len((left / JOURNAL).read_text().splitlines()) == 3
     job.merge(resume=True)
     assert digests(job.out) == expected
@@ -309,9 +410,13 @@ def flip_last(path: Path) -> None:
 
 
 def first_done(left: Path) -> str:
-    name = json.loads((left / JOURNAL).read_text().splitlines()[1])["name"]
-    assert isinstance(name, str)
-    return name
+    return noted(left)[0]
+
+
+def noted(left: Path) -> list[str]:
+    """Names of the files that a journal says are finished."""
+    lines = (left / JOURNAL).read_text().splitlines()[1:]
+    return [str(json.loads(line.partition(" ")[2])["name"]) for line in lines]
 
 
 def flip_a_tensor(left: Path) -> None:

@@ -131,8 +131,7 @@ def check_unnamed(whole: Iterable[Replacement], modules: Collection[str], file: 
             "The file holds parameters whole of modules that it has factors for, and the config does not name them",
             file=file,
             details=beside,
-            hint="PEFT would leave them out: take them out of the file; or name them in modules_to_save or bias, if they "
-            "count",
+            hint="PEFT would leave them out: take them out of the file, or name them in modules_to_save or bias",
         )
     if not unnamed:
         return ()
