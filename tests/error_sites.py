@@ -17,17 +17,11 @@ PACKAGE: Final = Path(lora_cli.__file__).parent
 
 PARSERS: Final = (
     *("checkpoint/header.py", "checkpoint/entries.py", "checkpoint/strict_json.py", "checkpoint/strict_yaml.py"),
-    *("checkpoint/index.py", "checkpoint/manifest.py", "checkpoint/undo_file.py", "regex.py"),
+    *("checkpoint/index.py", "checkpoint/manifest.py", "checkpoint/undo_file.py", "checkpoint/journal.py", "regex.py"),
     *("adapters/peft_config.py", "adapters/peft_types.py", "adapters/patterns.py", "adapters/target_files.py"),
-    *(
-        "adapters/names.py",
-        "adapters/resolve.py",
-        "adapters/wrapped.py",
-        "adapters/wrap_file.py",
-        "adapters/formats/plain.py",
-    ),
-    *("adapters/wrap_file.py", "surgery/receipt.py", "surgery/undo/terms.py", "surgery/undo/undoing.py"),
-    *("surgery/undo/given.py", "surgery/undo/places.py", "checkpoint/journal.py", "surgery/card.py"),
+    *("adapters/names.py", "adapters/resolve.py", "adapters/wrapped.py", "adapters/wrap_file.py"),
+    *("adapters/formats/plain.py", "surgery/receipt.py", "surgery/card.py", "surgery/undo/terms.py"),
+    *("surgery/undo/undoing.py", "surgery/undo/given.py", "surgery/undo/places.py"),
     *("arithmetic/fragments.py", "arithmetic/packing.py", "arithmetic/residual.py", "arithmetic/zstd.py"),
 )
 """Modules that read what nobody vouches for."""

@@ -69,8 +69,8 @@ def test_only_the_command_line_prints(file: Path) -> None:
 SYSTEM = """open read write pread preadv pwrite pwritev readv writev truncate ftruncate fsync fdatasync sendfile
 posix_fallocate copy_file_range rename renames replace link symlink unlink remove rmdir removedirs mkdir makedirs
 scandir listdir fstat stat lstat chmod fchmod chown utime statvfs mkfifo walk"""
-PATHS = """read_text read_bytes write_text write_bytes touch mkdir rmdir unlink hardlink_to symlink_to iterdir glob rglob
-chmod"""
+PATHS = """read_text read_bytes write_text write_bytes touch mkdir rmdir unlink hardlink_to symlink_to iterdir glob
+rglob chmod"""
 APART = {
     "lora_cli.checkpoint.files": "it is the place",
     "lora_cli.checkpoint.advice": "what the system says of its own memory is no file of anybody's",

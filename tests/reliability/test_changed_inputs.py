@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,9 @@ from catalogue import entries
 from cli_world import Call, Ran, World, call_fixture, world_fixture  # noqa: F401 (fixtures)
 from tiny import write_json
 
+import lora_cli
 from lora_cli.checkpoint import files
+from lora_cli.surgery import workers
 
 Change = Callable[[Path], None]
 REWRITTEN = (
@@ -324,3 +328,42 @@ def test_r172_a_change_at_any_time_is_noticed(
     call: Call, world: World, tmp_path: Path, command: str, file: str
 ) -> None:
     check(Trial(call, world, tmp_path, COMMANDS[command][0]), file, every)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="units run in processes on Linux alone")
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+@pytest.mark.parametrize("command", ["merge", "unmerge", "verify"])
+def test_r172_a_change_that_worker_processes_meet(
+    call: Call, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, change: Change
+) -> None:
+    """While they read it; what they come to reaches whoever waits for them."""
+    line, changed = COMMANDS[command]
+    trial = Trial(call, world, tmp_path, line)
+    place, parent, done = trial.fresh(), os.getpid(), tmp_path / "done"
+    file, before, read_at = place / changed[0], entries(place).keys(), files.read_at
+
+    def reading(*arguments: Any) -> int:
+        if os.getpid() != parent:
+            with suppress(FileExistsError):
+                done.touch(exist_ok=False)
+                change(file)
+        return read_at(*arguments)
+
+    monkeypatch.setattr(files, "read_at", reading)
+    monkeypatch.setattr(workers, "can_fork", lambda: True)
+    monkeypatch.setattr(workers, "SHARE", 1)
+    trial.line += " --threads 2"
+    assert trial.run(place).code == 10
+    assert done.exists()
+    assert {name for name in entries(place).keys() - before if not name.endswith(".new")} == set()
+
+
+def test_r172_no_input_is_mapped_into_memory() -> None:
+    """A mapped file that shrinks ends the process (SIGBUS). What workers share is no file: mmap(-1)."""
+    package = Path(lora_cli.__file__).parent
+    for source in package.rglob("*.py"):
+        for call in ast.walk(ast.parse(source.read_text("utf-8"))):
+            if isinstance(call, ast.Call) and ast.unparse(call.func) in ("mmap.mmap", "mmap"):
+                assert ast.unparse(call.args[0]) == "-1", source
+            mapped = isinstance(call, ast.Call) and ast.unparse(call.func).split(".")[-1] in ("memmap", "from_file")
+            assert not mapped, source

@@ -110,7 +110,11 @@ def test_r169_a_pool_without_the_thread_that_feeds_it_does_not_hang(
     monkeypatch.setattr(workers, "SHARE", 1)
     monkeypatch.setattr(queues.Queue, "_start_thread", refused)
     hooked = threading.excepthook
+    monkeypatch.setattr(workers, "LOOK_SECONDS", 0.1)
+    signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it hangs"))
+    signal.alarm(60)
     ran = call("merge", world.base, world.adapter, "-o", tmp_path / "out", "--threads", "2")
+    signal.alarm(0)
     assert ran.code == 70
     assert "error: The system has no room for the workers\n  found can't start new thread" in ran.err
     assert "Traceback" not in ran.err

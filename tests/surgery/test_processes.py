@@ -122,7 +122,7 @@ def spied_scratch(patch: Patch, place: Path, at_least: int) -> set[int]:
         return append(self, data)
 
     def spied_copy(self: Scratch, file: Any, offset: int, spans: Any) -> None:
-        writers.update(span.process for span in spans)
+        writers.update(int(span.file.rpartition("-")[2]) for span in spans)
         copy_to(self, file, offset, spans)
 
     patch.setattr(Scratch, "append", slow_append)
