@@ -17,7 +17,7 @@ from blake3 import blake3
 
 from lora_cli.checkpoint.files import Folder
 from lora_cli.checkpoint.source import read_whole
-from lora_cli.checkpoint.staged import Span, StagedFile
+from lora_cli.checkpoint.staged import Span, StagedFile, write_errors
 from lora_cli.errors import LoraCliError
 
 JOURNAL = "journal"
@@ -79,22 +79,24 @@ class Journal:
         self._begun = Begun(dict(facts))
         self._file: StagedFile | None = None
         self.count = 0
-        folder.remove(_NEW)
-        for one in finished:
-            self._add(one, _NEW)
-        if self._file is None:
-            folder.remove(JOURNAL)
-            return
-        self._file.sync()
-        folder.rename(_NEW, folder, JOURNAL)
-        folder.sync()
+        with write_errors(JOURNAL):
+            folder.remove(_NEW)
+            for one in finished:
+                self._add(one, _NEW)
+            if self._file is None:
+                folder.remove(JOURNAL)
+                return
+            self._file.sync()
+            folder.rename(_NEW, folder, JOURNAL)
+            folder.sync()
 
     def note(self, finished: Finished) -> None:
         """Write that a file is finished. The first one makes the journal: before it there is nothing to go on from."""
         self._add(finished, JOURNAL)
         assert self._file is not None  # noqa: S101 (made by adding)
         self._file.sync()
-        self._folder.sync()
+        with write_errors(JOURNAL):
+            self._folder.sync()
 
     def close(self) -> None:
         """Close it; it stays where it is."""

@@ -361,7 +361,7 @@ TUNERS: dict[str, tuple[type[Any], dict[str, Any]]] = {
 @pytest.mark.parametrize("tuner", TUNERS)
 @pytest.mark.parametrize("parameter", ["weight", "bias"])
 def test_what_peft_leaves_out_beside_factors_is_refused(tuner: str, parameter: str, tmp_path: Path) -> None:
-    """R090: PEFT passes over a parameter of a module that has factors, and takes one of a module that has none."""
+    """R091: PEFT passes over a parameter of a module that has factors, and takes one of a module that has none."""
     kind, fields = TUNERS[tuner]
 
     def model() -> nn.Module:

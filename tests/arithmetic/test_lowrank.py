@@ -64,7 +64,7 @@ def test_singular_values_and_norms_are_those_of_the_dense_sum(
 def test_ranks_above_a_side_are_added_up_in_bands(
     out: int, inner: int, ranks: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """R130: what is made is no larger than the sum, whatever the rank; the numbers are those of the dense sum."""
+    """What is made is no larger than the sum, whatever the rank; the numbers are those of the dense sum."""
     monkeypatch.setattr(lowrank, "_BAND_ELEMENTS", 64)
     monkeypatch.setattr(lowrank, "stacked", None)  # which would make both factors anew
     terms = terms_of(out, inner, ranks, torch.bfloat16)

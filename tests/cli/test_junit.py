@@ -26,15 +26,6 @@ BARE = "the bare base: the adapter was not applied"
 KEYS = sorted(f"{module}.weight" for module in MODULES)
 DECLARED = "<?xml version='1.0' encoding='utf-8'?>\n"
 YESTERDAY = f'{DECLARED}<testsuites name="lora-cli verify" tests="1">of yesterday</testsuites>'
-FOREIGN = {
-    "XML of another kind": f"{DECLARED}<project><name>precious</name></project>",
-    "tests of somebody else": f'{DECLARED}<testsuites name="pytest tests"></testsuites>',
-    "a suite that begins as ours does": f'{DECLARED}<testsuites name="lora-cli verification"></testsuites>',
-    "a declaration alone": "<?xml",
-    "text": "precious",
-}
-"""What is in files that somebody else wrote."""
-
 REST, TRIP = "tensors that no adapter changes", "round trip"
 
 both_forms = pytest.mark.parametrize("flags", [(), ("--json",)], ids=["text", "json"])
@@ -293,30 +284,6 @@ def test_lone_surrogates_in_labels(world: World, tmp_path: Path) -> None:
 
 
 # Errors
-
-
-@both_forms
-@pytest.mark.parametrize("content", FOREIGN.values(), ids=FOREIGN)
-def test_what_verify_did_not_write_is_not_replaced(
-    call: Call, world: World, tmp_path: Path, content: str, flags: tuple[str, ...]
-) -> None:
-    """R150: a slip in a name must not cost anybody a file."""
-    report = tmp_path / "pom.xml"
-    report.write_text(content)
-    ran = call(*line(world), "--junit", report, *flags)
-    assert ran.code == 30
-    assert "--junit names a file that verify did not write" in " ".join((ran.out + ran.err).split())
-    assert report.read_text() == content
-
-
-@pytest.mark.parametrize("before", ["", YESTERDAY], ids=["empty", "an earlier report"])
-def test_an_earlier_report_is_replaced(call: Call, world: World, tmp_path: Path, before: str) -> None:
-    report = tmp_path / "report.xml"
-    report.write_text(before)
-    for _ in range(2):  # the second time it is our own
-        assert call(*line(world), "--junit", report).code == 0
-        assert "of yesterday" not in report.read_text()
-        assert cases_of(report)
 
 
 @both_forms

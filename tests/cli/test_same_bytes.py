@@ -1,4 +1,4 @@
-"""The same merge gives the same bytes in every process: tensors, undo file and receipt."""
+"""R176: the same merge gives the same bytes in every process: tensors, undo file and receipt."""
 
 from __future__ import annotations
 
@@ -46,6 +46,7 @@ PROCESSES: dict[str, tuple[dict[str, str], list[str], int]] = {
         ["--threads", "3"],
         0o077,
     ),
+    "as many threads as anybody has": (PLAIN, ["--threads", "64", "--memory", "1GiB"], 0o022),
     "threads that share nothing": ({**PLAIN, "MKL_DYNAMIC": "FALSE"}, ["--threads", "5", "--memory", "64MiB"], 0o002),
 }
 

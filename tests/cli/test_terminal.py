@@ -1,4 +1,4 @@
-"""Where the output goes: pipes that close, full disks, narrow and dumb terminals, terminals that know only ASCII."""
+"""Where the output goes (R143 to R145): pipes that close, full disks, narrow and dumb terminals, those with ASCII."""
 
 from __future__ import annotations
 

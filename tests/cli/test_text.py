@@ -1,4 +1,4 @@
-"""Text that came from a file is made harmless before a terminal sees it, and stays exact in JSON."""
+"""Text that came from a file is made harmless before a terminal sees it, and stays exact in JSON (R139 to R142)."""
 
 from __future__ import annotations
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import pytest
@@ -136,18 +137,30 @@ class Job:
         return snapshot(self.place)
 
 
-SPREAD, LAST = 3, 2
+def sample(log: Sequence[Operation], seed: int, *, share: int = 1, all_calls: bool = False) -> list[int]:
+    """Which calls are tried, counted from one: those that give names and what follows, and one of each other kind.
 
-
-def sample(log: Sequence[Operation], seed: str, *, all_calls: bool) -> list[int]:
-    """Which calls are tried, counted from one: those that give names, what follows, the last, and some others."""
+    Args:
+        log: All calls.
+        seed: Another one chooses others.
+        share: One of so many kinds is enough.
+        all_calls: All are tried.
+    """
     if all_calls:
         return list(range(1, len(log) + 1))
     naming = [at for at, operation in enumerate(log, 1) if operation.name in PUBLISHING]
-    step = max(1, len(log) // SPREAD)
-    spread = range(1 + sum(seed.encode()) % step, len(log), step)
-    last = range(max(1, len(log) - LAST), len(log) + 1)
-    return sorted({*naming, *(at + 1 for at in naming if at < len(log)), *spread, *last})
+    kinds: dict[tuple[str, str], list[int]] = {}
+    for at, operation in enumerate(log, 1):
+        kinds.setdefault((operation.name, _kind(operation.path)), []).append(at)
+    others = [calls[seed % len(calls)] for calls in kinds.values()]
+    return sorted({*naming, *(at + 1 for at in naming if at < len(log)), *others[seed % share :: share]})
+
+
+def _kind(path: str) -> str:
+    """What a path is, whatever its name is: which folder it is in, and what kind of file."""
+    place = re.sub(r"(\.lora-cli-)[0-9a-f]{12}|(scratch-).*", r"\1\2", path)
+    inner = place.partition(LEFTOVER)[2]
+    return inner.rpartition("/")[0] + PurePath(place).suffix if inner else PurePath(place).suffix
 
 
 class Jobs:

@@ -1,4 +1,4 @@
-"""R130: factors whose rank is far above their sides, or far below: memory must not follow what a file of zeros says."""
+"""Factors whose rank is far above their sides, or far below: memory must not follow what a file of zeros says."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ def check_killed(job: Job) -> None:
 def test_killed_at_a_call(jobs: Jobs, name: str, all_calls: bool) -> None:
     """R166. Nothing can be cleaned up then: it is left under a name that says whose it is."""
     job = jobs[name]
-    for at in sample(job.log(), "", all_calls=all_calls):
+    for at in sample(job.log(), len(name), share=8, all_calls=all_calls):
         job.prepare()
         assert forked(Double(before=At(at, send(signal.SIGKILL))), job.line) == -signal.SIGKILL
         check_killed(job)
@@ -101,7 +101,7 @@ SIGNALLED = [(name, signal.SIGTERM) for name in NAMES] + [("merge", signal.SIGIN
 def test_a_signal_at_a_call(jobs: Jobs, name: str, number: int, all_calls: bool) -> None:
     """R168. The work is unwound, and nothing at all is left: the signal comes before the call, or just after it."""
     job = jobs[name]
-    for at in sample(job.log(), "", all_calls=all_calls):
+    for at in sample(job.log(), len(name), share=8, all_calls=all_calls):
         for when in ("before", "after"):
             job.prepare()
             double = Double(**{when: At(at, send(number))})
@@ -116,7 +116,7 @@ def test_a_signal_at_a_call(jobs: Jobs, name: str, number: int, all_calls: bool)
 def test_two_signals_at_a_call(jobs: Jobs, name: str, all_calls: bool) -> None:
     """R168. Whoever asks twice is obeyed at once, and even then there is no half output."""
     job = jobs[name]
-    for at in sample(job.log(), "", all_calls=all_calls):
+    for at in sample(job.log(), len(name), share=8, all_calls=all_calls):
         job.prepare()
         code = forked(Double(before=At(at, send(signal.SIGTERM, times=2))), job.line)
         assert code in (-signal.SIGTERM, 128 + signal.SIGTERM)  # a thread's two can be one to the interpreter

@@ -76,18 +76,18 @@ def contents(folder: Path) -> dict[str, str]:
 
 # R174: limits of the process
 
-SIDE, KEYS = 2048, ("a", "b", "c", "d")
+SIDE, KEYS = 2048, ("a", "b")
 CONSTANT = 96 * MIB
 """What a run takes besides the import of torch and its budget."""
 
 
 @pytest.fixture(scope="module", name="large")
 def large_fixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base of 64 MiB in four shards, and an adapter."""
+    """A base of 32 MiB in two shards, and an adapter."""
     folder = tmp_path_factory.mktemp("large")
     pattern = numbers(SIDE, 64)
     tensors: dict[str, Array] = {f"{key}.weight": np.tile(pattern * (n + 1), SIDE // 64) for n, key in enumerate(KEYS)}
-    write_base(folder / "base", tensors, shards=4)
+    write_base(folder / "base", tensors, shards=2)
     write_adapter(folder / "adapter", factors(dict.fromkeys(KEYS, (SIDE, SIDE)), rank=2))
     return folder
 

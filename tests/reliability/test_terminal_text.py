@@ -360,7 +360,7 @@ def test_r144_standard_error_is_full(world: World, tmp_path: Path, line: str) ->
 
 PACKAGE = Path(lora_cli.__file__).parent
 SOURCES = {path.relative_to(PACKAGE).as_posix(): path for path in PACKAGE.rglob("*.py")}
-PRINTERS = {"print", "echo", "secho", "print_exception", "print_exc", "displayhook", "excepthook"}
+PRINTERS = {"print", "echo", "secho", "print_exception", "print_exc"}
 ASKING = {"input", "confirm", "prompt", "getpass", "stdin", "launch", "getchar", "pause"}
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import tiny
 from blake3 import blake3
+from msgspec.structs import replace
 from undo_world import (
     LORA,
     UNDO,
@@ -21,6 +22,7 @@ from undo_world import (
     World,
     command,
     lora,
+    numbers,
     read_raw,
     read_undo,
     record,
@@ -29,7 +31,9 @@ from undo_world import (
     write_undo,
 )
 
-from lora_cli.errors import WrongInputError
+from lora_cli.checkpoint.manifest import Manifest, TensorRecord, read_manifest, write_manifest
+from lora_cli.checkpoint.undo_file import open_undo_file
+from lora_cli.errors import UnsupportedError, WrongInputError
 from lora_cli.progress import Progress
 from lora_cli.surgery.merge import merge
 from lora_cli.surgery.placing import PlanOptions
@@ -158,11 +162,14 @@ def test_what_the_undo_file_leaves_out_is_said(world: World) -> None:
     assert heard.said == []
 
 
-def test_the_weight_zero_is_said(world: World) -> None:
+@pytest.mark.parametrize("whole", [False, True], ids=["with factors", "whole"])
+def test_the_weight_zero_is_said(world: World, whole: bool) -> None:
+    """A merge that changes nothing is a merge."""
+    adapter = world.write_adapter("w", {f"{LORA}head.weight": numbers(3, 4, seed=14)}) if whole else world.adapter
     shutil.rmtree(world.merged)
-    world.merge(options=PlanOptions(weights=(0.0,)))
+    world.merge(adapter, options=PlanOptions(weights=(0.0,)))
     heard = Heard()
-    assert alone(world.merged, world.adapter, heard=heard).verified
+    assert alone(world.merged, adapter, heard=heard).verified
     assert any("the weight 0" in said for said in heard.said)
 
 
@@ -209,7 +216,7 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 @pytest.mark.parametrize("name", ODD)
 def test_odd_names_of_weights_are_refused(single: World, name: str) -> None:
-    """R132: they would steer a terminal, or be taken for something else."""
+    """R139: they would steer a terminal, or be taken for something else."""
     place = single.folder / "forged.undo"
     shutil.copy(single.folder / "m.lora_merge.undo", place)
     rewrite(place, renamed(name))
@@ -225,7 +232,7 @@ def test_a_single_file_may_have_any_name_of_its_own(single: World) -> None:
 
 
 def test_files_of_a_folder_are_safetensors(world: World) -> None:
-    """R132: no other file of a folder is read as weights."""
+    """No other file of a folder is read as weights."""
     rewrite(world.merged / UNDO, lambda manifest, _: manifest["files"][0].update(name="odd name"))
     with world.refused(11) as caught:
         world.unmerge()
@@ -260,6 +267,36 @@ def test_counts_are_bounded_before_anything_is_made_of_them(
     with world.refused(10) as caught, tiny.within(2):
         world.unmerge()
     assert f"length <= {words}" in text_of(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda said, file, tensor: replace(said, left_out=("x",) * 65537), "files that stay behind"),
+        (lambda said, file, tensor: within(said, replace(tensor, terms=tensor.terms * 16385)), "changes of one tensor"),
+        (
+            lambda said, file, tensor: within(said, replace(tensor, digests=tensor.digests * 65537)),
+            "cuts of one tensor",
+        ),
+        (
+            lambda said, file, tensor: replace(said, files=(replace(file, appended={"z": tensor.digests * 65537}),)),
+            "cuts of one tensor",
+        ),
+    ],
+    ids=["names", "terms", "cuts", "cuts of what was added"],
+)
+def test_nothing_is_written_that_would_not_be_read(world: World, change: Callable[..., Manifest], what: str) -> None:
+    """R130."""
+    said = open_undo_file(world.merged / UNDO).manifest
+    assert read_manifest(write_manifest(said), file="m") == said
+    tensor = next(tensor for tensor in said.tensors if tensor.terms)
+    with pytest.raises(UnsupportedError, match=f"cannot hold so many {what}") as caught:
+        write_manifest(change(said, said.files[0], tensor))
+    assert "--no-undo" in str(caught.value)
+
+
+def within(said: Manifest, tensor: TensorRecord) -> Manifest:
+    return replace(said, files=(replace(said.files[0], tensors=(tensor,)),))
 
 
 def test_of_many_names_some_are_said(world: World) -> None:

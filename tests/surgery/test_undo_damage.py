@@ -249,6 +249,7 @@ FORMATS |= {
 
 @pytest.mark.parametrize(("name", "code"), FORMATS.items(), ids=map(ascii, FORMATS))
 def test_the_version_of_the_format(damage: Damage, name: str, code: int) -> None:
+    """R178: a newer one is refused by name, and is no damage."""
     manifest, parts = read_undo(damage.world.merged / UNDO)
     write_undo(damage.file, manifest, parts, format=name)
     with damage.world.refused(code) as caught:

@@ -1,4 +1,4 @@
-"""Undo files that lora-cli 0.1.0 wrote, in formats 1 to 3, with arithmetic 1: these are read forever.
+"""R178: undo files that lora-cli 0.1.0 wrote, in formats 1 to 3, with arithmetic 1: these are read forever.
 
 Never regenerate them: whoever has a merged checkpoint from then has such a file beside it, and nothing else. A new
 format or arithmetic gets fixtures of its own, beside these. `make` shows how they came about; it refuses to write over

@@ -1,4 +1,4 @@
-"""Units side by side: the same results inline, in processes and in threads, and nothing left behind however it ends."""
+"""Units side by side (R169): the same results inline, in processes, in threads; nothing is left however it ends."""
 
 from __future__ import annotations
 

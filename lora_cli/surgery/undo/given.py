@@ -84,10 +84,5 @@ def check_used(manifest: Manifest, file: str) -> None:
 
 def replaces(manifest: Manifest) -> bool:
     """Whether something came of an adapter that terms say nothing of: tensors that were replaced, or are new."""
-    carried = {name for said in manifest.adapters if said.held == "in the base" for name in said.factors}
-    stored = any(record.how == "stored" and record.key not in carried for record in manifest.tensors)
-    return (
-        stored
-        or any(record.how == "residual" for record in manifest.tensors)
-        or any(file.appended for file in manifest.files)
-    )
+    residual = any(record.how == "residual" for record in manifest.tensors)
+    return residual or any(file.appended for file in manifest.files)
