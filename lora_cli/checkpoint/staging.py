@@ -53,7 +53,7 @@ class Staging:
         self._stuck = False
         self._journal: Journal | None = None
         self._keep = False
-        self._replacing = False
+        self.replacing = False
         check_target(target, folder=folder, may_replace=may_replace)
         self.name = hidden_name(target.name, secrets.token_hex(6))
         self.place = target.parent / self.name / OUTPUT
@@ -76,7 +76,7 @@ class Staging:
                 stack.callback(self._parent.close)
                 stack.enter_context(self._locked())
                 stack.push(self._leave)
-                self._replacing = self._may_replace()
+                self.replacing = self._may_replace()
                 self._around.append(self._parent.make(self.name, 0o700))
                 self._folders[""] = self.work.make(OUTPUT)
                 if self.folder:
@@ -292,7 +292,7 @@ class Staging:
     def _keep_mode(self, name: str) -> None:
         """Let something new have the mode of what it replaces, before it is filled: nobody sees more than before."""
         old = (self.target if self.folder else self.target.parent) / name
-        if not (self._replacing or not name) or old.is_symlink() or not old.exists():
+        if not (self.replacing or not name) or old.is_symlink() or not old.exists():
             return
         mode = stat.S_IMODE(old.stat().st_mode) | (stat.S_IRWXU if old.is_dir() else 0)
         around, _, last = name.rpartition("/")

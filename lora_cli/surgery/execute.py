@@ -122,5 +122,6 @@ def staging_of(
 
 def publish(staging: Staging, done: Callable[[], None] = lambda: None) -> None:
     """Put a complete output in its place; see `Staging.publish`."""
-    outdated = [] if staging.folder else set(ours_beside(staging.target)).difference(staging.names)
+    replaces = staging.replacing and not staging.folder
+    outdated = set(ours_beside(staging.target)).difference(staging.names) if replaces else ()
     staging.publish(done, outdated)

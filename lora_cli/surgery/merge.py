@@ -305,11 +305,13 @@ def check_output(made: Plan, target: Path, *, force: bool, beside: Sequence[str]
     check_target(target, folder=folder, may_replace=may_replace)
     if folder:
         return
-    ours = ours_beside(target) if may_replace() else []
-    for name in (receipt_path(target, made.operation).name, *beside):
-        check_target(target.with_name(name), folder=False, may_replace=partial(contains, ours, name))
-    # What is ours and tells of what was there before goes, or is replaced.
-    for name in ours:
+    # What is ours and tells of what was there before goes, or is replaced: with it. Alone it may be the way back for
+    # a file that was moved elsewhere.
+    ours = ours_beside(target)
+    going = ours if may_replace() else []
+    for name in dict.fromkeys((receipt_path(target, made.operation).name, *beside, *ours)):
+        check_target(target.with_name(name), folder=False, may_replace=partial(contains, going, name))
+    for name in going:
         check_apart(target.with_name(name), made.inputs)
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from lora_cli.adapters.formula import Formula
 from lora_cli.adapters.source import CONFIG_FILE
 from lora_cli.arithmetic import ARITHMETIC
 from lora_cli.checkpoint.checkpoint import open_shard
@@ -94,6 +95,10 @@ def prepare(staging: Staging, plan: Plan, request: Request | None, progress: Pro
         WrongInputError: Only runs of other requests were cut off here.
         UnsupportedError: A run was, and nobody can know whether it still goes on.
     """
+    if request and _differs_by_machine(plan):
+        if request.resume:
+            progress.note("--resume: another machine may compute these changes otherwise, so this run begins anew")
+        request = None
     facts = facts_of(plan, request) if request else {}
     left = _left_by_the_same(staging, facts) if request and request.resume else None
     if left is None:
@@ -108,6 +113,12 @@ def prepare(staging: Staging, plan: Plan, request: Request | None, progress: Pro
         gathered = {span.file for one in finished.values() for span in one.spans}
         staging.clean({one.name for one in finished.values()}, gathered=gathered)
     return Resumption(finished, journal, read_back=request.resume)
+
+
+def _differs_by_machine(plan: Plan) -> bool:
+    """Whether libraries compute a part of it, so that files of two runs may be no whole."""
+    deltas = (term.delta for edit in plan.edits for term in edit.terms)
+    return any(isinstance(delta, Formula) and not delta.method.exact for delta in deltas)
 
 
 def _left_by_the_same(staging: Staging, facts: Mapping[str, str]) -> tuple[Path, list[Finished]] | None:

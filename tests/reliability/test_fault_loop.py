@@ -74,7 +74,7 @@ def descriptors() -> int:
 def loop(job: Job, number: int, *, good: bool, all_calls: bool, besides: Act = lambda _: None) -> int:
     """Let one call of each run fail, and see the next run succeed; returns how many calls there are."""
     calls = [operation for operation in job.log(besides) if can_meet(operation, number)]
-    for at in sample(calls, number + good, share=1 if number == errno.ENOSPC else 4, all_calls=all_calls):
+    for at in sample(calls, number + good, share=2 if number == errno.ENOSPC else 6, all_calls=all_calls):
         job.prepare()
         failing, opened = Failing(number, at, good=good), descriptors()
         with Double(before=both(failing, besides)).installed():

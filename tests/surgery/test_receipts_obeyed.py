@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import save_file
 from undo_world import FIRST, RECEIPT, UNDO, World, adapter_tensors, command, contents, lora, read_undo
 
-from lora_cli.errors import UnsafeInputError
+from lora_cli.errors import OutputExistsError, UnsafeInputError
+from lora_cli.surgery.inject import inject
 from lora_cli.surgery.merge import merge, plan_merge
 
 
@@ -154,6 +155,20 @@ def test_a_link_that_leads_out_is_no_file_of_ours(world: World, tmp_path: Path) 
 
 def bare(world: World) -> tuple[Path, Path]:
     return world.base / FIRST, world.write_adapter("one", lora("x", 6, 4, 90))
+
+
+def test_what_was_left_alone_beside_a_name_is_not_removed(world: World) -> None:
+    """Tensors may be moved; the undo file that stays is the only way back for them."""
+    base, adapter = bare(world)
+    out = world.place / "out.safetensors"
+    merge(base, [adapter], out)
+    out.rename(world.place / "elsewhere.safetensors")
+    before = contents(world.place)
+    with pytest.raises(OutputExistsError, match=f"out.{RECEIPT}"):
+        inject(base, out, rank=1, layout="wrapped")
+    assert contents(world.place) == before
+    inject(base, out, rank=1, layout="wrapped", force=True)
+    assert not (world.place / f"out.{UNDO}").exists()
 
 
 def test_a_bare_file_that_is_replaced_without_an_undo_file_keeps_no_stale_one(world: World) -> None:
