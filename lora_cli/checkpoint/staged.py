@@ -186,8 +186,8 @@ class Scratch:
         """Add bytes, from any thread or process; returns where they are."""
         with self._lock:
             if self._process != os.getpid():
+                self._file = StagedFile(self._folder, f"{self._name}-{os.getpid()}", self._label, 0)
                 self._process, self._end = os.getpid(), 0
-                self._file = StagedFile(self._folder, f"{self._name}-{self._process}", self._label, 0)
             at = self._end
             self._end += len(data)
         assert self._file is not None  # noqa: S101 (made above)
@@ -251,6 +251,9 @@ class Scratch:
                         raise MalformedFileError("Not a file of gathered bytes", file=span.file)
                     readers[span.file] = Reader(look_at(self._folder.path / span.file))
                     stack.callback(readers[span.file].close)
+                there = files.status(readers[span.file].descriptor).st_size
+                if span.at < 0 or not 0 <= span.length <= there - span.at:
+                    raise MalformedFileError("Gathered bytes are not all there", file=span.file)
                 return readers[span.file]
 
             yield reader_of

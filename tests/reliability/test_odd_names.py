@@ -1,4 +1,4 @@
-"""R073 to R075: names of files and folders that are odd, that a file system takes for one another, or that are long."""
+"""R073 to R075, and R164: names that are odd, that a file system takes for one another, or that are long."""
 
 from __future__ import annotations
 
