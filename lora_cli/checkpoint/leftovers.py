@@ -50,7 +50,7 @@ def with_leftovers(error: LoraCliError, target: Path, *, but: Iterable[str] = ()
     found = leftovers(target, but=but)
     if found:
         names = ", ".join(f"{path.name} ({bytes_in(path):,} bytes)" for path in found)
-        error.hint = f"remove {names}, which a run that was cut off has left, or go on from there with --resume"
+        error.hint = f"free some space: {names} is what a run that was cut off has left"
 
 
 def _is_ours(path: Path) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 import stat
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,9 @@ from lora_cli.signals import held_back
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+
+PATIENCE = 2.0
+"""Seconds that a lock of somebody else is waited for."""
 
 OUTPUT = "output"
 """What the output is called in its staging folder, apart from what else the work puts there."""
@@ -86,16 +90,24 @@ class Staging:
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
-            try:
-                name = hidden_name(self.target.name, "lock")
-                self.locked = stack.enter_context(self._parent.locked(name))
-            except BlockingIOError as error:
-                raise LockedError("Another run is writing this output", file=self.target) from error
+            self.locked = self._lock(stack)
             try:
                 yield
             finally:
                 with held_back():
                     stack.close()
+
+    def _lock(self, stack: contextlib.ExitStack) -> bool:
+        """Lock the target; a moment later if need be: workers of a run that was killed end soon after it."""
+        name = hidden_name(self.target.name, "lock")
+        until = time.monotonic() + PATIENCE
+        while True:
+            try:
+                return stack.enter_context(self._parent.locked(name))
+            except BlockingIOError as error:
+                if time.monotonic() > until:
+                    raise LockedError("Another run is writing this output", file=self.target) from error
+            time.sleep(0.1)
 
     def _leave(self, _: object, error: BaseException | None, __: object) -> None:
         if self._stuck and isinstance(error, LoraCliError):
@@ -270,11 +282,13 @@ class Staging:
 
         Where even that fails, nothing is removed any more: all there was is in the target or in the staging folder.
         """
-        try:
-            while self._moves:
-                self._moves.pop().take_back()
-        except OSError:
-            self._stuck = True
+        with held_back():
+            try:
+                while self._moves:
+                    self._moves[-1].take_back()
+                    self._moves.pop()
+            except OSError:
+                self._stuck = True
 
     def _standing(self, replaced: str | None = None) -> set[str]:
         """Names of all that is in an output folder that stands there, or, after that, in what was replaced."""

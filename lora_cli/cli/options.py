@@ -110,7 +110,10 @@ InitialOption = Annotated[
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace OUT where lora-cli itself wrote all of it.")]
 ResumeOption = Annotated[
     bool,
-    typer.Option("--resume", help="Go on where the same run was cut off, and keep finished files if this one is too."),
+    typer.Option(
+        "--resume",
+        help="Go on where the same run was cut off, file by file, and keep finished files if this one is too.",
+    ),
 ]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")]
 ThreadsOption = Annotated[

@@ -101,11 +101,10 @@ def prepare(staging: Staging, plan: Plan, request: Request | None, progress: Pro
         request = None
     facts = facts_of(plan, request) if request else {}
     left = _left_by_the_same(staging, facts) if request and request.resume else None
-    if left is None:
-        if request and request.resume:
-            progress.note("--resume: no run was cut off here, so this one begins anew")
-        _tell_of_leftovers(staging, progress)
+    if left is None and request and request.resume:
+        progress.note("--resume: nothing here can be gone on with, so this run begins anew")
     finished = _take_over(staging, plan, *left, progress) if left else {}
+    _tell_of_leftovers(staging, facts, progress)
     if request is None or len(plan.files) == 1:
         return Resumption(finished)  # a file that is alone is not finished before all is
     journal = staging.journal(facts, finished.values(), keep=request.resume)
@@ -195,17 +194,20 @@ def told_of_kept(staging: Staging, progress: Progress) -> Iterator[None]:
     except BaseException:
         if staging.kept:
             stay = "stays" if staging.kept == 1 else "stay"
-            progress.note(f"{_files(staging.kept)} {stay} in {staging.name}: --resume goes on from there")
+            progress.note(f"{_files(staging.kept)} {stay} in {staging.name}: --resume goes on from there, or remove it")
         raise
 
 
-def _tell_of_leftovers(staging: Staging, progress: Progress) -> None:
+def _tell_of_leftovers(staging: Staging, facts: Mapping[str, str], progress: Progress) -> None:
     """Warn of what runs left that were cut off: it takes space, and may be gone on from."""
     for path in leftovers(staging.target, but=[staging.name]):
         left = read_journal(path)
         what = f"a run that was cut off left {path.name} ({bytes_in(path):,} bytes)"
-        done = f" with {_files(len(left[1]))}: --resume goes on from there, or" if left else ":"
-        progress.warn(f"{what}{done} it can be removed")
+        if left and left[0].facts == facts:
+            what += f" with {_files(len(left[1]))}: --resume goes on from there, or it can be removed"
+        else:
+            what += ": it can be removed"
+        progress.warn(what)
 
 
 def _files(count: int) -> str:
