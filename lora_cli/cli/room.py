@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from types import ModuleType
 
 _LIBRARIES = ("numpy", "torch")
+_PATIENCE = 30
+"""Seconds of a processor for loading a library, which usually takes one or two."""
 
 
 class _Trial:
@@ -38,15 +40,22 @@ def _loads_elsewhere(name: str, trial: _Trial) -> bool:
     if not can_fork():
         return True
     with forking():
-        child = os.fork()
+        parent, child = os.getpid(), os.fork()
         if child == 0:
-            _load(name, trial)
+            _load(name, trial, parent)
     return os.waitpid(child, 0)[1] == 0
 
 
-def _load(name: str, trial: _Trial) -> None:
+def _load(name: str, trial: _Trial, parent: int) -> None:
     """In the other process: nobody wants to hear what its libraries say at their end."""
+    import resource
+
+    from lora_cli.surgery.forking import become_worker
+
     try:
+        become_worker(parent)
+        # Where memory ends at a bad moment, Python can go round and round.
+        resource.setrlimit(resource.RLIMIT_CPU, (_PATIENCE, _PATIENCE))
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, 1)
         os.dup2(nowhere, 2)

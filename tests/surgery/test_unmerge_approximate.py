@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,8 +19,8 @@ from float_reference import Array, to_float64
 from models import CASES, DTYPE_NAMES, maker, read_tensors
 from safetensors.torch import save_file
 
-from lora_cli.checkpoint import digests
-from lora_cli.errors import LoraCliError, OutputExistsError, UsageError, WrongInputError
+from lora_cli.checkpoint import digests, staging
+from lora_cli.errors import LockedError, LoraCliError, OutputExistsError, UsageError, WrongInputError
 from lora_cli.progress import Progress
 from lora_cli.surgery import budget, products
 from lora_cli.surgery.approximate import Undecided
@@ -238,19 +241,39 @@ def test_an_output_that_is_replaced_is_what_its_last_receipt_says(tmp_path: Path
     assert inspect(tmp_path / name).kind == "checkpoint"
 
 
+@pytest.mark.parametrize("locks", [True, False])
 @pytest.mark.parametrize("name", ["out", "out.safetensors"])
-def test_of_two_runs_one_wins_and_the_other_leaves_no_trace(tmp_path: Path, name: str) -> None:
+def test_r170_of_two_runs_one_wins_and_the_other_leaves_no_trace(
+    tmp_path: Path, name: str, locks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Locks tell the second run at once; without any, whoever publishes first has won."""
     base, adapter = write_base(tmp_path / "base", torch.ones(3)), write_adapter(tmp_path / "adapter", torch.ones(3))
     out = tmp_path / name
+    refused: list[LockedError] = []
+    monkeypatch.setattr(staging, "PATIENCE", 0.0)
+    if not locks:
+        monkeypatch.setattr(fcntl, "flock", without_locks)
 
     class Rival(Progress):
         def file_done(self, name: str, file_bytes: int) -> None:
-            if not out.exists():
+            try:
                 unmerge(base, [adapter], out, approximate=True)
+            except LockedError as error:
+                refused.append(error)
 
-    with pytest.raises(OutputExistsError):
+    if locks:
         unmerge(base, [adapter], out, approximate=True, progress=Rival())
+    else:
+        with pytest.raises(OutputExistsError):
+            unmerge(base, [adapter], out, approximate=True, progress=Rival())
+    assert len(refused) == locks
     assert {path.name for path in tmp_path.iterdir()} - {"base", "adapter", "out.lora_unmerge.json"} == {name}
+    (weights,) = read_tensors(out).values()
+    assert not weights.any()
+
+
+def without_locks(descriptor: int, how: int) -> None:
+    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
 
 @pytest.mark.parametrize("name", ["untied", "resized", "repeated"])
