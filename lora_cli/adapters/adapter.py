@@ -343,4 +343,4 @@ class Adapter:
     @property
     def paths(self) -> list[Path]:
         """Every place that must not be written to while this adapter is an input."""
-        return [self.path, *{tensor.shard.source.path for tensor in self.tensors}]
+        return [self.path, *sorted({tensor.shard.source.path for tensor in self.tensors})]

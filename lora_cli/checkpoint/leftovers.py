@@ -49,7 +49,7 @@ def with_leftovers(error: LoraCliError, target: Path, *, but: Iterable[str] = ()
     """Let an error about space say which leftovers take some."""
     found = leftovers(target, but=but)
     if found:
-        names = ", ".join(f"{path.name} ({bytes_in(path):,} bytes)" for path in found)
+        names = ", ".join(f"{path} ({bytes_in(path):,} bytes)" for path in found)
         error.hint = f"free some space: {names} is what a run that was cut off has left"
 
 

@@ -211,9 +211,10 @@ class Scratch:
         """Within it these files are read, which are no input: whatever is wrong is wrong with the output's disk."""
         try:
             yield
-        except (MalformedFileError, UsageError) as error:
+        except (MalformedFileError, UsageError, OSError) as error:
+            why = error.strerror if isinstance(error, OSError) else error.message
             raise WriteError(
-                "What was written beside the output cannot be read again", file=self._label, found=error.message
+                "What was written beside the output cannot be read again", file=self._label, found=why
             ) from error
 
     def seal(self, spans: Iterable[Span]) -> str:

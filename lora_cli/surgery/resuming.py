@@ -66,9 +66,9 @@ def facts_of(plan: Plan, request: Request) -> dict[str, str]:
         **{f"the planned {file.name}": bytes_digest(file.header.prefix) for file in plan.files},
     }
     inputs = [path for path in plan.inputs if request.aside not in path.parents]
-    facts["the order of the inputs"] = as_text(", ".join(map(str, dict.fromkeys(inputs))))
+    facts["the order of the inputs"] = as_text(", ".join(str(path.absolute()) for path in inputs))
     for path in inputs:
-        facts |= {f"the input {as_text(str(file))}": _identity(file) for file in _files_of(path)}
+        facts |= {f"the input {as_text(str(file.absolute()))}": _identity(file) for file in _files_of(path)}
     return facts
 
 
@@ -128,15 +128,15 @@ def _left_by_the_same(staging: Staging, facts: Mapping[str, str]) -> tuple[Path,
         path, begun, _ = found[0]
         raise WrongInputError(
             "The run that was cut off was another one",
-            file=path.name,
+            file=path,
             details=_differences(begun.facts, facts),
-            hint=f"run without --resume to begin anew, and remove {path.name}",
+            hint=f"run without --resume to begin anew, and remove {path}",
         )
     if same and not staging.locked:
         raise UnsupportedError(
             "This file system has no locks, so nobody can know whether the other run still goes on",
-            file=same[0][0].name,
-            hint=f"run without --resume to begin anew, and remove {same[0][0].name} if nobody writes there",
+            file=same[0][0],
+            hint=f"run without --resume to begin anew, and remove {same[0][0]} if nobody writes there",
         )
     return max(same, key=lambda one: len(one[1]), default=None)
 
@@ -146,7 +146,7 @@ def _take_over(
 ) -> dict[int, Finished]:
     """Take over what a run has left, and return the files that are what it says, by their place in the plan."""
     numbers = {file.name: number for number, file in enumerate(plan.files)}
-    progress.note(f"checking {_files(len(finished))} in {path.name}")
+    progress.note(f"checking {_files(len(finished))} in {path}")
     staging.take_over(path.name, len(finished))
     scratch = staging.scratch()
     return {
@@ -194,7 +194,9 @@ def told_of_kept(staging: Staging, progress: Progress) -> Iterator[None]:
     except BaseException:
         if staging.kept:
             stay = "stays" if staging.kept == 1 else "stay"
-            progress.note(f"{_files(staging.kept)} {stay} in {staging.name}: --resume goes on from there, or remove it")
+            progress.note(
+                f"{_files(staging.kept)} {stay} in {staging.place.parent}: --resume goes on from there, or remove it"
+            )
         raise
 
 
@@ -202,7 +204,7 @@ def _tell_of_leftovers(staging: Staging, facts: Mapping[str, str], progress: Pro
     """Warn of what runs left that were cut off: it takes space, and may be gone on from."""
     for path in leftovers(staging.target, but=[staging.name]):
         left = read_journal(path)
-        what = f"a run that was cut off left {path.name} ({bytes_in(path):,} bytes)"
+        what = f"a run that was cut off left {path} ({bytes_in(path):,} bytes)"
         if left and left[0].facts == facts:
             what += f" with {_files(len(left[1]))}: --resume goes on from there, or it can be removed"
         else:

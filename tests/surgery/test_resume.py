@@ -213,6 +213,18 @@ def test_the_order_of_adapters_is_part_of_what_was_asked_for(job: Job) -> None:
     assert caught.value.details == ("the order of the inputs is not what it was",)
 
 
+def test_an_adapter_that_is_given_twice_has_both_of_its_places(job: Job) -> None:
+    other = tiny.write_adapter(job.folder / "other", {k: t + 1 for k, t in tiny.adapter_tensors().items()})
+    weights = lora_cli.PlanOptions(weights=(1.0, 0.5, 0.25))
+
+    def merge(*adapters: Path, resume: bool = False) -> None:
+        lora_cli.merge(job.base, adapters, job.out, weights, again=True, resume=resume, threads=1)
+
+    job.cut_off(lambda: merge(job.adapter, job.adapter, other), 2)
+    with pytest.raises(errors.WrongInputError, match="the order of the inputs is not what it was"):
+        merge(job.adapter, other, job.adapter, resume=True)
+
+
 @pytest.mark.parametrize("moment", ["checking", "looking for space", "recalling", "writing the rest"])
 def test_a_run_that_fails_leaves_no_less_than_it_found(job: Job, moment: str, monkeypatch: Patch) -> None:
     expected = merged_once(job)
