@@ -125,7 +125,8 @@ def check_unnamed(whole: Iterable[Replacement], modules: Collection[str], file: 
         UnsupportedError: Parameters of modules that have factors: PEFT would leave them out.
     """
     unnamed = [replacement for replacement in whole if replacement.reason == _NOWHERE]
-    beside = [one.tensor.key for one in unnamed if one.name.rpartition(".")[0] in modules]
+    parts = ((one, *one.name.rpartition(".")[::2]) for one in unnamed)
+    beside = [one.tensor.key for one, module, last in parts if module in modules and last in ("weight", "bias")]
     if beside:
         raise UnsupportedError(
             "The file holds parameters whole of modules that it has factors for, and the config does not name them",
