@@ -268,7 +268,7 @@ def test_r170_of_two_runs_one_wins_and_the_other_leaves_no_trace(
             unmerge(base, [adapter], out, approximate=True, progress=Rival())
     assert len(refused) == locks
     assert {path.name for path in tmp_path.iterdir()} - {"base", "adapter", "out.lora_unmerge.json"} == {name}
-    (weights,) = read_tensors(out).values()
+    (weights,) = tiny.read_tensors(out).values()
     assert not weights.any()
 
 
