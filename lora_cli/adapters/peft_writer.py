@@ -82,6 +82,10 @@ def rendered(config: Mapping[str, Any]) -> bytes:
     return (json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
 
 
+MOST_PARTS = 100
+"""Dots of a name that is looked at: all ends of all its beginnings are, and real names have some fifteen."""
+
+
 def target_names(modules: Collection[str], base_names: Iterable[str], *, bare: bool) -> list[str]:
     """Return the shortest ends of names that mean exactly `modules`: what `target_modules` is to be.
 
@@ -94,12 +98,17 @@ def target_names(modules: Collection[str], base_names: Iterable[str], *, bare: b
         bare: The base is a backbone; a model that is loaded from it may have a head whose names must not match.
 
     Raises:
-        UnsupportedError: No ends of names mean exactly these.
+        UnsupportedError: No ends of names mean exactly these, or a name has too many parts.
     """
-    wanted = set(modules)
-    others = {
-        end for name in base_names for module in _modules_of(name) if module not in wanted for end in _ends(module)
-    }
+    wanted, names = set(modules), list(base_names)
+    if endless := next((name for name in names if name.count(".") > MOST_PARTS), None):
+        raise UnsupportedError(
+            "A name has too many parts for targets to be chosen by ends of names",
+            tensor=endless[:80],
+            found=f"{endless.count('.') + 1} parts",
+            expected=f"at most {MOST_PARTS + 1}",
+        )
+    others = {end for name in names for module in _modules_of(name) if module not in wanted for end in _ends(module)}
     if bare:
         others |= {end for head in added_heads() for end in _ends(head)}
     return sorted({_shortest(module, others) for module in wanted})

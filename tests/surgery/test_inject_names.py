@@ -12,8 +12,9 @@ import torch
 from families import FAMILIES
 from models import quiet
 from round_trips import Listener
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from lora_cli.errors import UnsupportedError
 from lora_cli.surgery.inject import inject
 from lora_cli.surgery.merge import plan_merge
 
@@ -71,3 +72,11 @@ def test_parts_of_modules_keep_their_names_and_are_told(tmp_path: Path) -> None:
     assert {key.removeprefix(tiny.PREFIX) for key in keys} == {
         f"encoder.layer.0.mlp.weights_in.lora_{side}.weight" for side in "AB"
     }
+
+
+def test_a_name_of_thousands_of_parts_is_refused_at_once(tmp_path: Path) -> None:
+    """All ends of all its beginnings would take minutes, and gigabytes."""
+    path = tmp_path / "model.safetensors"
+    save_file({"base." * 5000 + "weight": torch.ones(4, 4), "a.weight": torch.ones(4, 4)}, path)
+    with pytest.raises(UnsupportedError, match="5001 parts"):
+        inject(path, tmp_path / "out", rank=1)
